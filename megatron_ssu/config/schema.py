@@ -1,0 +1,227 @@
+"""What a run file may say: eight sections, each a dataclass; True facts only, no behaviour.
+
+megatron-core's own dataclasses are the schema of their own fields. A section that takes some of them has a `dict` field whose
+metadata names the dataclass (`megatron`); with `inline` the fields stand directly in the section, else under the field's name.
+TransformerConfig's fields are divided: those of its base ModelParallelConfig belong to `parallel`, the FP8 ones to `precision`,
+the rest to `model`. Fields that another key or the checkpoint decides are in `OWNED_*` with the place that decides them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+_CHECKPOINT = "config.json of model.path decides it"
+_PRECISION = "precision.dtype decides it"
+_LOOP = "the training loop sets it"
+
+OWNED_TRANSFORMER: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "num_layers hidden_size num_attention_heads num_query_groups ffn_hidden_size kv_channels normalization "
+            "layernorm_epsilon layernorm_zero_centered_gamma add_bias_linear add_qkv_bias gated_linear_unit activation_func "
+            "qk_layernorm init_method_std init_method output_layer_init_method rotary_interleaved"
+        ).split(),
+        _CHECKPOINT,
+    ),
+    **dict.fromkeys("bf16 fp16 params_dtype pipeline_dtype autocast_dtype enable_autocast".split(), _PRECISION),
+    **dict.fromkeys(
+        (
+            "timers finalize_model_grads_func grad_scale_func no_sync_func grad_sync_func param_sync_func "
+            "_cpu_offloading_context perform_initialization use_cpu_initialization transformer_impl"
+        ).split(),
+        _LOOP,
+    ),
+}
+OWNED_OPTIMIZER: dict[str, str] = {
+    **dict.fromkeys("bf16 fp16 params_dtype fp8_recipe".split(), _PRECISION),
+    **dict.fromkeys("timers use_distributed_optimizer barrier_with_L1_time".split(), _LOOP),
+    "overlap_param_gather": "parallel.ddp.overlap_param_gather decides it",
+}
+OWNED_DDP: dict[str, str] = {"use_distributed_optimizer": _LOOP}
+
+_PARALLEL = {f.name for f in fields(ModelParallelConfig)}
+_PRECISION_FIELDS = {f.name for f in fields(TransformerConfig) if f.name.startswith(("fp8", "fp4"))} | {
+    "first_last_layers_bf16",
+    "num_layers_at_start_in_bf16",
+    "num_layers_at_end_in_bf16",
+    "tp_only_amax_red",
+}
+_ALL = {f.name for f in fields(TransformerConfig)}
+
+
+def _megatron(cls: type, names: set[str], owned: dict[str, str], *, inline: bool) -> Any:
+    """A dict field that holds values for `names` of megatron's dataclass `cls`."""
+    metadata = {"megatron": cls, "names": frozenset(names - set(owned)), "owned": owned, "inline": inline}
+    return field(default_factory=dict, metadata=metadata)
+
+
+@dataclass
+class ModelSection:
+    """The source model. Further keys: TransformerConfig's fields (recompute_granularity, attention_backend, ...)."""
+
+    path: str  # Hugging Face directory: config.json, tokenizer, *.safetensors
+    trust_remote_code: bool = False  # let the tokenizer run code out of model.path
+    make_vocab_size_divisible_by: int = 128  # the padded vocabulary; the same on every mesh
+    transformer: dict = _megatron(TransformerConfig, _ALL - _PARALLEL - _PRECISION_FIELDS, OWNED_TRANSFORMER, inline=True)
+
+
+@dataclass
+class ParallelSection:
+    """The mesh. Keys: ModelParallelConfig's fields (tensor_model_parallel_size, sequence_parallel, ...)."""
+
+    timeout_minutes: float = 30.0  # a collective that waits longer ends the job
+    transformer: dict = _megatron(TransformerConfig, _PARALLEL, OWNED_TRANSFORMER, inline=True)
+    ddp: dict = _megatron(
+        DistributedDataParallelConfig, {f.name for f in fields(DistributedDataParallelConfig)}, OWNED_DDP, inline=False
+    )
+
+    @property
+    def tensor(self) -> int:
+        return self.transformer.get("tensor_model_parallel_size", 1)
+
+    @property
+    def pipeline(self) -> int:
+        return self.transformer.get("pipeline_model_parallel_size", 1)
+
+    @property
+    def virtual_pipeline(self) -> int | None:
+        return self.transformer.get("virtual_pipeline_model_parallel_size")
+
+    @property
+    def context(self) -> int:
+        return self.transformer.get("context_parallel_size", 1)
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.transformer.get("sequence_parallel", False)
+
+
+@dataclass
+class PrecisionSection:
+    """Number formats. Further keys: TransformerConfig's fp8 fields."""
+
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    transformer: dict = _megatron(TransformerConfig, _PRECISION_FIELDS, OWNED_TRANSFORMER, inline=True)
+
+
+@dataclass
+class CalibrationSection:
+    """Source samples that the model is scored on."""
+
+    path: str | list[str] | None = None  # chat JSONL (.gz, .zst); needed by data-driven scores
+    samples: int = 500
+    sequence_length: int = 2048  # packed length in tokens, cut to the model's own limit
+    micro_batch_size: int = 1
+    seed: int = 1234
+
+
+@dataclass
+class ShieldSection:
+    """Which weights stay as they are."""
+
+    method: str = "ssu"  # a registered method: ssu, none
+    file: str | None = None  # a shield made before; none: <checkpoint.directory>/shield.safetensors, planned when missing
+    scores: str | None = None  # scores made before; none: <checkpoint.directory>/scores.safetensors, made when missing
+    score: str = "wanda"
+    granularity: str = "column"
+    budget: str = "uniform"
+    ratio: float = 0.5  # frozen share of every matrix
+    special_tokens: bool = True  # freeze the chat template's special-token rows of embedding and head
+    calibration: CalibrationSection = field(default_factory=CalibrationSection)
+
+
+@dataclass
+class DataSource:
+    """One part of a blend."""
+
+    path: str  # JSONL (.gz, .zst) or the prefix of an indexed dataset (PREFIX.bin, PREFIX.idx)
+    weight: float = 1.0
+
+
+@dataclass
+class DataSection:
+    """What is trained on and what is watched."""
+
+    train: str | list[str | DataSource] = field(default_factory=list)
+    source_valid: str | None = None  # watched for forgetting
+    target_valid: str | None = None  # none: the valid part of `split`
+    split: str = "99,1,0"  # train,valid,test shares of the train documents
+    sequence_length: int = 512
+    text_key: str = "text"
+    seed: int = 1234
+    workers: int = 2  # tokenizer processes of `prepare`
+    loader_workers: int = 2  # data loader processes a rank
+
+
+@dataclass
+class ScheduleSection:
+    """Learning rate over the run; the peak is train.optimizer.lr, the end train.optimizer.min_lr."""
+
+    decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
+    warmup_fraction: float = 0.05
+    wsd_decay_fraction: float = 0.1  # WSD: share of the run in which the rate comes down
+    wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "linear"
+
+
+@dataclass
+class TrainSection:
+    """The loop."""
+
+    iterations: int = 1000
+    micro_batch_size: int = 1
+    global_batch_size: int = 32
+    seed: int = 1234
+    eval_interval: int = 100  # iterations between evaluations; 0: at start and end only
+    eval_batches: int = 8  # global batches an evaluation reads at most
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    optimizer: dict = _megatron(OptimizerConfig, {f.name for f in fields(OptimizerConfig)}, OWNED_OPTIMIZER, inline=False)
+
+
+@dataclass
+class CheckpointSection:
+    """Where everything of a run goes."""
+
+    directory: str  # scores, shield, checkpoints, logs, the resolved run file
+    interval: int = 500  # iterations between checkpoints; 0: at the end only
+    keep: int | None = None  # newest checkpoints kept; none: all
+    resume: bool = True  # go on from the newest checkpoint in `directory`
+    export: str | None = None  # write a Hugging Face directory here when the run ends
+    max_shard_size: str = "5GB"  # of an exported safetensors file
+
+
+@dataclass
+class LogSection:
+    """What is told while it runs."""
+
+    interval: int = 10  # iterations between console lines
+    tensorboard: bool = True
+
+
+@dataclass
+class RunConfig:
+    """A whole run file."""
+
+    model: ModelSection
+    checkpoint: CheckpointSection
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    precision: PrecisionSection = field(default_factory=PrecisionSection)
+    shield: ShieldSection = field(default_factory=ShieldSection)
+    data: DataSection = field(default_factory=DataSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    log: LogSection = field(default_factory=LogSection)
+
+
+OPTIMIZER_DEFAULTS: dict[str, Any] = {
+    "lr": 5e-5,
+    "min_lr": 0.0,
+    "weight_decay": 0.01,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "clip_grad": 1.0,
+}
