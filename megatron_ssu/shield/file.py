@@ -1,0 +1,282 @@
+"""The shield: which elements of the matrices are frozen, as packed bits in memory and on disk.
+
+A set bit (True) means FROZEN. Per matrix one granularity: 'column' holds a bit for each of the I columns, 'row' one for
+each of the O rows, 'element' one an element (row-major). Bits are packed eight to a byte, lowest bit first, unused bits
+zero. On disk: a safetensors file of uint8 tensors named like the matrices. A matrix that is not in it is trainable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_ssu.errors import UserError
+from megatron_ssu.models.matrix import Matrix
+from megatron_ssu.scoring.file import matrices_from_json, matrices_to_json
+from megatron_ssu.sealed import SealedFile, seal, write_sealed
+
+FORMAT = "megatron-ssu shield 1"
+Granularity = Literal["column", "row", "element"]
+GRANULARITIES: tuple[Granularity, ...] = ("column", "row", "element")
+_ONES = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """The frozen units of one matrix."""
+
+    granularity: Granularity
+    shape: tuple[int, ...]  # of the matrix: [O, I], or [H] with granularity 'element'
+    packed: np.ndarray  # uint8 [ceil(units / 8)], lowest bit first
+
+    def __post_init__(self) -> None:
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"granularity {self.granularity!r} is none of {', '.join(GRANULARITIES)}")
+        if self.granularity != "element" and len(self.shape) != 2:
+            raise ValueError(f"a {self.granularity} mask needs a matrix with two dimensions, not {self.shape}")
+        if self.packed.dtype != np.uint8 or self.packed.shape != ((self.units + 7) // 8,):
+            raise ValueError(f"{self.units} units need {(self.units + 7) // 8} bytes, not {self.packed.shape}")
+        if self.units % 8 and int(self.packed[-1]) >> (self.units % 8):
+            raise ValueError("bits behind the last unit are set")
+
+    @classmethod
+    def of(cls, granularity: Granularity, shape: tuple[int, ...], frozen: np.ndarray) -> Mask:
+        """Pack bool `frozen`: [I] for columns, [O] for rows, [shape] or flat for elements."""
+        return cls(granularity, tuple(shape), np.packbits(np.ascontiguousarray(frozen).reshape(-1), bitorder="little"))
+
+    @classmethod
+    def constant(cls, granularity: Granularity, shape: tuple[int, ...], frozen: bool) -> Mask:
+        """All units frozen, or none."""
+        packed = np.full((unit_count(granularity, shape) + 7) // 8, 255 if frozen else 0, dtype=np.uint8)
+        spare = -unit_count(granularity, shape) % 8
+        if frozen and spare:
+            packed[-1] >>= spare
+        return cls(granularity, tuple(shape), packed)
+
+    @property
+    def units(self) -> int:
+        """How many columns, rows or elements."""
+        return unit_count(self.granularity, self.shape)
+
+    @property
+    def frozen_units(self) -> int:
+        chunks = (self.packed[i : i + (1 << 20)] for i in range(0, self.packed.size, 1 << 20))
+        return sum(int(_ONES[chunk].sum()) for chunk in chunks)
+
+    @property
+    def elements_per_unit(self) -> int:
+        return {"column": self.shape[0], "row": self.shape[-1], "element": 1}[self.granularity]
+
+    @property
+    def frozen_elements(self) -> int:
+        return self.frozen_units * self.elements_per_unit
+
+    def bits(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """bool [stop - start]: units `start` to `stop`, unpacked."""
+        stop = self.units if stop is None else stop
+        unpacked = np.unpackbits(self.packed[start // 8 : (stop + 7) // 8], bitorder="little")
+        return unpacked[start % 8 : start % 8 + stop - start].view(bool)
+
+    def columns(self) -> np.ndarray:
+        """bool [I] of a column mask."""
+        return self._bits_of("column")
+
+    def rows(self) -> np.ndarray:
+        """bool [O] of a row mask."""
+        return self._bits_of("row")
+
+    def elements(self) -> np.ndarray:
+        """bool [shape] of an element mask."""
+        return self._bits_of("element").reshape(self.shape)
+
+    def full(self) -> np.ndarray:
+        """bool [shape], whatever the granularity (a byte an element: one matrix at a time; maybe a read-only view)."""
+        if self.granularity == "column":
+            return np.broadcast_to(self.bits()[None, :], self.shape)
+        if self.granularity == "row":
+            return np.broadcast_to(self.bits()[:, None], self.shape)
+        return self.elements()
+
+    def to_elements(self) -> Mask:
+        """The same as an element mask."""
+        return self if self.granularity == "element" else Mask.of("element", self.shape, self.full())
+
+    def _bits_of(self, granularity: str) -> np.ndarray:
+        if self.granularity != granularity:
+            raise ValueError(f"a mask by {self.granularity} has no bits by {granularity}; use full()")
+        return self.bits()
+
+
+def unit_count(granularity: str, shape: tuple[int, ...]) -> int:
+    """How many units a mask of a matrix has."""
+    if granularity == "column":
+        return shape[-1]
+    if granularity == "row":
+        return shape[0]
+    return int(np.prod(shape, dtype=np.int64))
+
+
+@dataclass
+class Shield:
+    """All masks of a model, and where they come from.
+
+    Paths, times and meshes are kept out: equal shields are equal bytes.
+    """
+
+    method: str
+    model: str  # name of the model directory
+    fingerprint: str
+    matrices: dict[str, Matrix]
+    masks: Mapping[str, Mask]  # keys: those of `matrices`
+    score: str = "none"
+    granularity: str = "column"
+    budget: str = "none"
+    ratio: float | None = None  # as asked for; `realised` tells what came out
+    calibration: str = "none"  # digest of the calibration samples
+    plan: dict[str, Any] = field(default_factory=dict)  # the other choices, as JSON
+    made: dict[str, Any] | None = None  # of a composed shield: the operation and what it was made of
+    counts: dict[str, int] = field(default_factory=dict)  # frozen elements by matrix
+
+    def __post_init__(self) -> None:
+        if set(self.masks) != set(self.matrices):
+            raise ValueError("masks and matrices of a shield differ in names")
+        if not self.counts:
+            self.counts = {name: self.masks[name].frozen_elements for name in self.matrices}
+
+    def ratio_of(self, name: str) -> float:
+        """Frozen share of a matrix."""
+        return self.counts[name] / max(1, self.matrices[name].elements)
+
+    def realised(self) -> dict[str, dict[str, Any]]:
+        """Frozen elements, elements and their ratio: of the layers' linear weights, and of all it names."""
+        result = {}
+        for key, members in (
+            ("linear", [m for m in self.matrices.values() if m.scored]),
+            ("all", list(self.matrices.values())),
+        ):
+            frozen, total = sum(self.counts[m.name] for m in members), sum(m.elements for m in members)
+            result[key] = {"frozen": frozen, "elements": total, "ratio": frozen / total if total else 0.0}
+        return result
+
+    def header(self) -> dict[str, Any]:
+        """What stands in the file's header, less the digests."""
+        matrices = matrices_to_json(self.matrices)
+        for name, entry in matrices.items():
+            entry["granularity"] = self._granularity_of(name)
+            entry["frozen"] = self.counts[name]
+        return {
+            "format": FORMAT,
+            "method": self.method,
+            "score": self.score,
+            "granularity": self.granularity,
+            "budget": self.budget,
+            "ratio": self.ratio,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "calibration": self.calibration,
+            "plan": self.plan,
+            "made": self.made,
+            "realised": self.realised(),
+            "matrices": matrices,
+        }
+
+    def digest(self) -> str:
+        """sha256 (hex) of header and bits: the same as that of the file."""
+        if isinstance(self.masks, FileMasks):
+            return self.masks.file.digest
+        return seal(self.header(), {name: mask.packed for name, mask in self.masks.items()})["sha256"]
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the shield file; UserError when `path` is taken."""
+        write_sealed(path, self.header(), {n: m.packed for n, m in self.masks.items()}, overwrite=overwrite)
+
+    def _granularity_of(self, name: str) -> str:
+        if isinstance(self.masks, FileMasks):
+            return self.masks.granularity_of(name)
+        return self.masks[name].granularity
+
+
+class FileMasks(Mapping[str, Mask]):
+    """The masks of a shield file, read (and checked against their digest) one by one and not kept."""
+
+    def __init__(self, file: SealedFile) -> None:
+        self.file = file
+        self._entries = file.header["matrices"]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._entries))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def granularity_of(self, name: str) -> str:
+        """Without reading the mask."""
+        return self._entries[name]["granularity"]
+
+    def __getitem__(self, name: str) -> Mask:
+        entry = self._entries[name]
+        packed = self.file.get(name)
+        try:
+            mask = Mask(entry["granularity"], tuple(entry["shape"]), packed)
+        except ValueError as error:
+            raise UserError(
+                f"{self.file.path}: the shield file is damaged at {name}: {error}; make it again"
+            ) from error
+        if mask.frozen_elements != entry["frozen"]:
+            raise UserError(f"{self.file.path}: {name} freezes {mask.frozen_elements} elements, not {entry['frozen']}")
+        return mask
+
+
+def save_shield(shield: Shield, path: str | Path, *, overwrite: bool = False) -> None:
+    """Write a shield file; see `Shield.save`."""
+    shield.save(path, overwrite=overwrite)
+
+
+def load_shield(path: str | Path, *, check: bool = False) -> Shield:
+    """Open a shield file; masks are read and checked one by one when asked for, with `check` all of them now.
+
+    UserError when the file is missing, of another kind, truncated or altered.
+    """
+    file = SealedFile(path, FORMAT, "shield")
+    h = file.header
+    try:
+        if set(file.names()) != set(h["matrices"]):
+            raise UserError(f"{path}: the shield file's masks and matrices differ; make it again")
+        masks = FileMasks(file)
+        shield = Shield(
+            method=h["method"],
+            model=h["model"],
+            fingerprint=h["fingerprint"],
+            matrices=matrices_from_json(h["matrices"]),
+            masks=masks,
+            score=h["score"],
+            granularity=h["granularity"],
+            budget=h["budget"],
+            ratio=h["ratio"],
+            calibration=h["calibration"],
+            plan=h["plan"],
+            made=h["made"],
+            counts={name: h["matrices"][name]["frozen"] for name in sorted(h["matrices"])},
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: the shield file's header lacks {error}; make it again") from error
+    if check:
+        for name in masks:
+            masks[name]
+    return shield
+
+
+def check_model(shield: Shield, fingerprint: str, model_name: str) -> None:
+    """UserError with both names when the shield was made for another model than the one with this fingerprint."""
+    if shield.fingerprint != fingerprint:
+        raise UserError(
+            f"the shield was made for model {shield.model} (fingerprint {shield.fingerprint[:12]}), not for"
+            f" {model_name} ({fingerprint[:12]}); plan one for this model"
+        )

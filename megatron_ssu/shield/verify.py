@@ -1,0 +1,187 @@
+"""Did every frozen bit stay? Compares two Hugging Face directories under a shield, bit by bit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from megatron_ssu.errors import UserError
+from megatron_ssu.models.fingerprint import model_fingerprint
+from megatron_ssu.models.hf_files import HFCheckpoint
+from megatron_ssu.shield.file import Mask, Shield, check_model, load_shield
+
+_CHUNK = 1 << 24  # elements compared at a time
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """One tensor. Units are columns, rows or elements by `granularity`; 'none': not shielded, units are elements."""
+
+    name: str
+    shape: tuple[int, ...]
+    granularity: str
+    frozen: int  # units
+    moved_frozen: int  # frozen units with a bit that differs
+    trainable: int
+    moved_trainable: int
+    first_moved: tuple[int, ...] = ()  # the first frozen units that moved
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` found; `ok` when no frozen bit moved."""
+
+    source: str
+    adapted: str
+    shield: str  # digest
+    matrices: tuple[MatrixReport, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not any(m.moved_frozen for m in self.matrices)
+
+    def totals(self, granularity: str) -> dict[str, int]:
+        """Sums over the matrices of one granularity."""
+        members = [m for m in self.matrices if m.granularity == granularity]
+        keys = ("frozen", "moved_frozen", "trainable", "moved_trainable")
+        return {"matrices": len(members)} | {key: sum(getattr(m, key) for m in members) for key in keys}
+
+    def granularities(self) -> list[str]:
+        return [g for g in ("column", "row", "element", "none") if any(m.granularity == g for m in self.matrices)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "ok": self.ok,
+            "source": self.source,
+            "adapted": self.adapted,
+            "shield": self.shield,
+            "totals": {g: self.totals(g) for g in self.granularities()},
+            "matrices": [
+                asdict(m) | {"shape": list(m.shape), "first_moved": list(m.first_moved)} for m in self.matrices
+            ],
+        }
+
+    def render(self, console: Console) -> None:
+        """Print the table: a line per shielded matrix, sums, and the verdict."""
+        table = Table(header_style="bold", pad_edge=False)
+        table.add_column("matrix", overflow="fold")
+        for heading in ("shape", "by", "frozen", "of these moved", "trainable", "of these moved"):
+            table.add_column(heading, justify="left" if heading == "by" else "right")
+        for m in self.matrices:
+            if m.granularity != "none":
+                table.add_row(m.name, "x".join(map(str, m.shape)), m.granularity, *_cells(asdict(m)))
+        table.add_section()
+        for g in self.granularities():
+            totals = self.totals(g)
+            label = (
+                f"{totals['matrices']} not in the shield" if g == "none" else f"{totals['matrices']} matrices by {g}"
+            )
+            table.add_row(label, "", "element" if g == "none" else g, *_cells(totals), style="bold")
+        console.print(table)
+        for m in self.matrices:
+            if m.moved_frozen:
+                where = ", ".join(map(str, m.first_moved)) + (", ..." if m.moved_frozen > len(m.first_moved) else "")
+                console.print(f"[red]moved though frozen:[/] {m.name}: {m.moved_frozen} {m.granularity}s ({where})")
+        verdict = "[green]OK: no frozen bit moved[/]" if self.ok else "[red]FAILED: frozen bits moved[/]"
+        console.print(verdict)
+
+
+def verify(source_dir: str | Path, adapted_dir: str | Path, shield_path: str | Path) -> VerifyReport:
+    """Compare raw bits (so -0.0 is not 0.0, and NaN payloads count), one matrix at a time.
+
+    UserError when a file is missing or damaged, the shield is of another model than `source_dir`, or the directories
+    differ in tensor names, dtypes or shapes.
+    """
+    shield = load_shield(shield_path)
+    source, adapted = HFCheckpoint(source_dir), HFCheckpoint(adapted_dir)
+    check_model(shield, model_fingerprint(source_dir), _directory_name(source_dir))
+    _check_tensors(source, adapted)
+    for name, matrix in shield.matrices.items():
+        if name not in source:
+            raise UserError(f"{source.directory}: has no tensor {name}, which the shield names")
+        if source.shape(name) != matrix.shape:
+            raise UserError(f"{source.directory}: {name} is {source.shape(name)}, in the shield {matrix.shape}")
+    reports = []
+    for name in sorted(source.names(), key=lambda n: _order(shield, n)):
+        mask = shield.masks.get(name)
+        reports.append(_compare(name, source.raw(name), adapted.raw(name), mask))
+    return VerifyReport(_directory_name(source_dir), _directory_name(adapted_dir), shield.digest(), tuple(reports))
+
+
+def _compare(name: str, source: np.ndarray, adapted: np.ndarray, mask: Mask | None) -> MatrixReport:
+    """Compare the bits of one tensor: unsigned integers [shape], read in chunks of rows."""
+    width = int(np.prod(source.shape[1:], dtype=np.int64))
+    step = max(1, _CHUNK // max(1, width))
+    granularity = mask.granularity if mask else "none"
+    moved = np.zeros(source.shape[1] if granularity == "column" else source.shape[0], dtype=bool)
+    frozen = moved_frozen = moved_any = 0
+    first: list[int] = []
+    for start in range(0, source.shape[0], step):
+        rows = slice(start, min(start + step, source.shape[0]))
+        differs = source[rows] != adapted[rows]
+        if granularity == "column":
+            moved |= differs.any(axis=0)
+        elif granularity == "row":
+            moved[rows] = differs.any(axis=1)
+        else:
+            differs = differs.reshape(-1)
+            moved_any += int(differs.sum())
+            if mask:
+                wrong = np.flatnonzero(differs & mask.bits(rows.start * width, rows.stop * width))
+                moved_frozen += wrong.size
+                first += [int(i) + rows.start * width for i in wrong[: 3 - len(first)]]
+    units = moved.size if granularity in ("column", "row") else source.size
+    if mask:
+        frozen = mask.frozen_units
+    if mask and granularity != "element":
+        wrong = np.flatnonzero(moved & mask.bits())
+        moved_frozen, moved_any, first = wrong.size, int(moved.sum()), [int(i) for i in wrong[:3]]
+    return MatrixReport(
+        name,
+        tuple(source.shape),
+        granularity,
+        frozen,
+        int(moved_frozen),
+        int(units) - frozen,
+        moved_any - int(moved_frozen),
+        tuple(first),
+    )
+
+
+def _check_tensors(source: HFCheckpoint, adapted: HFCheckpoint) -> None:
+    """UserError unless both hold tensors of the same names, dtypes and shapes."""
+    ours, theirs = set(source.names()), set(adapted.names())
+    for names, where in ((ours - theirs, adapted.directory), (theirs - ours, source.directory)):
+        if names:
+            raise UserError(f"{where}: lacks {len(names)} tensors that the other model has, such as {min(names)}")
+    for name in sorted(ours):
+        for what, a, b in (
+            ("dtype", source.dtype(name), adapted.dtype(name)),
+            ("shape", source.shape(name), adapted.shape(name)),
+        ):
+            if a != b:
+                raise UserError(
+                    f"{adapted.directory}: {name} has {what} {b}, in {source.directory} {a}; export it alike"
+                )
+
+
+def _order(shield: Shield, name: str) -> tuple[int, str]:
+    matrix = shield.matrices.get(name)
+    return (-1 if matrix is None or matrix.layer is None else matrix.layer, name)
+
+
+def _directory_name(path: str | Path) -> str:
+    return Path(path).resolve().name
+
+
+def _cells(values: dict[str, Any]) -> list[str]:
+    """Frozen, moved frozen, trainable, moved trainable with its share."""
+    share = f" {values['moved_trainable'] / values['trainable']:7.2%}" if values["trainable"] else ""
+    wrong = f"[red]{values['moved_frozen']:,}[/]" if values["moved_frozen"] else "0"
+    return [f"{values['frozen']:,}", wrong, f"{values['trainable']:,}", f"{values['moved_trainable']:,}{share}"]
