@@ -1,0 +1,137 @@
+"""From a run file and a Hugging Face config to megatron's TransformerConfig and GPTModel chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ssu import runtime
+from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.errors import UserError
+from megatron_ssu.models.family import Dims, Family, padded_vocab
+from megatron_ssu.models.modules import mask_padded_vocabulary
+from megatron_ssu.runtime import Mesh
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine's layers are used: where CUDA is and it can be imported."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return runtime.has_cuda() and HAVE_TE
+
+
+def _keep(tensor: torch.Tensor) -> torch.Tensor:
+    """Weight initialisation: none, the checkpoint fills the weights; megatron still marks them as parallel."""
+    return tensor
+
+
+def transformer_config(run: RunConfig, family: Family, hf: dict[str, Any], dims: Dims) -> TransformerConfig:
+    """megatron's settings for this model, built once.
+
+    Raises:
+        UserError: megatron-core refuses the combination.
+    """
+    dtype = DTYPES[run.precision.dtype]
+    fields: dict[str, Any] = {
+        "num_layers": dims.layers,
+        "hidden_size": dims.hidden,
+        "num_attention_heads": dims.heads,
+        "num_query_groups": dims.groups,
+        "ffn_hidden_size": dims.ffn,
+        "kv_channels": dims.head,
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method": _keep,
+        "output_layer_init_method": _keep,
+        "embedding_init_method": _keep,
+        "bf16": dtype is torch.bfloat16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        **family.settings(hf, dims),
+    }
+    if not runtime.has_cuda():
+        fields |= {
+            "masked_softmax_fusion": False,
+            "bias_activation_fusion": False,
+            "bias_dropout_fusion": False,
+            "gradient_accumulation_fusion": False,
+            "async_tensor_model_parallel_allreduce": False,
+        }
+        if run.parallel.virtual_pipeline:
+            # On gloo the batched exchange of the interleaved schedule delivers wrong tensors without an error.
+            fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    fields |= run.parallel.transformer | run.precision.transformer | run.model.transformer
+    try:
+        return TransformerConfig(**fields)
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        reason = " ".join(str(error).split()) or "settings that do not go together"
+        raise UserError(f"model, parallel or precision: megatron-core refuses: {reason}") from error
+
+
+def build_chunks(
+    run: RunConfig, family: Family, hf: dict[str, Any], dims: Dims, config: TransformerConfig, mesh: Mesh
+) -> list[GPTModel]:
+    """This rank's model chunks, one or one per virtual stage, with unset weights on this rank's device."""
+    frequencies = rope_frequencies(hf, run.model.path)
+    layer_spec = family.layer_spec(dims, has_transformer_engine())
+    norm = _final_norm()
+    chunks = []
+    for stage in range(mesh.chunks):
+        vp_stage = stage if mesh.virtual else None
+        layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=mesh.pipeline_rank)
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer_spec] * layers, layer_norm=norm),
+            vocab_size=padded_vocab(dims.vocab, run.model.make_vocab_size_divisible_by),
+            max_sequence_length=dims.positions,
+            pre_process=mesh.first_stage and stage == 0,
+            post_process=mesh.last_stage and stage == mesh.chunks - 1,
+            share_embeddings_and_output_weights=dims.tied,
+            position_embedding_type="rope",
+            vp_stage=vp_stage,
+        )
+        chunk.rotary_pos_emb.inv_freq = frequencies.to(runtime.device())
+        if chunk.post_process:
+            mask_padded_vocabulary(chunk.output_layer, dims.vocab)
+        chunks.append(chunk.to(runtime.device()))
+    return chunks
+
+
+def _final_norm() -> type:
+    from megatron_ssu.models.specs import backend
+
+    return backend(has_transformer_engine()).norm
+
+
+def rope_frequencies(hf: dict[str, Any], path: str) -> torch.Tensor:
+    """Inverse frequencies [head / 2] fp32 as transformers computes them (default, linear, llama3).
+
+    Raises:
+        UserError: a rope that changes with the sequence or scales attention.
+    """
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = AutoConfig.for_model(**hf)
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in ("default", "linear", "llama3"):
+        raise UserError(f"{path}/config.json: rope type {kind!r} is not supported; supported are default, linear, llama3")
+    head = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    if kind == "default":
+        base = scaling.get("rope_theta") or getattr(config, "rope_theta", 10000.0)
+        return 1.0 / (base ** (torch.arange(0, head, 2, dtype=torch.int64).to(torch.float32) / head))
+    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    if attention_factor != 1.0:
+        raise UserError(f"{path}/config.json: rope scales attention by {attention_factor}; that is not supported")
+    return frequencies.float()

@@ -1,0 +1,210 @@
+"""Write any mesh back to a Hugging Face directory.
+
+Rank 0 writes. Tensor by tensor it receives the pieces from the ranks that hold them and streams them into the file, so that
+it holds one tensor at a time. Everything is written into a folder beside the target that takes its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ssu import runtime
+from megatron_ssu.errors import UserError
+from megatron_ssu.models.hf_files import HFCheckpoint
+from megatron_ssu.models.hf_import import DTYPE_NAMES
+from megatron_ssu.models.layout import Layout, Piece, take
+from megatron_ssu.models.matrix import Matrix
+from megatron_ssu.runtime import Mesh
+
+CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the new checkpoint: its name, the matrix it comes from, its stored dtype ('BF16', 'F32', ...)."""
+
+    name: str
+    matrix: Matrix
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        size = DTYPE_NAMES[self.dtype].itemsize
+        for extent in self.matrix.shape:
+            size *= extent
+        return size
+
+
+def plan_files(tensors: list[Tensor], max_shard_size: int) -> dict[str, list[Tensor]]:
+    """Share tensors out to files of at most `max_shard_size` bytes (a larger tensor has a file of its own), in order."""
+    files: list[list[Tensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if files[-1] and filled + tensor.nbytes > max_shard_size:
+            files.append([])
+            filled = 0
+        files[-1].append(tensor)
+        filled += tensor.nbytes
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    return {f"model-{i:05d}-of-{len(files):05d}.safetensors": part for i, part in enumerate(files, 1)}
+
+
+def export_model(layout: Layout, mesh: Mesh, source: HFCheckpoint, target: Path, max_shard_size: int) -> None:
+    """Write the model to the Hugging Face directory `target`, each tensor in the dtype that `source` stores it in.
+
+    Collective over all ranks. Config, tokenizer and generation config are carried over from `source`.
+
+    Raises:
+        UserError: `target` exists, or cannot be written.
+    """
+    stored = set(source.names())
+    tensors = [Tensor(m.name, m, source.dtype(m.name)) for m in layout.family.matrices(layout.dims)]
+    if layout.dims.tied:
+        # Some checkpoints store the tied head as well.
+        embedding = next(t for t in tensors if t.matrix.kind == "embedding")
+        heads = [n for e in layout.family.edges if e.kinds == ("head",) for n in e.tensors if n in stored]
+        tensors += [Tensor(name, embedding.matrix, embedding.dtype) for name in heads]
+    files = plan_files(tensors, max_shard_size)
+    own = {p.matrix.name: (shard, p) for shard, p in _own_pieces(layout, mesh)}
+    holders = _holders(own, mesh)
+    partial = target.with_name(f".{target.name}.partial")
+    runtime.on_rank_zero(lambda: _prepare(target, partial))
+    if mesh.rank == 0:
+        writer = _Writer(partial)
+    for name, part in files.items():
+        if mesh.rank == 0:
+            writer.begin(name, part)
+        for tensor in part:
+            whole = _collect(tensor, own, holders, mesh)
+            if mesh.rank == 0:
+                writer.write(whole)
+        if mesh.rank == 0:
+            writer.end()
+    runtime.on_rank_zero(lambda: _finish(writer, files, source.directory, target, partial) if mesh.rank == 0 else None)
+
+
+def _prepare(target: Path, partial: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: exists already and is not overwritten; name another directory or remove it")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{partial}: cannot be made: {error.strerror}; name a directory that can be written") from error
+
+
+def _finish(writer: _Writer, files: dict[str, list[Tensor]], source: Path, target: Path, partial: Path) -> None:
+    if writer.error is not None:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{target}: cannot be written: {writer.error.strerror}; nothing was left behind")
+    if len(files) > 1:
+        total = sum(t.nbytes for part in files.values() for t in part)
+        weight_map = {t.name: name for name, part in files.items() for t in part}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    for pattern in CARRIED:
+        for file in source.glob(pattern):
+            if not file.name.endswith(".index.json"):
+                shutil.copyfile(file, partial / file.name)
+    if target.exists():
+        target.rmdir()
+    os.replace(partial, target)
+
+
+class _Writer:
+    """Streams safetensors files. A failed write is kept in `error`, so that the other ranks can go on to the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.error, self.file = folder, None, None  # type: ignore[var-annotated]
+
+    def begin(self, name: str, tensors: list[Tensor]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for tensor in tensors:
+            header[tensor.name] = {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.matrix.shape),
+                "data_offsets": [offset, offset + tensor.nbytes],
+            }
+            offset += tensor.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._try(lambda: self._open(name, struct.pack("<Q", len(text)) + text))
+
+    def _open(self, name: str, head: bytes) -> None:
+        self.file = open(self.folder / name, "wb")  # noqa: SIM115
+        self.file.write(head)
+
+    def write(self, tensor: torch.Tensor) -> None:
+        self._try(lambda: self.file.write(tensor.contiguous().view(torch.uint8).numpy().data))
+
+    def end(self) -> None:
+        def close() -> None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+
+        self._try(close)
+
+    def _try(self, work: Any) -> None:
+        if self.error is None:
+            try:
+                work()
+            except OSError as error:
+                self.error = error
+
+
+OwnPieces = dict[str, tuple[torch.Tensor, Piece]]
+Holders = dict[str, list[tuple[int, Piece]]]
+
+
+def _holders(own: OwnPieces, mesh: Mesh) -> Holders:
+    """Which ranks send which piece of every matrix: one copy of each, from the first data- and context-parallel rank."""
+    sends = mesh.data_rank == 0 and mesh.context_rank == 0
+    mine = [(name, mesh.rank, piece) for name, (_, piece) in own.items()] if sends else []
+    gathered: list[Any] = [None] * mesh.world
+    dist.all_gather_object(gathered, mine)
+    holders: Holders = {}
+    for part in gathered:
+        for name, rank, piece in part:
+            holders.setdefault(name, []).append((rank, piece))
+    return holders
+
+
+def _own_pieces(layout: Layout, mesh: Mesh) -> Iterator[tuple[torch.Tensor, Piece]]:
+    for local in layout:
+        if local.primary and (local.split is not None or mesh.tensor_rank == 0):
+            for piece in local.pieces:
+                yield local.param.data, piece
+
+
+def _collect(tensor: Tensor, own: OwnPieces, holders: Holders, mesh: Mesh) -> torch.Tensor:
+    """The whole tensor on rank 0's CPU, in its stored dtype; an empty one on the other ranks."""
+    matrix, dtype = tensor.matrix, DTYPE_NAMES[tensor.dtype]
+    whole = torch.empty(matrix.shape if mesh.rank == 0 else 0, dtype=dtype)
+    for rank, piece in holders[matrix.name]:
+        part = None
+        if rank == mesh.rank:
+            shard, mine = own[matrix.name]
+            part = take(shard, mine).to(dtype).contiguous()
+        if rank != 0 and mesh.rank == rank:
+            dist.send(part, 0)
+        if mesh.rank == 0:
+            if part is None:
+                shape = [s.stop - s.start for s in piece.index]
+                part = torch.empty(shape, dtype=dtype, device=runtime.device())
+                dist.recv(part, rank)
+            whole[piece.index].copy_(part)
+    return whole

@@ -1,0 +1,56 @@
+"""Read a Hugging Face directory straight into the shards of a mesh: each rank reads only the slices that it holds."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_ssu.errors import UserError
+from megatron_ssu.models.family import Dims, Family
+from megatron_ssu.models.hf_files import HFCheckpoint
+from megatron_ssu.models.layout import Layout, put
+from megatron_ssu.models.matrix import Matrix
+
+DTYPE_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def check_checkpoint(checkpoint: HFCheckpoint, family: Family, dims: Dims, dtype: torch.dtype) -> None:
+    """Names, shapes and dtypes of all tensors, before any weight is read.
+
+    Raises:
+        UserError: a tensor is missing, unknown, of another shape, or would lose bits in `dtype`.
+    """
+    names = set(checkpoint.names())
+    expected = {m.name: m for m in family.matrices(dims)}
+    for matrix in expected.values():
+        if matrix.name not in names:
+            raise UserError(f"{checkpoint.directory}: tensor {matrix.name} is missing; config.json says the model has it")
+        _check_tensor(checkpoint, matrix, dtype)
+    heads = {t for e in family.edges for t in e.tensors}
+    unknown = sorted(n for n in names - set(expected) - heads if not family.is_ignored(n))
+    if unknown:
+        raise UserError(f"{checkpoint.directory}: tensor {unknown[0]} is not part of a {family.name} model; check config.json")
+
+
+def _check_tensor(checkpoint: HFCheckpoint, matrix: Matrix, dtype: torch.dtype) -> None:
+    shape = tuple(checkpoint.shape(matrix.name))
+    if shape != matrix.shape:
+        raise UserError(f"{checkpoint.directory}: tensor {matrix.name} is {list(shape)}, config.json says {list(matrix.shape)}")
+    stored = checkpoint.dtype(matrix.name)
+    if stored not in DTYPE_NAMES:
+        raise UserError(f"{checkpoint.directory}: tensor {matrix.name} is {stored}; supported are F32, BF16, F16")
+    if dtype is not torch.float32 and DTYPE_NAMES[stored] is not dtype:
+        raise UserError(
+            f"{checkpoint.directory}: tensor {matrix.name} is {stored} and would be rounded to bf16, so that frozen weights could "
+            "not stay bit-identical; set precision.dtype=fp32, or convert the model first (tools/convert_dtype.py)"
+        )
+
+
+def import_weights(layout: Layout, checkpoint: HFCheckpoint) -> None:
+    """Fill this rank's parameters; rows that pad the vocabulary become zero."""
+    with torch.no_grad():
+        for local in layout:
+            shard = local.param.data
+            if sum(p.rows for p in local.pieces) < shard.shape[0]:
+                shard.zero_()
+            for piece in local.pieces:
+                put(shard, piece, checkpoint.get_slice(piece.matrix.name)[piece.index])

@@ -1,0 +1,174 @@
+"""Where every element of a Hugging Face tensor lives on the mesh: matrices <-> rows and columns of parameter shards.
+
+Pure arithmetic on sizes and ranks. Import, export, scoring, masking and verifying all read it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ssu.models.family import Dims, Entry, Family
+from megatron_ssu.models.matrix import Matrix
+
+
+@dataclass(frozen=True)
+class Run:
+    """`count` consecutive rows of a matrix, from `matrix_row`, that are rows of the shard from `shard_row`."""
+
+    shard_row: int
+    matrix_row: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of one matrix that one parameter shard holds: rows in runs, and columns [col_start, col_stop).
+
+    The runs' matrix rows are consecutive, so the part is one rectangle of the matrix. For 1-D tensors the rows are elements
+    and the columns [0, 1).
+    """
+
+    matrix: Matrix
+    runs: tuple[Run, ...]
+    col_start: int
+    col_stop: int
+
+    @property
+    def row_start(self) -> int:
+        return self.runs[0].matrix_row
+
+    @property
+    def row_stop(self) -> int:
+        return self.runs[-1].matrix_row + self.runs[-1].count
+
+    @property
+    def rows(self) -> int:
+        return self.row_stop - self.row_start
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """The rectangle as an index into the matrix."""
+        rows = slice(self.row_start, self.row_stop)
+        return (rows,) if len(self.matrix.shape) == 1 else (rows, slice(self.col_start, self.col_stop))
+
+
+def put(shard: torch.Tensor, piece: Piece, part: torch.Tensor) -> None:
+    """Write `part` [rows, cols] of a matrix into the rows of `shard` that belong to it."""
+    for run in piece.runs:
+        start = run.matrix_row - piece.row_start
+        shard[run.shard_row : run.shard_row + run.count].copy_(part[start : start + run.count])
+
+
+def take(shard: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """The rows of `shard` that belong to the piece's matrix, in the matrix's order: [rows, cols]; a view where it can be."""
+    parts = [shard[run.shard_row : run.shard_row + run.count] for run in piece.runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def pieces(entry: Entry, dims: Dims, layer: int | None, rank: int, size: int, vocab_rows: int) -> tuple[Piece, ...]:
+    """What the shard of `entry` on tensor-parallel rank `rank` of `size` holds; `vocab_rows` is the padded vocabulary."""
+    matrices = [
+        Matrix(t.format(layer=layer), dims.shape(k), layer, "norm" if k.endswith("norm") else k)
+        for t, k in zip(entry.tensors, entry.kinds, strict=True)
+    ]
+    if entry.form == "qkv":
+        return _qkv_pieces(matrices, dims, rank, size)
+    found, shard_row = [], 0
+    for matrix in matrices:
+        rows, cols = matrix.shape[0], matrix.shape[1] if len(matrix.shape) == 2 else 1
+        first, stop, col_start, col_stop = 0, rows, 0, cols
+        if entry.split == 0:
+            share = (vocab_rows if entry.form == "vocab" else rows) // size
+            first, stop = min(rows, rank * share), min(rows, (rank + 1) * share)
+        elif entry.split == 1:
+            col_start, col_stop = rank * cols // size, (rank + 1) * cols // size
+        if stop > first:
+            found.append(Piece(matrix, (Run(shard_row, first, stop - first),), col_start, col_stop))
+            shard_row += stop - first
+    return tuple(found)
+
+
+def _qkv_pieces(matrices: Sequence[Matrix], dims: Dims, rank: int, size: int) -> tuple[Piece, ...]:
+    """Query group by query group: the group's query heads, its key head, its value head."""
+    groups = dims.groups // size
+    heads = [dims.heads // dims.groups * dims.head, dims.head, dims.head]
+    block = sum(heads)
+    found = []
+    for position, (matrix, rows) in enumerate(zip(matrices, heads, strict=True)):
+        offset = sum(heads[:position])
+        runs = tuple(Run(g * block + offset, (rank * groups + g) * rows, rows) for g in range(groups))
+        found.append(Piece(matrix, runs, 0, matrix.shape[1]))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class LocalParam:
+    """A parameter of this rank and the matrices in it."""
+
+    name: str  # within its chunk
+    param: torch.nn.Parameter
+    pieces: tuple[Piece, ...]
+    split: int | None
+    primary: bool  # False: a second copy (the tied head of the last pipeline stage)
+
+
+class Layout:
+    """All parameters of this rank's model chunks, each with its matrices."""
+
+    def __init__(
+        self,
+        family: Family,
+        dims: Dims,
+        chunks: Sequence[torch.nn.Module],
+        tensor_rank: int,
+        tensor_size: int,
+        vocab_rows: int,
+    ) -> None:
+        self.family, self.dims = family, dims
+        self.params: list[LocalParam] = []
+        for chunk in chunks:
+            for name, param in chunk.named_parameters():
+                entry, layer = _find(family, chunk, name)
+                tied_copy = entry.kinds == ("head",) and dims.tied
+                source = _embedding(family) if tied_copy else entry
+                self.params.append(
+                    LocalParam(
+                        name=name,
+                        param=param,
+                        pieces=pieces(source, dims, layer, tensor_rank, tensor_size, vocab_rows),
+                        split=entry.split,
+                        primary=not tied_copy,
+                    )
+                )
+
+    def __iter__(self) -> Iterator[LocalParam]:
+        return iter(self.params)
+
+    def of(self, param: torch.nn.Parameter) -> LocalParam:
+        """Raises KeyError for a parameter of another model."""
+        for local in self.params:
+            if local.param is param:
+                return local
+        raise KeyError("parameter is not part of this layout")
+
+
+def _embedding(family: Family) -> Entry:
+    return next(e for e in family.edges if e.kinds == ("embedding",))
+
+
+def _find(family: Family, chunk: torch.nn.Module, name: str) -> tuple[Entry, int | None]:
+    """The table's entry for a parameter of a GPTModel chunk, and its layer counted over the whole model from 0."""
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
+    if match:
+        layer = chunk.decoder.layers[int(match[1])].layer_number - 1
+        for entry in family.layer:
+            if entry.param == match[2]:
+                return entry, layer
+    for entry in family.edges:
+        if entry.param == name:
+            return entry, None
+    raise KeyError(f"{family.name}'s table has no entry for megatron's parameter {name}")

@@ -1,0 +1,51 @@
+"""OLMo-2: norms behind attention and MLP, q and k normed over their whole projections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megatron_ssu.models.family import EDGES, FC1, FC2, PROJ, QKV, Dims, Entry, Family, norm, refuse_unless
+from megatron_ssu.models.modules import ProjectionRMSNorm, with_output_norm
+from megatron_ssu.models.specs import backend, decoder_layer
+
+
+def _settings(hf: dict[str, Any], dims: Dims) -> dict[str, Any]:
+    # megatron's qk_layernorm stays off: it would sum the q/k norm gradients over tensor-parallel ranks.
+    return {"layernorm_epsilon": hf.get("rms_norm_eps", 1e-5)}
+
+
+def _layer_spec(dims: Dims, transformer_engine: bool) -> ModuleSpec:
+    parts = backend(transformer_engine)
+    return decoder_layer(
+        parts,
+        q_norm=ModuleSpec(module=ProjectionRMSNorm, params={"heads": dims.heads}),
+        k_norm=ModuleSpec(module=ProjectionRMSNorm, params={"heads": dims.groups}),
+        row_linear=with_output_norm(parts.row_linear, parts.norm),
+    )
+
+
+def _check(hf: dict[str, Any]) -> None:
+    refuse_unless(hf, "hidden_act", ("silu",))
+    refuse_unless(hf, "attention_bias", (False, None))
+
+
+OLMO2 = Family(
+    name="olmo2",
+    model_types=("olmo2",),
+    layer=(
+        QKV,
+        Entry("self_attention.q_layernorm.weight", ("model.layers.{layer}.self_attn.q_norm.weight",), ("q_norm",), split=0),
+        Entry("self_attention.k_layernorm.weight", ("model.layers.{layer}.self_attn.k_norm.weight",), ("k_norm",), split=0),
+        PROJ,
+        norm("self_attention.linear_proj.post_norm.weight", "post_attention_layernorm.weight"),
+        FC1,
+        FC2,
+        norm("mlp.linear_fc2.post_norm.weight", "post_feedforward_layernorm.weight"),
+    ),
+    edges=EDGES,
+    settings=_settings,
+    layer_spec=_layer_spec,
+    check=_check,
+)

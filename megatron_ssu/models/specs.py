@@ -1,0 +1,73 @@
+"""Which modules a transformer layer is built of: megatron-core's local layers, or Transformer Engine's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_ssu.models.modules import RMSNorm
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The classes that a layer is put together from."""
+
+    norm: type
+    column_linear: type
+    row_linear: type
+    attention: type
+
+
+def backend(transformer_engine: bool) -> Backend:
+    """Norms stay apart from the linear layers behind them, so that parameters have one name and scores see true inputs."""
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        te = TESpecProvider()
+        return Backend(
+            te.layer_norm(rms_norm=True), te.column_parallel_linear(), te.row_parallel_linear(), te.core_attention()
+        )
+    local = LocalSpecProvider()
+    return Backend(RMSNorm, local.column_parallel_linear(), local.row_parallel_linear(), local.core_attention())
+
+
+def decoder_layer(
+    parts: Backend,
+    *,
+    input_norm: type = IdentityOp,
+    mlp_norm: type = IdentityOp,
+    q_norm: ModuleSpec | type = IdentityOp,
+    k_norm: ModuleSpec | type = IdentityOp,
+    row_linear: type | None = None,
+) -> ModuleSpec:
+    """A decoder layer: causal self-attention and gated MLP, each with residual; norms where they are given."""
+    row = row_linear or parts.row_linear
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=input_norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=parts.column_linear,
+                    core_attention=parts.attention,
+                    linear_proj=row,
+                    q_layernorm=q_norm,
+                    k_layernorm=k_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=mlp_norm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=parts.column_linear, linear_fc2=row)),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

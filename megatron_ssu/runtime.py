@@ -1,0 +1,240 @@
+"""The machine under the trainer: CPU backend of megatron-core, process groups, agreement of ranks.
+
+This is the only module that patches megatron-core or torch, and the only one that asks for CUDA.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_ssu.errors import UserError
+
+T = TypeVar("T")
+
+
+def has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """Where this rank's tensors live."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+class _Stream:
+    """Stands for a CUDA stream or event where everything runs in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def _to_cpu(factory: Callable) -> Callable:
+    @functools.wraps(factory)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device") is not None and str(kwargs["device"]).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return wrapper
+
+
+def install_cpu_backend() -> None:
+    """Let unmodified megatron-core 0.16 run on CPU and gloo. Does nothing where CUDA is, or when called again."""
+    if has_cuda() or getattr(torch.cuda, "_megatron_ssu_cpu", False):
+        return
+    cpu = torch.device("cpu")
+    cuda = {
+        "current_device": lambda: cpu,
+        "set_device": lambda *a: None,
+        "synchronize": lambda *a: None,
+        "Stream": _Stream,
+        "Event": _Stream,
+        "stream": lambda *a: nullcontext(),
+        "current_stream": lambda *a: _Stream(),
+        "default_stream": lambda *a: _Stream(),
+        "manual_seed": torch.manual_seed,
+        "get_rng_state": lambda *a, **k: torch.get_rng_state(),
+        "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
+        "_megatron_ssu_cpu": True,
+    }
+    for name, value in cuda.items():
+        setattr(torch.cuda, name, value)
+    for name in ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn"):
+        setattr(torch, name, _to_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
+
+    stock_type = torch.Tensor.type
+
+    def tensor_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # The optimizer tells precisions apart by 'torch.cuda.FloatTensor' and the like.
+        if dtype is None:
+            return stock_type(self).replace("torch.", "torch.cuda.", 1)
+        return stock_type(self, dtype, *args, **kwargs)
+
+    torch.Tensor.type = tensor_type  # type: ignore[method-assign]
+    random = tensor_parallel.random
+    random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes of the mesh and this rank's place in it."""
+
+    world: int
+    rank: int
+    tensor: int
+    tensor_rank: int
+    pipeline: int
+    pipeline_rank: int
+    virtual: int | None
+    context: int
+    context_rank: int
+    data: int
+    data_rank: int
+
+    @property
+    def chunks(self) -> int:
+        """Model chunks a rank holds."""
+        return self.virtual or 1
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline - 1
+
+    def __str__(self) -> str:
+        virtual = f" x {self.virtual} (virtual)" if self.virtual else ""
+        context = f" x {self.context} (context)" if self.context > 1 else ""
+        return f"{self.tensor} (tensor) x {self.pipeline} (pipeline){virtual}{context} x {self.data} (data)"
+
+
+def world_size() -> int:
+    """Ranks of this job, known before any process group is."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_processes(timeout_minutes: float = 30.0) -> None:
+    """Join the job's process group: torchrun's, or a group of one when run alone."""
+    install_cpu_backend()
+    if dist.is_initialized():
+        return
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if has_cuda():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} on this node; "
+                "start as many ranks a node as it has GPUs"
+            )
+        torch.cuda.set_device(local_rank)
+    backend = "nccl" if has_cuda() else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def start_mesh(
+    tensor: int = 1,
+    pipeline: int = 1,
+    virtual: int | None = None,
+    context: int = 1,
+    seed: int = 1234,
+    timeout_minutes: float = 30.0,
+) -> Mesh:
+    """Build megatron's parallel groups over the running process group and seed its RNG trackers."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=context,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return Mesh(
+        world=dist.get_world_size(),
+        rank=dist.get_rank(),
+        tensor=tensor,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline=pipeline,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        virtual=virtual,
+        context=context,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        data=parallel_state.get_data_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+    )
+
+
+def stop_processes() -> None:
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def is_rank_zero() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0; every rank gets its result, or raises its UserError alike.
+
+    Raises:
+        UserError: the one that rank 0 raised.
+        RuntimeError: on the other ranks when rank 0 met a bug; rank 0 keeps the traceback.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return work()
+    verdict: list[Any] = [None, None]
+    bug: BaseException | None = None
+    if dist.get_rank() == 0:
+        try:
+            verdict = ["done", work()]
+        except UserError as error:
+            verdict = ["refused", str(error)]
+        except Exception as error:
+            verdict, bug = ["failed", f"{type(error).__name__}: {error}"], error
+    dist.broadcast_object_list(verdict, src=0)
+    if bug is not None:
+        raise bug
+    if verdict[0] == "refused":
+        raise UserError(verdict[1])
+    if verdict[0] == "failed":
+        raise RuntimeError(f"rank 0 failed: {verdict[1]}")
+    return verdict[1]
+
+
+def on_all_ranks(work: Callable[[], T]) -> T:
+    """Run `work` on every rank; if any rank raises a UserError all raise the first one (by rank), so none waits for it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return work()
+    result, message = None, None
+    try:
+        result = work()
+    except UserError as error:
+        message = str(error)
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    first = next((m for m in messages if m is not None), None)
+    if first is not None:
+        raise UserError(first)
+    return result  # type: ignore[return-value]

@@ -1,0 +1,85 @@
+"""A model on a mesh: what scoring, training and export start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ssu import runtime
+from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.config.validate import read_hf_config, validate_run
+from megatron_ssu.models.build import DTYPES, build_chunks, transformer_config
+from megatron_ssu.models.family import Dims, Family, family_of, padded_vocab
+from megatron_ssu.models.hf_files import HFCheckpoint
+from megatron_ssu.models.hf_import import check_checkpoint, import_weights
+from megatron_ssu.models.layout import Layout
+
+
+@dataclass
+class Source:
+    """The source model's files, without a weight read."""
+
+    path: Path
+    hf: dict[str, Any]
+    family: Family
+    dims: Dims
+    checkpoint: HFCheckpoint
+
+    @property
+    def name(self) -> str:
+        """What files and messages call the model: its directory's name."""
+        return self.path.resolve().name
+
+
+def open_source(path: str | Path) -> Source:
+    """Raises UserError where the directory is not that of a supported model, or lacks files."""
+    path = Path(path)
+    hf = read_hf_config(path)
+    family = family_of(hf)
+    return Source(path, hf, family, Dims.from_hf(hf), HFCheckpoint(path))
+
+
+@dataclass
+class Session:
+    """This rank's part of the model, with everything that says what it is."""
+
+    run: RunConfig
+    mesh: runtime.Mesh
+    source: Source
+    config: TransformerConfig
+    chunks: list[GPTModel]
+    layout: Layout
+
+
+def check_run(run: RunConfig) -> Source:
+    """Everything that can be checked without weights, before any process group is made. Raises UserError."""
+    source = open_source(run.model.path)
+    validate_run(run, runtime.world_size(), source.hf)
+    check_checkpoint(source.checkpoint, source.family, source.dims, DTYPES[run.precision.dtype])
+    return source
+
+
+def open_session(run: RunConfig, source: Source | None = None, *, load: bool = True) -> Session:
+    """Start the mesh, build this rank's model chunks and, with `load`, fill them from the Hugging Face directory."""
+    source = source or open_source(run.model.path)
+    family, dims = source.family, source.dims
+    runtime.start_processes(run.parallel.timeout_minutes)
+    mesh = runtime.start_mesh(
+        run.parallel.tensor,
+        run.parallel.pipeline,
+        run.parallel.virtual_pipeline,
+        run.parallel.context,
+        run.train.seed,
+        run.parallel.timeout_minutes,
+    )
+    config = transformer_config(run, family, source.hf, dims)
+    chunks = build_chunks(run, family, source.hf, dims, config, mesh)
+    vocab_rows = padded_vocab(dims.vocab, run.model.make_vocab_size_divisible_by)
+    layout = Layout(family, dims, chunks, mesh.tensor_rank, mesh.tensor, vocab_rows)
+    if load:
+        runtime.on_all_ranks(lambda: import_weights(layout, source.checkpoint))
+    return Session(run, mesh, source, config, chunks, layout)
