@@ -1,10 +1,12 @@
-"""What a run file may say: eight sections, each a dataclass; True facts only, no behaviour.
+"""What a run file may say: eight sections, each a dataclass; facts only, no behaviour.
 
-megatron-core's own dataclasses are the schema of their own fields. A section that takes some of them has a `dict` field whose
-metadata names the dataclass (`megatron`); with `inline` the fields stand directly in the section, else under the field's name.
-TransformerConfig's fields are divided: those of its base ModelParallelConfig belong to `parallel`, the FP8 ones to `precision`,
-the rest to `model`. Fields that another key or the checkpoint decides are in `OWNED_*` with the place that decides them.
+megatron-core's own dataclasses are the schema of their own fields. A section that takes some of them has a `dict` field
+whose metadata names the dataclass (`megatron`); with `inline` the fields stand directly in the section, else under the
+field's name. TransformerConfig's fields are divided: those of its base ModelParallelConfig belong to `parallel`, the
+FP8 ones to `precision`, the rest to `model`. Fields that another key or the checkpoint decides are in `OWNED_*` with
+the place that decides them.
 """
+# ruff: noqa: SIM905, RUF009 - names read better as one line of words; _megatron returns a dataclass field
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ OWNED_TRANSFORMER: dict[str, str] = {
     **dict.fromkeys(
         (
             "num_layers hidden_size num_attention_heads num_query_groups ffn_hidden_size kv_channels normalization "
-            "layernorm_epsilon layernorm_zero_centered_gamma add_bias_linear add_qkv_bias gated_linear_unit activation_func "
-            "qk_layernorm init_method_std init_method output_layer_init_method rotary_interleaved"
+            "layernorm_epsilon layernorm_zero_centered_gamma add_bias_linear add_qkv_bias gated_linear_unit "
+            "activation_func qk_layernorm init_method_std init_method output_layer_init_method rotary_interleaved"
         ).split(),
         _CHECKPOINT,
     ),
@@ -39,11 +41,21 @@ OWNED_TRANSFORMER: dict[str, str] = {
     ),
 }
 OWNED_OPTIMIZER: dict[str, str] = {
-    **dict.fromkeys("bf16 fp16 params_dtype fp8_recipe".split(), _PRECISION),
+    **dict.fromkeys("bf16 fp16 params_dtype".split(), _PRECISION),
     **dict.fromkeys("timers use_distributed_optimizer barrier_with_L1_time".split(), _LOOP),
+    "fp8_recipe": "precision.fp8_recipe decides it",
     "overlap_param_gather": "parallel.ddp.overlap_param_gather decides it",
 }
 OWNED_DDP: dict[str, str] = {"use_distributed_optimizer": _LOOP}
+
+OPTIMIZER_DEFAULTS: dict[str, Any] = {
+    "lr": 5e-5,
+    "min_lr": 0.0,
+    "weight_decay": 0.01,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "clip_grad": 1.0,
+}
 
 _PARALLEL = {f.name for f in fields(ModelParallelConfig)}
 _PRECISION_FIELDS = {f.name for f in fields(TransformerConfig) if f.name.startswith(("fp8", "fp4"))} | {
@@ -55,10 +67,12 @@ _PRECISION_FIELDS = {f.name for f in fields(TransformerConfig) if f.name.startsw
 _ALL = {f.name for f in fields(TransformerConfig)}
 
 
-def _megatron(cls: type, names: set[str], owned: dict[str, str], *, inline: bool) -> Any:
-    """A dict field that holds values for `names` of megatron's dataclass `cls`."""
+def _megatron(
+    cls: type, names: set[str], owned: dict[str, str], *, inline: bool, defaults: dict[str, Any] | None = None
+) -> Any:
+    """A dict field that holds values for `names` of megatron's dataclass `cls`; `defaults` are ours, not megatron's."""
     metadata = {"megatron": cls, "names": frozenset(names - set(owned)), "owned": owned, "inline": inline}
-    return field(default_factory=dict, metadata=metadata)
+    return field(default_factory=lambda: dict(defaults or {}), metadata=metadata)
 
 
 @dataclass
@@ -68,7 +82,9 @@ class ModelSection:
     path: str  # Hugging Face directory: config.json, tokenizer, *.safetensors
     trust_remote_code: bool = False  # let the tokenizer run code out of model.path
     make_vocab_size_divisible_by: int = 128  # the padded vocabulary; the same on every mesh
-    transformer: dict = _megatron(TransformerConfig, _ALL - _PARALLEL - _PRECISION_FIELDS, OWNED_TRANSFORMER, inline=True)
+    transformer: dict = _megatron(
+        TransformerConfig, _ALL - _PARALLEL - _PRECISION_FIELDS, OWNED_TRANSFORMER, inline=True
+    )
 
 
 @dataclass
@@ -126,8 +142,8 @@ class ShieldSection:
     """Which weights stay as they are."""
 
     method: str = "ssu"  # a registered method: ssu, none
-    file: str | None = None  # a shield made before; none: <checkpoint.directory>/shield.safetensors, planned when missing
-    scores: str | None = None  # scores made before; none: <checkpoint.directory>/scores.safetensors, made when missing
+    file: str | None = None  # a shield made before; null: <checkpoint.directory>/shield.safetensors, planned if missing
+    scores: str | None = None  # scores made before; null: <checkpoint.directory>/scores.safetensors, made if missing
     score: str = "wanda"
     granularity: str = "column"
     budget: str = "uniform"
@@ -150,7 +166,7 @@ class DataSection:
 
     train: str | list[str | DataSource] = field(default_factory=list)
     source_valid: str | None = None  # watched for forgetting
-    target_valid: str | None = None  # none: the valid part of `split`
+    target_valid: str | None = None  # null: the valid part of `split`
     split: str = "99,1,0"  # train,valid,test shares of the train documents
     sequence_length: int = 512
     text_key: str = "text"
@@ -180,7 +196,13 @@ class TrainSection:
     eval_interval: int = 100  # iterations between evaluations; 0: at start and end only
     eval_batches: int = 8  # global batches an evaluation reads at most
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
-    optimizer: dict = _megatron(OptimizerConfig, {f.name for f in fields(OptimizerConfig)}, OWNED_OPTIMIZER, inline=False)
+    optimizer: dict = _megatron(
+        OptimizerConfig,
+        {f.name for f in fields(OptimizerConfig)},
+        OWNED_OPTIMIZER,
+        inline=False,
+        defaults=OPTIMIZER_DEFAULTS,
+    )
 
 
 @dataclass
@@ -189,10 +211,10 @@ class CheckpointSection:
 
     directory: str  # scores, shield, checkpoints, logs, the resolved run file
     interval: int = 500  # iterations between checkpoints; 0: at the end only
-    keep: int | None = None  # newest checkpoints kept; none: all
+    keep: int | None = None  # newest checkpoints kept; null: all
     resume: bool = True  # go on from the newest checkpoint in `directory`
     export: str | None = None  # write a Hugging Face directory here when the run ends
-    max_shard_size: str = "5GB"  # of an exported safetensors file
+    max_shard_size: str | int = "5GB"  # of an exported safetensors file; KB, MB, GB, KiB, MiB, GiB or bytes
 
 
 @dataclass
@@ -215,13 +237,3 @@ class RunConfig:
     data: DataSection = field(default_factory=DataSection)
     train: TrainSection = field(default_factory=TrainSection)
     log: LogSection = field(default_factory=LogSection)
-
-
-OPTIMIZER_DEFAULTS: dict[str, Any] = {
-    "lr": 5e-5,
-    "min_lr": 0.0,
-    "weight_decay": 0.01,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.95,
-    "clip_grad": 1.0,
-}
