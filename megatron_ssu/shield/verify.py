@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -69,7 +70,7 @@ class VerifyReport:
 
     def render(self, console: Console) -> None:
         """Print the table: a line per shielded matrix, sums, and the verdict."""
-        table = Table(header_style="bold", pad_edge=False)
+        table = Table(header_style="bold", box=SIMPLE, pad_edge=False)
         table.add_column("matrix", overflow="fold")
         for heading in ("shape", "by", "frozen", "of these moved", "trainable", "of these moved"):
             table.add_column(heading, justify="left" if heading == "by" else "right")

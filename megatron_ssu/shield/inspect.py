@@ -1,0 +1,287 @@
+"""A shield as a table: what is frozen where, by how much, and how much of it another shield freezes too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from megatron_ssu.errors import UserError
+from megatron_ssu.models.matrix import KINDS, Matrix
+from megatron_ssu.scoring.file import Scores
+from megatron_ssu.shield.file import Mask, Shield, check_model
+from megatron_ssu.shield.plan import axis_scores
+
+
+@dataclass(frozen=True)
+class ScoreView:
+    """Scores of one matrix and where the shield cuts them; None: nothing frozen, or nothing trainable."""
+
+    values: np.ndarray  # float64 [units], as ranked
+    frozen: np.ndarray  # bool [units]
+    last_frozen: float | None  # least score of a frozen unit
+    first_trainable: float | None  # greatest score of a trainable unit
+
+    @property
+    def margin(self) -> float | None:
+        """How far the last frozen score lies above the first trainable one, relative.
+
+        0 is a tie; negative: the shield was not made by this score alone.
+        """
+        if self.last_frozen is None or self.first_trainable is None:
+            return None
+        scale = max(abs(self.last_frozen), abs(self.first_trainable))
+        return (self.last_frozen - self.first_trainable) / scale if scale else 0.0
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Frozen elements of two shields in one matrix."""
+
+    both: int
+    ours: int
+    theirs: int
+
+    @property
+    def jaccard(self) -> float:
+        """Frozen in both over frozen in either; two empty masks are equal: 1."""
+        either = self.ours + self.theirs - self.both
+        return self.both / either if either else 1.0
+
+    @property
+    def share(self) -> float:
+        """How much of ours is frozen there too."""
+        return self.both / self.ours if self.ours else 1.0
+
+
+@dataclass(frozen=True)
+class MatrixView:
+    """One line of the table."""
+
+    matrix: Matrix
+    granularity: str
+    units: int
+    frozen_units: int
+    ratio: float
+    scores: ScoreView | None
+    overlap: Overlap | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect_shield` found; `render` prints it, `draw` (in figures.py) pictures it."""
+
+    shield: Shield
+    views: tuple[MatrixView, ...]
+    score: str | None
+    other: Shield | None
+
+    def kinds(self) -> list[str]:
+        """Kinds that occur, in the order of the model."""
+        return [kind for kind in KINDS if any(v.matrix.kind == kind for v in self.views)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "model": self.shield.model,
+            "method": self.shield.method,
+            "score": self.score,
+            "realised": self.shield.realised(),
+            "matrices": [_to_dict(view) for view in self.views],
+        }
+
+    def render(self, console: Console, *, layers: Iterable[int] | None = None) -> None:
+        """Print where the shield comes from, a line per matrix (only of `layers`, when given) and a summary by kind."""
+        wanted = None if layers is None else set(layers)
+        _render_head(console, self)
+        console.print(_matrix_table(self, [v for v in self.views if wanted is None or v.matrix.layer in wanted]))
+        console.print(_kind_table(self))
+
+
+def inspect_shield(
+    shield: Shield, scores: Scores | None = None, other: Shield | None = None, *, score: str | None = None
+) -> Inspection:
+    """Look at a shield; with `scores` also at score ranges and margins, with `other` at the overlap.
+
+    score: the one to show, by default the shield's own. Element masks show no scores: those would need the weights.
+    UserError when scores or the other shield are of another model, or the score is not in the file.
+    """
+    if other is not None:
+        check_model(other, shield.fingerprint, shield.model)
+    if scores is None:
+        if score is not None:
+            raise UserError(f"inspect: score {score} was asked for without a scores file; give one")
+    else:
+        if scores.fingerprint != shield.fingerprint:
+            raise UserError(f"inspect: the scores are of model {scores.model}, the shield of {shield.model}")
+        score = score or shield.score
+        if score not in scores.scores and score != "random":
+            raise UserError(f"inspect: no score {score} in the scores file; choose one of {', '.join(scores.scores)}")
+    views = []
+    for name in sorted(shield.matrices, key=lambda n: _order(shield.matrices[n])):
+        matrix, mask = shield.matrices[name], shield.masks[name]
+        seen = _score_view(scores, score, matrix, mask, shield) if scores is not None and score else None
+        overlap = None if other is None else overlap_of(mask, other.masks.get(name))
+        views.append(
+            MatrixView(matrix, mask.granularity, mask.units, mask.frozen_units, shield.ratio_of(name), seen, overlap)
+        )
+    return Inspection(shield, tuple(views), score, other)
+
+
+def overlap_of(ours: Mask, theirs: Mask | None) -> Overlap:
+    """Count frozen elements in common; None freezes nothing."""
+    if theirs is None:
+        return Overlap(0, ours.frozen_elements, 0)
+    if ours.shape != theirs.shape:
+        raise UserError(f"inspect: a matrix is {ours.shape} in one shield and {theirs.shape} in the other")
+    counts = ours.frozen_elements, theirs.frozen_elements
+    if ours.granularity != theirs.granularity:
+        ours, theirs = ours.to_elements(), theirs.to_elements()
+    return Overlap(Mask(ours.granularity, ours.shape, ours.packed & theirs.packed).frozen_elements, *counts)
+
+
+def _score_view(scores: Scores, score: str, matrix: Matrix, mask: Mask, shield: Shield) -> ScoreView | None:
+    if not matrix.scored or mask.granularity == "element":
+        return None
+    axis: Literal["column", "row"] = "row" if mask.granularity == "row" else "column"
+    values = axis_scores(scores, score, axis, matrix, int(shield.plan.get("seed", 0)))
+    frozen = mask.bits()
+    last = float(values[frozen].min()) if frozen.any() else None
+    first = float(values[~frozen].max()) if not frozen.all() else None
+    return ScoreView(values, frozen, last, first)
+
+
+def _order(matrix: Matrix) -> tuple[float, int, str]:
+    """Embedding, the layers, then final norm and head; in a layer by kind."""
+    outside = -1 if matrix.kind == "embedding" else math.inf
+    return (outside if matrix.layer is None else matrix.layer, KINDS.index(matrix.kind), matrix.name)
+
+
+def _render_head(console: Console, inspection: Inspection) -> None:
+    shield, realised = inspection.shield, inspection.shield.realised()
+    ratio = "" if shield.ratio is None else f", ratio {shield.ratio:g}"
+    console.print(
+        f"[bold]{shield.model}[/]: {shield.method}, score {shield.score}, by {shield.granularity},"
+        f" budget {shield.budget}{ratio}; model {shield.fingerprint[:12]}, calibration {shield.calibration[:12]}",
+        highlight=False,
+    )
+    if shield.made:
+        parts = ", ".join(f"{part['method']} ({part['score']}, {part['ratio']})" for part in shield.made["of"])
+        console.print(f"{shield.made['operation']} of {parts}", highlight=False)
+    linear = realised["linear"]
+    console.print(
+        f"frozen: {linear['frozen']:,} of {linear['elements']:,} elements of the layers' linear weights"
+        f" ({linear['ratio']:.2%}); {realised['all']['frozen']:,} in all",
+        highlight=False,
+    )
+
+
+def _matrix_table(inspection: Inspection, views: Sequence[MatrixView]) -> Table:
+    """A line per matrix, layers set apart."""
+    table = Table(header_style="bold", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("layer", justify="right", no_wrap=True)
+    table.add_column("matrix", no_wrap=True)
+    for heading in ("frozen", "of", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("by", no_wrap=True)
+    if inspection.score:
+        for heading in ("score least", "greatest", "cut", "margin"):
+            table.add_column(heading, justify="right", no_wrap=True)
+    if inspection.other is not None:
+        for heading in ("Jaccard", "shared"):
+            table.add_column(heading, justify="right", no_wrap=True)
+    before: int | str | None = "none yet"
+    for view in views:
+        layer = view.matrix.layer
+        if before not in ("none yet", layer):
+            table.add_section()
+        label = (
+            view.matrix.kind if view.matrix.kind != "norm" else view.matrix.name.removesuffix(".weight").split(".")[-1]
+        )
+        cells = [f"{view.frozen_units:,}", f"{view.units:,}", f"{view.ratio:.2%}", view.granularity]
+        if inspection.score:
+            cells += _score_cells(view.scores)
+        if view.overlap is not None:
+            cells += [f"{view.overlap.jaccard:.3f}", f"{view.overlap.share:.1%}"]
+        table.add_row("" if layer in (before, None) else str(layer), label, *cells)
+        before = layer
+    return table
+
+
+def _score_cells(view: ScoreView | None) -> list[str]:
+    if view is None or not view.values.size:
+        return ["-"] * 4
+    cut = "-" if view.last_frozen is None else f"{view.last_frozen:.4g}"
+    margin = "-" if view.margin is None else f"{view.margin:.2g}"
+    return [f"{view.values.min():.3g}", f"{view.values.max():.3g}", cut, margin]
+
+
+def _kind_table(inspection: Inspection) -> Table:
+    """Per kind: the range of shares, margins and overlaps over the layers."""
+    table = Table(
+        header_style="bold",
+        box=SIMPLE,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        title="by kind, over all layers",
+        title_justify="left",
+    )
+    table.add_column("kind")
+    for heading in ("matrices", "frozen share", "least", "greatest"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    if inspection.score:
+        table.add_column("least margin", justify="right", no_wrap=True)
+    if inspection.other is not None:
+        for heading in ("Jaccard", "least", "greatest"):
+            table.add_column(heading, justify="right", no_wrap=True)
+    for kind in inspection.kinds():
+        views = [v for v in inspection.views if v.matrix.kind == kind]
+        frozen = sum(inspection.shield.counts[v.matrix.name] for v in views)
+        share = frozen / sum(v.matrix.elements for v in views)
+        cells = [str(len(views)), f"{share:.2%}", f"{min(v.ratio for v in views):.2%}"]
+        cells.append(f"{max(v.ratio for v in views):.2%}")
+        if inspection.score:
+            margins = [v.scores.margin for v in views if v.scores is not None and v.scores.margin is not None]
+            cells.append(f"{min(margins):.2g}" if margins else "-")
+        overlaps = [v.overlap for v in views if v.overlap is not None]
+        if overlaps:
+            whole = Overlap(*(sum(getattr(o, key) for o in overlaps) for key in ("both", "ours", "theirs")))
+            jaccards = [o.jaccard for o in overlaps]
+            cells += [f"{whole.jaccard:.3f}", f"{min(jaccards):.3f}", f"{max(jaccards):.3f}"]
+        table.add_row(kind, *cells)
+    return table
+
+
+def _to_dict(view: MatrixView) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "name": view.matrix.name,
+        "layer": view.matrix.layer,
+        "kind": view.matrix.kind,
+        "granularity": view.granularity,
+        "units": view.units,
+        "frozen_units": view.frozen_units,
+        "frozen_share": view.ratio,
+    }
+    if view.scores is not None and view.scores.values.size:
+        result["score_least"] = float(view.scores.values.min())
+        result["score_greatest"] = float(view.scores.values.max())
+        result["last_frozen"] = view.scores.last_frozen
+        result["first_trainable"] = view.scores.first_trainable
+        result["margin"] = view.scores.margin
+    if view.overlap is not None:
+        result["jaccard"], result["shared"] = view.overlap.jaccard, view.overlap.share
+    return result
+
+
+def draw(inspection: Inspection, directory: str | Path) -> list[Path]:
+    """Write the pictures; see `figures.draw_all`."""
+    from megatron_ssu.shield.figures import draw_all  # matplotlib is slow to import and a table does not need it
+
+    return draw_all(inspection, Path(directory))
