@@ -1,0 +1,87 @@
+"""Small made-up models, scores and Hugging Face directories for tests of shields as files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from megatron_ssu.models.matrix import Matrix
+from megatron_ssu.scoring.file import Scores
+
+HIDDEN, KV, FFN, VOCAB = 20, 12, 28, 36  # no multiples of 8 alone: spare bits occur
+
+
+def matrices(
+    layers: int = 2, hidden: int = HIDDEN, kv: int = KV, ffn: int = FFN, vocab: int = VOCAB
+) -> dict[str, Matrix]:
+    """All weights of a Llama-like model."""
+    result = [
+        Matrix("model.embed_tokens.weight", (vocab, hidden), None, "embedding"),
+        Matrix("lm_head.weight", (vocab, hidden), None, "head"),
+        Matrix("model.norm.weight", (hidden,), None, "norm"),
+    ]
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+    }
+    for layer in range(layers):
+        for part, shape in shapes.items():
+            result.append(Matrix(f"model.layers.{layer}.{part}.weight", shape, layer, part.split(".")[1]))
+        result.append(Matrix(f"model.layers.{layer}.input_layernorm.weight", (hidden,), layer, "norm"))
+    return {m.name: m for m in result}
+
+
+def weights_of(members: dict[str, Matrix], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random bf16 weights."""
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(m.shape, generator=generator).to(torch.bfloat16) for n, m in sorted(members.items())}
+
+
+def scores_of(members: dict[str, Matrix], weights: dict[str, torch.Tensor], seed: int = 0) -> Scores:
+    """wanda, wanda-released, magnitude, sparsegpt-diagonal and fisher with their statistics, from made-up inputs."""
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, np.ndarray] = {}
+    for name, m in sorted(members.items()):
+        if not m.scored:
+            continue
+        norm = np.exp(rng.normal(size=m.shape[1]))
+        weight = weights[name].double().abs().numpy()
+        mean_square = norm**2 / 64
+        tensors[f"input_norm/column/{name}"] = norm
+        tensors[f"input_mean_square/column/{name}"] = mean_square
+        tensors[f"wanda/column/{name}"] = weight.sum(0) * norm
+        tensors[f"wanda/row/{name}"] = weight @ norm
+        tensors[f"wanda-released/column/{name}"] = np.sqrt((weight**2).sum(0)) * mean_square
+        tensors[f"magnitude/column/{name}"] = weight.sum(0)
+        tensors[f"magnitude/row/{name}"] = weight.sum(1)
+        tensors[f"sparsegpt-diagonal/column/{name}"] = mean_square
+        tensors[f"fisher/column/{name}"] = rng.exponential(size=m.shape[1])
+        tensors[f"fisher/row/{name}"] = rng.exponential(size=m.shape[0])
+    names = ["wanda", "wanda-released", "magnitude", "sparsegpt-diagonal", "fisher"]
+    return Scores("tiny", "ab" * 32, members, tensors, names, calibration="c" * 64, samples=4, tokens=64)
+
+
+def write_hf(directory: Path, weights: dict[str, torch.Tensor], shards: int = 1) -> Path:
+    """A Hugging Face directory of safetensors in `shards` files."""
+    directory.mkdir(parents=True)
+    if shards == 1:
+        save_file(weights, directory / "model.safetensors")
+        return directory
+    weight_map = {}
+    for number in range(shards):
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        part = {n: weights[n] for n in sorted(weights)[number::shards]}
+        save_file(part, directory / file)
+        weight_map.update(dict.fromkeys(part, file))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
