@@ -1,0 +1,169 @@
+"""Calibration data: source samples, rendered with the model's own chat template and packed into rows."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_ssu.data.jsonl import BadLine, LineReader, check_unicode, parse_object
+from megatron_ssu.data.tokenizer import Tokenizer, one_line
+from megatron_ssu.errors import UserError
+
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Packed calibration tokens, `n` rows of length `s`."""
+
+    tokens: Tensor  # int64 [n, s]
+    mask: Tensor  # bool [n, s], True where a real token is
+    sample: Tensor  # int32 [n, s], number of the sample a token comes from, -1 in the padding
+    digest: str  # sha256 over shape, tokens and mask
+    n_samples: int  # samples in it
+    n_available: int  # samples in the files
+    note: str | None  # one line when there were fewer samples than asked for
+
+
+def load_calibration(
+    paths: str | Path | Sequence[str | Path],
+    tokenizer: Tokenizer,
+    *,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+) -> Calibration:
+    """Draw `samples` lines by `seed`, render, tokenize and pack them in the files' order.
+
+    A line holds `messages` (role, content), `conversations` (from, value), `instruction`/`input`/`output`, or `text`,
+    which is taken as it stands. The rows are the concatenated samples cut every `sequence_length` tokens.
+    Raises UserError: no samples, a bad line, a sample that the template cannot render (file and line named).
+    """
+    files = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    for key, value in (("samples", samples), ("sequence_length", sequence_length)):
+        if value < 1:
+            raise UserError(f"shield.calibration.{key}: {value}; at least 1 is needed")
+    names = ", ".join(map(str, files))
+    available = sum(1 for file in files for _ in LineReader(file))
+    if available == 0:
+        raise UserError(f"{names or 'shield.calibration.path'}: no calibration samples in it")
+    chosen = sorted(random.Random(seed).sample(range(available), min(samples, available)))
+    streams = [_sample_ids(file, number, line, tokenizer) for file, number, line in _pick(files, chosen)]
+    note = None
+    if available < samples:
+        note = f"{names}: {available} calibration samples there, {samples} asked for; all {available} are used"
+    return _pack(streams, sequence_length, tokenizer.eos_id or 0, available, note)
+
+
+def _pick(files: list[Path], chosen: list[int]) -> Iterator[tuple[Path, int, bytes]]:
+    """The lines whose running number over all files is in `chosen` (sorted), as (file, line number, line)."""
+    wanted, index = set(chosen), 0
+    for file in files:
+        for number, line in LineReader(file):
+            if index in wanted:
+                yield file, number, line
+            index += 1
+
+
+def _sample_ids(file: Path, number: int, line: bytes, tokenizer: Tokenizer) -> list[int]:
+    where = f"{file}:{number}"
+    try:
+        content = read_sample(parse_object(line))
+    except BadLine as error:
+        raise UserError(f"{where}: {error}") from None
+    if isinstance(content, str):
+        text = content
+    else:
+        if not tokenizer.has_chat_template:
+            raise UserError(
+                f"{where}: a chat, but the tokenizer in {tokenizer.path} has no chat template; give `text` lines"
+            )
+        try:
+            text = tokenizer.render_chat(content)
+        except Exception as error:  # templates raise jinja2's errors, and Python's for data they do not expect
+            raise UserError(f"{where}: the chat template cannot render it ({one_line(error)})") from error
+    try:
+        ids = tokenizer.encode_rendered(check_unicode(text))
+    except BadLine as error:
+        raise UserError(f"{where}: {error}") from None
+    if not ids:
+        raise UserError(f"{where}: the sample is empty")
+    return ids
+
+
+def read_sample(value: dict[str, Any]) -> str | list[dict[str, Any]]:
+    """A line's object as chat messages, or as a string to be taken as it stands. Raises BadLine."""
+    if "messages" in value:
+        return _turns(value["messages"], "messages", "role", "content", roles=None)
+    if "conversations" in value:
+        return _turns(value["conversations"], "conversations", "from", "value", roles=_ROLES)
+    if "instruction" in value:
+        parts = {key: value.get(key) or "" for key in ("instruction", "input", "output")}
+        for key, part in parts.items():
+            if not isinstance(part, str):
+                raise BadLine(f"{key!r} is not a string")
+        if "output" not in value:
+            raise BadLine("'instruction' without 'output'")
+        user = parts["instruction"] + ("\n\n" + parts["input"] if parts["input"] else "")
+        return [{"role": "user", "content": user}, {"role": "assistant", "content": parts["output"]}]
+    if "text" in value:
+        if not isinstance(value["text"], str):
+            raise BadLine("'text' is not a string")
+        return value["text"]
+    keys = ", ".join(map(repr, list(value)[:8])) or "none"
+    raise BadLine(f"none of 'messages', 'conversations', 'instruction', 'text' in it (keys: {keys})")
+
+
+def _turns(value: Any, key: str, role_key: str, content_key: str, roles: dict[str, str] | None) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value:
+        raise BadLine(f"{key!r} is not a list of turns")
+    turns = []
+    for i, turn in enumerate(value):
+        if not isinstance(turn, dict) or not isinstance(turn.get(role_key), str):
+            raise BadLine(f"{key}[{i}] has no {role_key!r}")
+        if roles is None:
+            turns.append(turn)  # whole: templates read further keys, such as tool calls
+            continue
+        if turn[role_key] not in roles:
+            raise BadLine(f"{key}[{i}]: {role_key!r} is {turn[role_key]!r}, not one of {', '.join(roles)}")
+        if not isinstance(turn.get(content_key), str):
+            raise BadLine(f"{key}[{i}] has no {content_key!r} that is a string")
+        turns.append({"role": roles[turn[role_key]], "content": turn[content_key]})
+    return turns
+
+
+def _pack(streams: list[list[int]], length: int, padding: int, available: int, note: str | None) -> Calibration:
+    ids = np.concatenate([np.asarray(s, np.int64) for s in streams])
+    owner = np.repeat(np.arange(len(streams), dtype=np.int32), [len(s) for s in streams])
+    rows = -(-len(ids) // length)
+    missing = rows * length - len(ids)
+    tokens = np.pad(ids, (0, missing), constant_values=padding).reshape(rows, length)
+    sample = np.pad(owner, (0, missing), constant_values=-1).reshape(rows, length)
+    mask = sample >= 0
+    digest = hashlib.sha256(f"calibration int64 bool {rows} {length}\n".encode())
+    digest.update(tokens.astype("<i8").tobytes())
+    digest.update(mask.astype(np.uint8).tobytes())
+    return Calibration(
+        tokens=torch.from_numpy(tokens),
+        mask=torch.from_numpy(mask),
+        sample=torch.from_numpy(sample),
+        digest=digest.hexdigest(),
+        n_samples=len(streams),
+        n_available=available,
+        note=note,
+    )

@@ -1,0 +1,221 @@
+"""Indexed datasets on disk (PREFIX.bin, PREFIX.idx): naming, checking before use, reads that name what went wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, get_bin_path
+
+from megatron_ssu.data.jsonl import source_digest
+from megatron_ssu.data.tokenizer import one_line
+from megatron_ssu.errors import UserError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
+_SUFFIXES = (".jsonl", ".json", ".gz", ".zst")
+_FORMAT = 1  # of what `prepare` writes; part of the cached datasets' names
+_TOKEN_TYPES = (np.uint8, np.int8, np.int16, np.uint16, np.int32, np.int64)
+
+
+@dataclass(frozen=True)
+class PrefixInfo:
+    """What an indexed dataset holds."""
+
+    prefix: Path
+    dtype: type  # numpy type of a token
+    sequences: int
+    documents: int
+    tokens: int
+    index_digest: str  # sha256 of the .idx file
+
+
+def bin_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.idx")
+
+
+def meta_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.json")
+
+
+def source_kind(path: str | Path) -> Literal["jsonl", "indexed"]:
+    """Is `path` a JSONL file or the prefix of an indexed dataset? Raises UserError when it is neither."""
+    if idx_path(path).exists() or bin_path(path).exists():
+        return "indexed"
+    if Path(path).is_file():
+        if Path(path).suffix in (".bin", ".idx"):
+            raise UserError(f"{path}: name an indexed dataset by its prefix, without {Path(path).suffix}")
+        return "jsonl"
+    raise UserError(f"{path}: neither a JSONL file nor the prefix of an indexed dataset ({path}.bin, {path}.idx)")
+
+
+def prepared_prefix(run_data_dir: Path, source_path: str | Path, tokenizer_digest: str, text_key: str) -> Path:
+    """The prefix under which a run keeps the tokenized `source_path`.
+
+    The same for every command that asks: the source's stem and a digest of its content, the tokenizer and the text key.
+    Raises UserError when the source cannot be read.
+    """
+    name = Path(source_path).name
+    while Path(name).suffix in _SUFFIXES:
+        name = Path(name).stem
+    key = json.dumps([_FORMAT, source_digest(source_path), tokenizer_digest, text_key])
+    return Path(run_data_dir) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def check_prefix(prefix: str | Path, *, tokenizer_digest: str | None = None) -> PrefixInfo:
+    """Look an indexed dataset over before it is used: both files, header, sizes and offsets.
+
+    With `tokenizer_digest` the note beside it (PREFIX.json, if there) must name the same tokenizer.
+    Raises UserError naming the file and the offset of what is wrong.
+    """
+    index, data = idx_path(prefix), bin_path(prefix)
+    for file in (index, data):
+        if not file.is_file():
+            raise UserError(f"{file}: missing; an indexed dataset is a pair of .bin and .idx, as `prepare` writes them")
+    try:
+        raw = index.read_bytes()
+        data_bytes = data.stat().st_size
+        with open(data, "rb"):
+            pass
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    dtype, lengths, pointers, documents = _parse_index(index, raw)
+    _check_layout(index, dtype, lengths, pointers, documents)
+    tokens = int(lengths.sum(dtype=np.int64))
+    if tokens == 0:
+        raise UserError(f"{index}: offset 18: no tokens in it")
+    needed = tokens * DType.size(dtype)
+    if data_bytes < needed:
+        raise UserError(
+            f"{data}: ends at offset {data_bytes}, but {index.name} lists {tokens} tokens = {needed} bytes; "
+            "it was cut off, prepare it again"
+        )
+    if tokenizer_digest is not None:
+        _check_note(meta_path(prefix), tokenizer_digest)
+    digest = hashlib.sha256(raw).hexdigest()
+    return PrefixInfo(Path(prefix), dtype, len(lengths), len(documents) - 1, tokens, digest)
+
+
+def _parse_index(index: Path, raw: bytes) -> tuple[type, np.ndarray, np.ndarray, np.ndarray]:
+    """Token type, sequence lengths int32 [n], byte offsets int64 [n], document boundaries int64 [d]."""
+    if len(raw) < _HEADER.size:
+        raise UserError(f"{index}: ends at offset {len(raw)}, within its header; it was cut off, prepare it again")
+    magic, version, code, sequences, boundaries = _HEADER.unpack_from(raw)
+    if magic != _MAGIC:
+        raise UserError(f"{index}: offset 0: not the index of an indexed dataset")
+    if version != 1:
+        raise UserError(f"{index}: offset 9: version {version}, only 1 is known")
+    try:
+        dtype = DType.dtype_from_code(code)
+    except ValueError:
+        dtype = None
+    if dtype not in _TOKEN_TYPES:
+        raise UserError(f"{index}: offset 17: token type {code} is no integer type")
+    expected = _HEADER.size + 12 * sequences + 8 * boundaries
+    if len(raw) not in (expected, expected + sequences):  # the latter with a byte of mode per sequence
+        raise UserError(f"{index}: {len(raw)} bytes long, its header asks for {expected}; cut off or altered")
+    lengths = np.frombuffer(raw, np.int32, sequences, _HEADER.size)
+    pointers = np.frombuffer(raw, np.int64, sequences, _HEADER.size + 4 * sequences)
+    documents = np.frombuffer(raw, np.int64, boundaries, _HEADER.size + 12 * sequences)
+    return dtype, lengths, pointers, documents
+
+
+def _check_layout(index: Path, dtype: type, lengths: np.ndarray, pointers: np.ndarray, documents: np.ndarray) -> None:
+    n = len(lengths)
+    if (negative := np.flatnonzero(lengths < 0)).size:
+        at = int(negative[0])
+        raise UserError(f"{index}: offset {_HEADER.size + 4 * at}: sequence {at} has length {lengths[at]}")
+    ends = np.cumsum(lengths, dtype=np.int64) * DType.size(dtype)
+    starts = np.concatenate(([0], ends[:-1])) if n else ends
+    if (wrong := np.flatnonzero(pointers != starts)).size:
+        at = int(wrong[0])
+        where = _HEADER.size + 4 * n + 8 * at
+        raise UserError(f"{index}: offset {where}: sequence {at} starts at byte {pointers[at]}, not at {starts[at]}")
+    if not len(documents) or documents[0] != 0 or documents[-1] != n or (np.diff(documents) < 0).any():
+        raise UserError(f"{index}: offset {_HEADER.size + 12 * n}: document boundaries do not span its {n} sequences")
+
+
+def _check_note(note: Path, tokenizer_digest: str) -> None:
+    if not note.is_file():
+        return  # made by another tool
+    try:
+        made_with = json.loads(note.read_text(encoding="utf-8"))["tokenizer"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{note}: not a note that `prepare` wrote ({one_line(error)})") from error
+    if made_with != tokenizer_digest:
+        raise UserError(
+            f"{note}: tokenized with another tokenizer ({str(made_with)[:12]}) than the model's "
+            f"({tokenizer_digest[:12]}); prepare the text again with this model"
+        )
+
+
+class CheckedReader:
+    """Reads tokens from a .bin file with pread, so that a file that fails or shrinks under a run is an error by name.
+
+    (A memory map would end the process with SIGBUS.) Ids at or above `vocab_size` are refused: they would index past
+    the embedding.
+    """
+
+    def __init__(self, path: str | Path, vocab_size: int) -> None:
+        self._path, self._vocab_size = Path(path), vocab_size
+        try:
+            self._fd = os.open(self._path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be read ({error.strerror})") from error
+
+    def read(self, dtype: type, count: int, offset: int) -> np.ndarray:
+        """`count` tokens of numpy type `dtype` from byte `offset` on. Raises UserError naming file and offset."""
+        offset, wanted = int(offset), int(count) * DType.size(dtype)
+        buffer = bytearray()
+        while len(buffer) < wanted:
+            try:
+                part = os.pread(self._fd, wanted - len(buffer), offset + len(buffer))
+            except OSError as error:
+                where = offset + len(buffer)
+                raise UserError(f"{self._path}: offset {where}: cannot be read ({error.strerror})") from error
+            if not part:
+                where = offset + len(buffer)
+                raise UserError(f"{self._path}: ends at offset {where}, {wanted - len(buffer)} bytes too early")
+            buffer += part
+        tokens: np.ndarray = np.frombuffer(buffer, dtype)
+        if len(tokens) and (tokens.max() >= self._vocab_size or tokens.min() < 0):
+            bad = np.flatnonzero((tokens < 0) | (tokens >= self._vocab_size))
+            where, token = offset + int(bad[0]) * DType.size(dtype), int(tokens[bad[0]])
+            raise UserError(
+                f"{self._path}: offset {where}: token {token} is outside the vocabulary of {self._vocab_size}; "
+                "damaged, or made with another tokenizer"
+            )
+        return tokens
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+
+class CheckedIndexedDataset(IndexedDataset):
+    """megatron's IndexedDataset with a `CheckedReader`."""
+
+    def __init__(self, prefix: str, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        super().__init__(prefix, multimodal=False, mmap=True)
+
+    def initialize(self, path_prefix: str, *args: Any, **kwargs: Any) -> None:
+        super().initialize(path_prefix, *args, **kwargs)
+        self.bin_reader = CheckedReader(get_bin_path(path_prefix), self._vocab_size)
+
+    def __getstate__(self) -> Any:
+        return self._vocab_size, super().__getstate__()
+
+    def __setstate__(self, state: Any) -> None:
+        self._vocab_size, inner = state
+        super().__setstate__(inner)

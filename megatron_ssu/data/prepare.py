@@ -1,0 +1,307 @@
+"""`prepare`: JSONL text to an indexed dataset (PREFIX.bin, PREFIX.idx) with a note beside it (PREFIX.json)."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from megatron_ssu.data.encode import Batch, Encoded, EncodeJob, encode_batch, start_process
+from megatron_ssu.data.indexed import bin_path, check_prefix, idx_path, meta_path, prepared_prefix
+from megatron_ssu.data.jsonl import LineReader, source_digest
+from megatron_ssu.data.tokenizer import Tokenizer, load_tokenizer, one_line
+from megatron_ssu.errors import UserError
+
+__all__ = ["PrepareReport", "Terminated", "check_prefix", "prepare", "prepared_prefix"]
+
+logger = logging.getLogger(__name__)
+
+_BATCH_LINES, _BATCH_BYTES = 256, 1 << 19
+_SMALL_INPUT = 4 << 20  # below it starting processes takes longer than tokenizing
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What `prepare` did."""
+
+    prefix: Path
+    documents: int
+    tokens: int  # document ends included
+    skipped: int  # bad lines left out
+    empty: int  # documents without a token, left out
+    bytes: int  # of the source files on disk
+
+
+class Terminated(SystemExit):
+    """SIGTERM while preparing; exits with the status that a shell shows for it."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    output_prefix: str | Path,
+    model_path: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    workers: int = 2,
+    text_key: str = "text",
+    append_eod: bool = True,
+    skip_bad_lines: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    progress: bool = True,
+    small_input: int = _SMALL_INPUT,
+) -> PrepareReport:
+    """Tokenize the documents of `inputs`, in order, with the tokenizer in `model_path`.
+
+    `workers` processes share the work (none are started below `small_input` bytes); the files do not depend on their
+    number. They appear under their names when complete and not before, whatever ends the work.
+    Raises UserError: bad input or line (file and line named), output that exists or cannot be written.
+    """
+    paths, prefix = [Path(p) for p in inputs], Path(output_prefix)
+    total = _check_inputs(paths, prefix, workers, overwrite)
+    tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code)
+    end = tokenizer.document_end if append_eod else None
+    job = EncodeJob(str(model_path), trust_remote_code, text_key, end, skip_bad_lines)
+    sources = [{"name": p.name, "bytes": p.stat().st_size, "sha256": source_digest(p)} for p in paths]
+    with _terminate_as_exception(), _workspace(prefix) as folder:
+        try:
+            builder = IndexedDatasetBuilder(str(folder / "data.bin"), DType.optimal_dtype(tokenizer.vocab_size))
+            with builder.data_file, _pool(1 if total < small_input else workers) as submit:
+                show = console if progress and console is not None and console.is_terminal else None
+                report = _run(paths, prefix, job, submit, max(2, 2 * workers), builder, show, total)
+                builder.finalize(str(folder / "data.idx"))
+            note = {**asdict(report), "prefix": prefix.name, "sources": sources, **_note(job, tokenizer, builder.dtype)}
+            (folder / "data.json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+            _publish(folder, prefix)
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"{prefix}: a tokenizer process died (out of memory?), nothing was written; try fewer workers"
+            ) from error
+        except OSError as error:  # reading errors are UserErrors already
+            raise UserError(f"{bin_path(prefix)}: cannot be written ({error.strerror or one_line(error)})") from error
+    return report
+
+
+def _note(job: EncodeJob, tokenizer: Tokenizer, dtype: type) -> dict[str, object]:
+    return {
+        "tokenizer": tokenizer.digest,
+        "vocab_size": tokenizer.vocab_size,
+        "document_end": job.end,
+        "text_key": job.text_key,
+        "dtype": np.dtype(dtype).name,
+    }
+
+
+def _check_inputs(paths: list[Path], prefix: Path, workers: int, overwrite: bool) -> int:
+    """Sum of the input sizes in bytes."""
+    if not paths:
+        raise UserError("prepare: no input files")
+    if workers < 1:
+        raise UserError(f"workers: {workers}; at least 1 is needed")
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+    existing = [f for f in (bin_path(prefix), idx_path(prefix), meta_path(prefix)) if f.exists()]
+    if existing and not overwrite:
+        raise UserError(f"{existing[0]}: exists already; remove it, choose another output or ask to overwrite")
+    return sum(p.stat().st_size for p in paths)
+
+
+def _run(
+    paths: list[Path],
+    prefix: Path,
+    job: EncodeJob,
+    submit: Callable[[EncodeJob, Batch], Future[Encoded]],
+    in_flight: int,
+    builder: IndexedDatasetBuilder,
+    console: Console | None,
+    total: int,
+) -> PrepareReport:
+    """Feed the batches, at most `in_flight` at once, and write the results in the order of the lines."""
+    documents = tokens = skipped = empty = read_before = 0
+    with _progress(console, total) as advance:
+        for path in paths:
+            reader, lines = LineReader(path), 0
+            pending: deque[Future[Encoded]] = deque()
+            batches = _batches(reader)
+            while True:
+                for batch in batches:
+                    lines += len(batch)
+                    pending.append(submit(job, batch))
+                    if len(pending) >= in_flight:
+                        break
+                if not pending:
+                    break
+                encoded = _result(pending.popleft(), path)
+                if encoded.first_bad is not None:
+                    _complain(path, encoded, job, logged=skipped)
+                for ids in encoded.documents:
+                    builder.add_document(np.asarray(ids), [len(ids)])
+                    tokens += len(ids)
+                documents += len(encoded.documents)
+                skipped += encoded.skipped
+                empty += encoded.empty
+                advance(read_before + reader.bytes_read, documents, tokens)
+            if not lines:
+                raise UserError(f"{path}: no documents in it")
+            read_before += path.stat().st_size
+    if not documents:
+        names = ", ".join(map(str, paths))
+        raise UserError(f"{names}: no documents left ({skipped} bad lines skipped, {empty} without a token)")
+    return PrepareReport(prefix, documents, tokens, skipped, empty, total)
+
+
+def _batches(reader: LineReader) -> Iterator[Batch]:
+    batch: Batch = []
+    size = 0
+    for number, line in reader:
+        batch.append((number, line))
+        size += len(line)
+        if len(batch) == _BATCH_LINES or size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _result(future: Future[Encoded], path: Path) -> Encoded:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise
+    except RuntimeError as error:
+        raise UserError(f"{path}: {one_line(error)}") from error
+
+
+def _complain(path: Path, encoded: Encoded, job: EncodeJob, *, logged: int) -> None:
+    assert encoded.first_bad is not None
+    number, message = encoded.first_bad
+    if not job.skip_bad_lines:
+        raise UserError(f"{path}:{number}: {message}")
+    if not logged:
+        logger.warning("%s:%d: %s (skipped; further bad lines are only counted)", path, number, message)
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[Callable[[EncodeJob, Batch], Future[Encoded]]]:
+    """A `submit` that works in `workers` processes, or at once in this one when that is 1."""
+    if workers == 1:
+        yield _submit_here
+        return
+    # spawn: forking a process that runs threads, as torch's and the tokenizer's, may hang the child
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=start_process)
+    try:
+        yield lambda job, batch: executor.submit(encode_batch, job, batch)
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit_here(job: EncodeJob, batch: Batch) -> Future[Encoded]:
+    future: Future[Encoded] = Future()
+    try:
+        future.set_result(encode_batch(job, batch))
+    except RuntimeError as error:
+        future.set_exception(error)
+    return future
+
+
+@contextmanager
+def _progress(console: Console | None, total: int) -> Iterator[Callable[[int, int, int], None]]:
+    """A function of (bytes read, documents, tokens) that moves the bar; it does nothing without a console."""
+    if console is None:
+        yield lambda *_: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task: TaskID = bar.add_task("tokenizing", total=total)
+
+        def advance(done: int, documents: int, tokens: int) -> None:
+            bar.update(task, completed=done, description=f"{documents:,} documents, {tokens:,} tokens")
+
+        yield advance
+
+
+@contextmanager
+def _terminate_as_exception() -> Iterator[None]:
+    """SIGTERM unwinds the stack, so that temporary files go. Only the main thread may set handlers."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def _workspace(prefix: Path) -> Iterator[Path]:
+    """A hidden folder beside the output (so that renaming is atomic), gone afterwards."""
+    host = socket.gethostname()
+    folder = prefix.parent / f".{prefix.name}.{host}-{os.getpid()}.tmp"
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        for stale in prefix.parent.glob(f".{glob.escape(prefix.name)}.{glob.escape(host)}-*.tmp"):
+            if not _alive(stale.name.rsplit("-", 1)[-1].removesuffix(".tmp")):
+                shutil.rmtree(stale, ignore_errors=True)  # left by a process that was killed outright
+        folder.mkdir()
+    except OSError as error:
+        raise UserError(f"{prefix.parent}: cannot be written ({error.strerror})") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _publish(folder: Path, prefix: Path) -> None:
+    """Rename into place; the .idx comes last, for without it there is no dataset."""
+    for file in folder.iterdir():
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+    idx_path(prefix).unlink(missing_ok=True)  # an old index must not meet new data
+    try:
+        os.replace(folder / "data.bin", bin_path(prefix))
+        os.replace(folder / "data.json", meta_path(prefix))
+        os.replace(folder / "data.idx", idx_path(prefix))
+    except BaseException:  # a signal between two of them
+        if not idx_path(prefix).exists():
+            bin_path(prefix).unlink(missing_ok=True)
+            meta_path(prefix).unlink(missing_ok=True)
+        raise

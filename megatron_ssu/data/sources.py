@@ -1,0 +1,73 @@
+"""From a run file's data section to indexed datasets: which there are, which `prepare` has still to make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_ssu.config.schema import DataSource, RunConfig
+from megatron_ssu.data.indexed import bin_path, check_prefix, prepared_prefix, source_kind
+from megatron_ssu.data.prepare import PrepareReport, prepare
+from megatron_ssu.data.tokenizer import Tokenizer
+from megatron_ssu.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """The indexed datasets of a run."""
+
+    train: list[tuple[Path, float]]  # prefix, weight
+    source_valid: Path | None
+    target_valid: Path | None
+
+
+def train_sources(run: RunConfig) -> list[DataSource]:
+    """data.train as a list of weighted sources."""
+    listed = [run.data.train] if isinstance(run.data.train, str) else run.data.train
+    return [DataSource(s) if isinstance(s, str) else s for s in listed]
+
+
+def prepare_run(
+    run: RunConfig, tokenizer: Tokenizer, console: Console | None = None, *, skip_bad_lines: bool = False
+) -> tuple[Prefixes, list[PrepareReport]]:
+    """Tokenize every JSONL file of the run file that is not tokenized yet, into <checkpoint.directory>/data.
+
+    Raises:
+        UserError: a bad line (file and line named), a damaged dataset, no room to write.
+    """
+    reports: list[PrepareReport] = []
+
+    def prefix_of(path: str) -> Path:
+        if source_kind(path) == "indexed":
+            check_prefix(path, tokenizer_digest=tokenizer.digest)
+            return Path(path)
+        prefix = _prepared(run, path, tokenizer)
+        if not bin_path(prefix).exists():
+            try:
+                prefix.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{prefix.parent}: cannot be made: {error.strerror}; see checkpoint.directory") from error
+            reports.append(
+                prepare(
+                    [path],
+                    prefix,
+                    run.model.path,
+                    trust_remote_code=run.model.trust_remote_code,
+                    workers=run.data.workers,
+                    text_key=run.data.text_key,
+                    skip_bad_lines=skip_bad_lines,
+                    console=console,
+                )
+            )
+        return prefix
+
+    train = [(prefix_of(s.path), s.weight) for s in train_sources(run)]
+    valid = [prefix_of(p) if p else None for p in (run.data.source_valid, run.data.target_valid)]
+    return Prefixes(train, *valid), reports
+
+
+def _prepared(run: RunConfig, path: str, tokenizer: Tokenizer) -> Path:
+    folder = Path(run.checkpoint.directory) / "data"
+    return prepared_prefix(folder, path, tokenizer.digest, run.data.text_key)
