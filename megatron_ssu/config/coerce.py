@@ -81,7 +81,7 @@ def settable(hint: Any) -> bool:
     """Can a run file hold a value of this type? Callables and foreign classes cannot be written down."""
     if is_union(hint):
         return any(settable(arm) for arm in get_args(hint) if arm is not types.NoneType)
-    if get_origin(hint) in (list, tuple):
+    if get_origin(hint) in (list, tuple, dict):
         return all(settable(arm) for arm in get_args(hint) if arm is not Ellipsis)
     if get_origin(hint) is Literal or hint in (bool, int, float, str, list, torch.dtype):
         return True
@@ -101,6 +101,8 @@ def describe(hint: Any) -> str:
         return " or ".join(arms)
     if origin is list:
         return f"a list of {describe(args[0])}"
+    if origin is dict:
+        return f"a mapping of names to {describe(args[1])}"
     if origin is tuple:
         return f"a list of {len(args)} values ({', '.join(describe(arm) for arm in args)})"
     if hint is torch.dtype:
@@ -157,6 +159,8 @@ class Reader:
             return self._literal(hint, value, path)
         if origin in (list, tuple) or hint is list:
             return self._list(hint, value, path)
+        if origin is dict:
+            return self._table(hint, value, path)
         if hint is torch.dtype or issubclass(hint, enum.Enum):
             table: Mapping[str, Any] = DTYPES if hint is torch.dtype else hint.__members__
             name = value.removeprefix("torch.") if isinstance(value, str) else value
@@ -205,6 +209,15 @@ class Reader:
             self._fail(path, f"expected {describe(hint)}, not {len(value)} values")
         return tuple(self.value(arm, item, (*path, str(i))) for i, (arm, item) in enumerate(zip(args, value)))
 
+    def _table(self, hint: Any, value: Any, path: KeyPath) -> Any:
+        """A mapping whose keys are the user's own words."""
+        if not isinstance(value, dict):
+            self._wrong(hint, value, path)
+        for key in value:
+            if not isinstance(key, str):
+                self._fail(path, f"the key {show(key)} is not a word; put it in quotes or remove it")
+        return {key: self.value(get_args(hint)[1], member, (*path, key)) for key, member in value.items()}
+
     def _plain(self, value: Any, path: KeyPath, depth: int = 1) -> Any:
         """An item of a list of no declared type: words, numbers and lists of them (not deeper: aliases can explode)."""
         if isinstance(value, list) and depth < 2:
@@ -234,7 +247,7 @@ def _same_kind(arm: Any, value: Any) -> bool:
     """Is `arm` the member of a union that a value of this YAML kind is meant for?"""
     origin = get_origin(arm)
     if isinstance(value, dict):
-        return isinstance(arm, type) and dataclasses.is_dataclass(arm)
+        return origin is dict or (isinstance(arm, type) and dataclasses.is_dataclass(arm))
     if isinstance(value, list):
         return arm is list or origin in (list, tuple)
     if isinstance(value, bool):

@@ -190,12 +190,10 @@ class _Source:
         for key, value in node.value:
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                self.lines[(*path, key.value)] = line
                 if key.value in first:
-                    dotted = ".".join((*path, key.value))
-                    raise UserError(
-                        f"{self.path}:{line}: {dotted}: given twice, first on line {first[key.value]}; keep one"
-                    )
-                first[key.value] = self.lines[(*path, key.value)] = line
+                    self.fail((*path, key.value), f"given twice, first on line {first[key.value]}; keep one")
+                first[key.value] = line
             self._walk(value, (*path, str(getattr(key, "value", ""))), above, seen)
 
     def override(self, tree: dict[str, Any], text: str) -> None:

@@ -99,6 +99,10 @@ MALFORMED: list[tuple[str, list[str], list[str]]] = [
     ("log: {tensorboard: 1}", [], ["log.tensorboard", "true or false", "write true"]),
     ("shield: {file: none}", [], ["shield.file", "write null"]),
     ("shield: {method: no}", [], ["shield.method", "expected text, not false", "quotes"]),
+    ("shield: {kinds: {mlp: much}}", [], ["shield.kinds.mlp", "a number", "'much'"]),
+    ("shield: {kinds: [mlp]}", [], ["shield.kinds", "a mapping of names to a number", "not a list"]),
+    ("shield: {kinds: {1: 0.5}}", [], ["shield.kinds", "the key 1 is not a word"]),
+    ("shield: {protect: [{pattern: head}]}", [], ["shield.protect.0.action", "missing"]),
     ("data: {train: 5}", [], ["data.train", "text or a list", "not 5"]),
     ("data: {train: {path: a}}", [], ["data.train", "not a mapping"]),
     ("data: {train: [5]}", [], ["data.train.0", "a mapping (path, weight)", "not 5"]),
@@ -235,7 +239,7 @@ model: {path: "größe: 1", attention_backend: auto, window_size: [1, 2], cp_com
 checkpoint: {directory: "2024", keep: 3, max_shard_size: 123, export: "1e-4"}
 parallel: {tensor_model_parallel_size: 2, virtual_pipeline_model_parallel_size: null, ddp: {overlap_grad_reduce: true}}
 precision: {dtype: fp32, fp8: e4m3, fp8_margin: 1}
-shield: {ratio: 0.3, calibration: {path: [a.jsonl, b.jsonl], samples: 3}}
+shield: {ratio: 0.3, kinds: {mlp: 1, attention: 0.25}, calibration: {path: [a.jsonl, b.jsonl], samples: 3}}
 data: {train: [a.jsonl, {path: b, weight: 2.5}, "null"], split: "9,1,0"}
 train: {optimizer: {lr: 1e-12, exp_avg_dtype: fp16, decoupled_lr: 1e+20}}
 """
@@ -247,7 +251,7 @@ train: {optimizer: {lr: 1e-12, exp_avg_dtype: fp16, decoupled_lr: 1e+20}}
     assert [p.name for p in saved.parent.iterdir()] == ["resolved.yaml"]
     resolved = yaml.safe_load(saved.read_text(encoding="utf-8"))
     assert resolved["parallel"]["tensor_model_parallel_size"] == 2
-    assert resolved["train"]["optimizer"]["adam_beta2"] == OPTIMIZER_DEFAULTS["adam_beta2"]
+    assert resolved["train"]["optimizer"]["weight_decay"] == OPTIMIZER_DEFAULTS["weight_decay"]
     assert resolved["train"]["iterations"] == 1000
     assert "transformer" not in resolved["model"]
 

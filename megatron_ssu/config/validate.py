@@ -1,0 +1,382 @@
+"""Everything about a run that can be checked without weights: mesh, number formats, model and training settings.
+
+Pure functions of the run file, the world size and the model's config.json; no process group, no CUDA context. Each
+raises UserError with the key, the value and what would do.
+"""
+# ruff: noqa: SIM905 - names read better as one line of words
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ssu.config.coerce import field_default, show
+from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.config.validate_train import (
+    at_least,
+    needs_calibration,
+    parse_size,
+    parse_split,
+    validate_checkpoint,
+    validate_data,
+    validate_shield,
+    validate_train,
+)
+from megatron_ssu.errors import UserError
+
+__all__ = [
+    "parse_size",
+    "parse_split",
+    "read_hf_config",
+    "validate_checkpoint",
+    "validate_data",
+    "validate_mesh",
+    "validate_model",
+    "validate_precision",
+    "validate_run",
+    "validate_shield",
+    "validate_train",
+]
+
+_OTHER_MODEL = "would make it another model than config.json of model.path"
+_INFERENCE = "is for inference; this trains"
+_FSDP = "fully sharded data parallelism is not supported; the distributed optimizer already shards the optimizer states"
+
+# megatron settings that nothing here carries, as patterns of dotted keys; their defaults pass.
+UNSUPPORTED: tuple[tuple[str, str], ...] = (
+    *((f"model.{n}", "mixture of experts is not supported") for n in ("num_moe_experts", "moe_*")),
+    *((f"parallel.{n}", "mixture of experts is not supported") for n in ("expert_*", "moe_*", "*moe_expert*", "ep_*")),
+    *((f"{s}.mtp_*", "multi-token prediction is not supported") for s in ("model", "parallel")),
+    *(
+        (f"model.{name}", _OTHER_MODEL)
+        for name in (
+            "multi_latent_attention mamba_* linear_* dsa_* experimental_attention_variant attention_output_gate "
+            "heterogeneous_block_specs hetereogenous_dist_checkpoint is_hybrid_model window_* "
+            "no_rope_freq mrope_section softmax_type softmax_scale qk_l2_norm qk_clip* activation_func_clamp_value "
+            "glu_linear_offset apply_residual_connection_post_layernorm apply_query_key_layer_scaling"
+        ).split()
+    ),
+    *((f"model.{name}", _INFERENCE) for name in ("inference_*", "flash_decode", "use_inference_*", "mlp_chunks_*")),
+    *((f"model.{name}", "is not supported") for name in ("*kitchen*", "quant_recipe", "test_mode")),
+    ("model.init_model_with_meta_device", _FSDP),
+    ("model.calculate_per_token_loss", "the loss is a mean over the tokens of a micro-batch"),
+    ("model.pipeline_model_parallel_layout", "cannot be checked; use num_layers_in_first/last_pipeline_stage"),
+    ("parallel.hybrid_context_parallel", "is not supported"),
+    *((f"parallel.ddp.{n}", _FSDP) for n in ("*fsdp*", "*sharding_strategy")),
+    ("parallel.ddp.num_distributed_optimizer_instances", "only one is supported"),
+    ("train.optimizer.optimizer", "only adam (as AdamW) is supported"),
+    ("train.optimizer.muon_*", "only adam (as AdamW) is supported"),
+    ("train.optimizer.sgd_*", "only adam (as AdamW) is supported"),
+    ("train.optimizer.decoupled_weight_decay", "only AdamW's decoupled weight decay is supported"),
+    ("train.optimizer.overlap_param_gather_with_optimizer_step", "is not supported"),
+)
+# Refused only with a shield: megatron keeps the main weights elsewhere then, where frozen elements cannot be left out.
+UNSHIELDED: tuple[str, ...] = (
+    "parallel.ddp.fp8_param_gather",
+    "precision.fp8_param",
+    "precision.fp4_param",
+    "train.optimizer.use_precision_aware_optimizer",
+    "train.optimizer.optimizer_cpu_offload",
+)
+NEEDS_CUDA: tuple[str, ...] = (
+    "model.masked_softmax_fusion",
+    "model.apply_rope_fusion",
+    "model.persist_layer_norm",
+    "model.enable_cuda_graph",
+    "model.external_cuda_graph",
+    "model.cuda_graph_impl",
+    "model.use_te_*",
+    "model.fine_grained_activation_offloading",
+    "parallel.gradient_accumulation_fusion",
+    "parallel.tp_comm_overlap",
+    "parallel.cpu_offloading",
+    "parallel.use_te_rng_tracker",
+    "parallel.ddp.nccl_ub",
+)
+RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
+
+
+def _cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+def _transformer_engine() -> bool:
+    return _cuda() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def read_hf_config(path: str, key: str = "model.path") -> dict[str, Any]:
+    """config.json of the Hugging Face directory `path`; `key` is the run file's key or the option that named it."""
+    directory = Path(path)
+    if not path or not directory.is_dir():
+        advice = (
+            "~ is not expanded"
+            if path.startswith("~")
+            else "give a downloaded Hugging Face directory, not a model's name"
+        )
+        raise UserError(f"{key}: {show(path)} is no directory (looked from {Path.cwd()}); {advice}")
+    file = directory / "config.json"
+    try:
+        config = json.loads(file.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{key}: {file} is missing; {path} is no Hugging Face model directory") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{key}: {file}:{error.lineno}: broken JSON ({error.msg}); copy the file again") from error
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 JSON"
+        raise UserError(f"{key}: {file} cannot be read ({reason}); copy the file again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{key}: {file} is not a JSON object; copy the file again")
+    return config
+
+
+def validate_run(run: RunConfig, world_size: int, hf: dict[str, Any], *, training: bool = True) -> None:
+    """All checks; without `training` those that `score` and `plan` need (mesh, number formats, model, shield)."""
+    dp = validate_mesh(run, world_size)
+    validate_precision(run)
+    validate_model(run, hf)
+    if training:
+        validate_train(run, dp)
+    else:
+        validate_shield(run)
+
+
+def validate_mesh(run: RunConfig, world_size: int) -> int:
+    """Check the mesh against `world_size` ranks; returns the number of data-parallel ranks."""
+    parallel = run.parallel
+    tensor, pipeline, context = parallel.tensor, parallel.pipeline, parallel.context
+    for name, size in (("tensor_model", tensor), ("pipeline_model", pipeline), ("context", context)):
+        at_least(f"parallel.{name}_parallel_size", size, 1)
+    _refuse_unsupported(run)
+    if not parallel.timeout_minutes > 0:
+        raise UserError(f"parallel.timeout_minutes: {parallel.timeout_minutes} must be above 0; 30 is usual")
+    model = tensor * pipeline * context
+    if world_size % model:
+        raise UserError(
+            f"parallel: {tensor} (tensor) x {pipeline} (pipeline) x {context} (context) does not divide {world_size} "
+            f"(world size); start a multiple of {model} ranks or choose sizes whose product divides {world_size}"
+        )
+    if parallel.sequence_parallel and tensor == 1:
+        raise UserError(
+            "parallel.sequence_parallel: true needs tensor_model_parallel_size above 1; set it to false, or raise "
+            "tensor_model_parallel_size"
+        )
+    _virtual_pipeline(run)
+    if context > 1 and not _transformer_engine():
+        raise UserError(
+            f"parallel.context_parallel_size: {context} needs CUDA and Transformer Engine, not found here; set it to 1"
+        )
+    if parallel.ddp.get("overlap_param_gather") and not parallel.ddp.get("overlap_grad_reduce"):
+        raise UserError("parallel.ddp.overlap_param_gather: true needs overlap_grad_reduce; set that to true too")
+    return world_size // model
+
+
+def _virtual_pipeline(run: RunConfig) -> None:
+    virtual, pipeline = run.parallel.virtual_pipeline, run.parallel.pipeline
+    key = "parallel.virtual_pipeline_model_parallel_size"
+    if virtual is None:
+        return
+    at_least(key, virtual, 1)
+    if pipeline == 1:
+        raise UserError(f"{key}: {virtual} needs pipeline_model_parallel_size above 1; leave it out, or raise that")
+    values = run.parallel.transformer
+    # megatron's batched exchange gives wrong numbers, without an error, on gloo and between two stages
+    if (not _cuda() or pipeline == 2) and (values.get("batch_p2p_comm") or values.get("overlap_p2p_comm") is False):
+        raise UserError(
+            f"parallel.overlap_p2p_comm: {virtual} virtual stages on {pipeline} (pipeline) need overlap_p2p_comm: true "
+            f"and batch_p2p_comm: false here; leave both out"
+        )
+
+
+def _settings(run: RunConfig) -> Iterator[tuple[str, Any]]:
+    """Every megatron field of the run file that differs from megatron's default: (dotted key, value)."""
+    for section, holder, attribute in (
+        ("model", run.model, "transformer"),
+        ("parallel", run.parallel, "transformer"),
+        ("parallel.ddp", run.parallel, "ddp"),
+        ("precision", run.precision, "transformer"),
+        ("train.optimizer", run.train, "optimizer"),
+    ):
+        field = next(f for f in dataclasses.fields(holder) if f.name == attribute)
+        defaults = {f.name: field_default(f) for f in dataclasses.fields(field.metadata["megatron"])}
+        for name, value in getattr(holder, attribute).items():
+            if value != defaults.get(name, dataclasses.MISSING):
+                yield f"{section}.{name}", value
+
+
+def _refuse_unsupported(run: RunConfig) -> None:
+    for key, value in _settings(run):
+        if key == "parallel.expert_tensor_parallel_size" and value == 1:
+            continue
+        shown = show(value)
+        for pattern, reason in UNSUPPORTED:
+            if fnmatch(key, pattern):
+                raise UserError(f"{key}: {shown}: {reason}; leave it out")
+        if run.shield.method != "none" and key in UNSHIELDED:
+            raise UserError(f"{key}: {shown} does not go with a shield; leave it out, or set shield.method: none")
+        if not _cuda() and any(fnmatch(key, pattern) for pattern in NEEDS_CUDA):
+            raise UserError(f"{key}: {shown} needs CUDA, which is not here; leave it out")
+        if key == "model.attention_backend" and value.name in ("flash", "fused") and not _transformer_engine():
+            raise UserError(f"{key}: {value.name} needs CUDA and Transformer Engine, which are not here; leave it out")
+
+
+def validate_precision(run: RunConfig) -> None:
+    """Check that the number formats asked for are to be had here."""
+    values = run.precision.transformer
+    for name in ("fp8", "fp4"):
+        if values.get(name) is not None:
+            if not _transformer_engine():
+                raise UserError(
+                    f"precision.{name}: {values[name]!r} needs CUDA and Transformer Engine; leave it out here"
+                )
+            if run.precision.dtype != "bf16":
+                raise UserError(
+                    f"precision.{name}: {values[name]!r} needs precision.dtype: bf16, not {run.precision.dtype}"
+                )
+    if values.get("fp8") and values.get("fp4"):
+        raise UserError("precision.fp4: does not go with precision.fp8; leave one of them out")
+
+
+def validate_model(run: RunConfig, hf: dict[str, Any]) -> None:
+    """Check the model of config.json (`hf`) against the mesh and the sequence length."""
+    from megatron_ssu.models.build import transformer_config
+    from megatron_ssu.models.family import Dims, family_of
+
+    family = family_of(hf)
+    sizes = _sizes(run, hf)
+    _tensor_parallel(run, sizes)
+    _layers(run, sizes["num_hidden_layers"])
+    _recompute(run, sizes["num_hidden_layers"])
+    _lengths(run, sizes["max_position_embeddings"])
+    transformer_config(run, family, hf, Dims.from_hf(hf))  # what is left, megatron-core itself refuses
+
+
+def _sizes(run: RunConfig, hf: dict[str, Any]) -> dict[str, int]:
+    """The sizes in config.json; all must be whole numbers above 0."""
+    names = "num_hidden_layers hidden_size num_attention_heads num_key_value_heads intermediate_size vocab_size"
+    sizes = {}
+    for name in (*names.split(), "max_position_embeddings"):
+        value = hf.get(name)
+        if name == "num_key_value_heads" and value is None:
+            value = hf.get("num_attention_heads")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            shown = "missing" if name not in hf else f"{show(value)}, not a whole number above 0"
+            raise UserError(f"{Path(run.model.path) / 'config.json'}: {name} is {shown}; copy the file again")
+        sizes[name] = value
+    for large, small in (("num_attention_heads", "num_key_value_heads"), ("hidden_size", "num_attention_heads")):
+        if sizes[large] % sizes[small] and not (large == "hidden_size" and hf.get("head_dim")):
+            raise UserError(
+                f"{Path(run.model.path) / 'config.json'}: {small} {sizes[small]} does not divide {large} {sizes[large]}"
+            )
+    return sizes
+
+
+def _tensor_parallel(run: RunConfig, sizes: dict[str, int]) -> None:
+    tensor, padding = run.parallel.tensor, run.model.make_vocab_size_divisible_by
+    split = ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
+    common = math.gcd(*(sizes[name] for name in split))
+    for name in split:
+        if sizes[name] % tensor:
+            would_do = ", ".join(str(n) for n in range(1, min(common, 128) + 1) if common % n == 0)
+            raise UserError(
+                f"parallel.tensor_model_parallel_size: {tensor} does not divide {sizes[name]} ({name} in config.json); "
+                f"choose one of {would_do}"
+            )
+    at_least("model.make_vocab_size_divisible_by", padding, 1)
+    if padding % tensor:
+        raise UserError(
+            f"model.make_vocab_size_divisible_by: {padding} is no multiple of {tensor} (tensor), so the padded "
+            f"vocabulary would not split evenly; {math.lcm(padding, tensor)} would do"
+        )
+
+
+def _layers(run: RunConfig, layers: int) -> None:
+    """Every pipeline stage, and every virtual stage of it, must get the same number of layers or what was asked for."""
+    values, stages, virtual = run.model.transformer, run.parallel.pipeline, run.parallel.virtual_pipeline or 1
+    ends = [f"num_layers_in_{end}_pipeline_stage" for end in ("first", "last")]
+    given = {name: values[name] for name in ends if values.get(name) is not None}
+    extra = [n for n in ("embedding", "loss") if values.get(f"account_for_{n}_in_pipeline_split")]
+    if given and extra:
+        raise UserError(
+            f"model.account_for_{extra[0]}_in_pipeline_split: does not go with {next(iter(given))}; leave one out"
+        )
+    for name, count in given.items():
+        at_least(f"model.{name}", count, 1)
+        if stages < 2:
+            raise UserError(f"model.{name}: {count} needs pipeline_model_parallel_size above 1; leave it out")
+        if count % virtual:
+            raise UserError(f"model.{name}: {count} is no multiple of {virtual} (virtual pipeline); choose one that is")
+    middle, left = stages - len(given), layers + len(extra) - sum(given.values())
+    if (left > 0) != (middle > 0) or left < 0 or (middle and left % (middle * virtual)):
+        counted = f"{layers} layers"
+        counted += "".join(f" - {count} ({name.split('_')[3]} stage)" for name, count in given.items())
+        counted += "".join(f" + 1 ({name})" for name in extra)
+        mesh = f"{middle} ({'other stages' if given else 'pipeline'})" + (
+            f" x {virtual} (virtual)" if virtual > 1 else ""
+        )
+        fits = [str(n) for n in range(1, layers + 1) if layers % (n * virtual) == 0 and (n > 1 or virtual == 1)]
+        would_do = f"pipeline_model_parallel_size could be {' or '.join(fits)}" if fits else "lower the virtual size"
+        would_do = "change one of them" if given or extra else would_do
+        raise UserError(f"parallel.pipeline_model_parallel_size: {counted} cannot be shared out to {mesh}; {would_do}")
+
+
+def _recompute(run: RunConfig, layers: int) -> None:
+    values = run.model.transformer
+    kind, count = values.get("recompute_granularity"), values.get("recompute_num_layers")
+    method, modules = values.get("recompute_method"), values.get("recompute_modules")
+    if kind is None and (method or count or modules):
+        raise UserError(
+            "model.recompute_granularity: missing beside other recompute settings; set it to full or selective"
+        )
+    if kind == "full":
+        if method is None:
+            raise UserError("model.recompute_method: missing; recompute_granularity full needs uniform or block")
+        most = max(1, layers // run.parallel.pipeline)
+        if count is None or not 1 <= count <= most:
+            raise UserError(
+                f"model.recompute_num_layers: {show(count)}: full recompute needs 1 to {most} (layers of a stage)"
+            )
+    if kind == "selective":
+        if method is not None or count is not None:
+            name = "method" if method is not None else "num_layers"
+            raise UserError(
+                f"model.recompute_{name}: goes with recompute_granularity full, not selective; leave it out"
+            )
+        for module in modules or ():
+            if module not in RECOMPUTE_MODULES:
+                raise UserError(f"model.recompute_modules: {show(module)} is not one of {', '.join(RECOMPUTE_MODULES)}")
+            if module == "layernorm" and not _transformer_engine():
+                raise UserError(
+                    "model.recompute_modules: 'layernorm' needs CUDA and Transformer Engine; leave it out here"
+                )
+
+
+def _lengths(run: RunConfig, positions: int) -> None:
+    length, tensor, context = run.data.sequence_length, run.parallel.tensor, run.parallel.context
+    at_least("data.sequence_length", length, 1)
+    if length > positions:
+        raise UserError(
+            f"data.sequence_length: {length} is longer than the model's {positions} positions (max_position_embeddings "
+            f"in config.json); {positions} or less would do"
+        )
+    checked = {"data.sequence_length": length}
+    if needs_calibration(run):  # the calibration length is cut to the model's own
+        checked["shield.calibration.sequence_length"] = min(run.shield.calibration.sequence_length, positions)
+    step = (tensor if run.parallel.sequence_parallel else 1) * (2 * context if context > 1 else 1)
+    for key, value in checked.items():
+        if value % step:
+            what = (
+                "sequence parallel over " + f"{tensor} (tensor)"
+                if run.parallel.sequence_parallel
+                else "context parallel"
+            )
+            raise UserError(
+                f"{key}: {value} is no multiple of {step}, which {what} needs; {max(value // step, 1) * step} would do"
+            )

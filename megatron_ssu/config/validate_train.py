@@ -1,0 +1,292 @@
+"""Checks of what a run reads, trains and writes: sizes, shares, intervals, files. Files are looked for, not opened."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+
+from megatron_ssu.config.coerce import show
+from megatron_ssu.config.schema import DataSource, RunConfig
+from megatron_ssu.errors import UserError
+
+WEIGHT_SCORES = ("magnitude", "random")  # scores that read no calibration data
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_JSONL = re.compile(r".*\.(jsonl|json)(\.gz|\.zst)?")
+MAX_SEED = 2**32 - 1  # numpy's
+
+
+def parse_size(size: str | int, key: str = "checkpoint.max_shard_size") -> int:
+    """Bytes of '5GB', '512 MiB' or a plain number; KB, MB, GB, TB count by 1000, KiB ... by 1024. Raises UserError."""
+    if isinstance(size, int) and not isinstance(size, bool):
+        parsed: float = size
+    else:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", str(size).strip().upper())
+        unit = UNITS.get(match[2] or "B") if match else None
+        if match is None or unit is None:
+            raise UserError(f"{key}: {show(size)} is no size; write for example 5GB, 512MiB or a number of bytes")
+        parsed = float(match[1]) * unit
+    if parsed < 1:
+        raise UserError(f"{key}: {show(size)} is less than one byte; write for example 5GB")
+    return int(parsed)
+
+
+def parse_split(split: str) -> tuple[float, float, float]:
+    """The train, valid and test shares of data.split, as written (they need not add up to 100). Raises UserError."""
+    try:
+        shares = [float(part) for part in split.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or not all(math.isfinite(share) and share >= 0 for share in shares):
+        raise UserError(
+            f"data.split: {show(split)} is not three shares >= 0 (train,valid,test); write for example '99,1,0'"
+        )
+    if shares[0] <= 0:
+        raise UserError(f"data.split: {show(split)} leaves nothing to train on; the first share must be above 0")
+    return shares[0], shares[1], shares[2]
+
+
+def validate_train(run: RunConfig, dp: int) -> None:
+    """Check batches against `dp` data-parallel ranks, schedule, optimizer, data, shield and checkpoint settings."""
+    train = run.train
+    positive = ("iterations", "micro_batch_size", "global_batch_size")
+    for name in positive:
+        at_least(f"train.{name}", getattr(train, name), 1)
+    for name in ("eval_interval", "eval_batches"):
+        at_least(f"train.{name}", getattr(train, name), 0)
+    _batches(run, dp)
+    _schedule(run)
+    _optimizer(run)
+    _seed("train.seed", train.seed)
+    _seed("data.seed", run.data.seed)
+    at_least("log.interval", run.log.interval, 1)
+    validate_shield(run)
+    validate_data(run)
+    validate_checkpoint(run)
+
+
+def _batches(run: RunConfig, dp: int) -> None:
+    micro, total = run.train.micro_batch_size, run.train.global_batch_size
+    step = micro * dp
+    if total % step:
+        below, above = total // step * step, -(-total // step) * step
+        would_do = f"{below} or {above}" if below else f"{above}"
+        raise UserError(
+            f"train.global_batch_size: {micro} (micro batch) x {dp} (data) = {step} does not divide {total} (global "
+            f"batch); {would_do} would do"
+        )
+    if run.parallel.virtual_pipeline is None:
+        return
+    stages, count = run.parallel.pipeline, total // step
+    group = run.parallel.transformer.get("microbatch_group_size_per_vp_stage")
+    if group is None:
+        if count % stages:
+            raise UserError(
+                f"train.global_batch_size: {total} / ({micro} (micro batch) x {dp} (data)) = {count} micro-batches is "
+                f"no multiple of {stages} (pipeline), which virtual pipeline stages need; "
+                f"{-(-count // stages) * stages * step} would do"
+            )
+    elif not stages <= group <= count or 0 < count % group < stages:
+        raise UserError(
+            f"parallel.microbatch_group_size_per_vp_stage: {group} must be from {stages} (pipeline) to {count} (micro-"
+            f"batches a step), and {count} modulo it 0 or at least {stages}; leave it out for {stages}"
+        )
+
+
+def _schedule(run: RunConfig) -> None:
+    schedule = run.train.schedule
+    if not 0 <= schedule.warmup_fraction < 1:
+        raise UserError(
+            f"train.schedule.warmup_fraction: {schedule.warmup_fraction} is no share of the run; it must be in [0, 1)"
+        )
+    if schedule.decay_style == "WSD":
+        if not 0 < schedule.wsd_decay_fraction <= 1:
+            raise UserError(
+                f"train.schedule.wsd_decay_fraction: {schedule.wsd_decay_fraction} is no share of the "
+                f"run; it must be in (0, 1]"
+            )
+        if schedule.warmup_fraction + schedule.wsd_decay_fraction > 1:
+            raise UserError(
+                f"train.schedule.wsd_decay_fraction: {schedule.warmup_fraction} (warm-up) + "
+                f"{schedule.wsd_decay_fraction} (decay) is more than the whole run; lower one of them"
+            )
+
+
+def _optimizer(run: RunConfig) -> None:
+    values = run.train.optimizer
+    key = "train.optimizer"
+    for name in ("lr", "min_lr", "weight_decay", "clip_grad", "adam_eps"):
+        if values.get(name) is not None:
+            at_least(f"{key}.{name}", values[name], 0)
+    lr, min_lr = values.get("lr"), values.get("min_lr")
+    if lr is None:
+        raise UserError(f"{key}.lr: missing; write the peak learning rate, for example 5e-5")
+    if min_lr is not None and min_lr > lr:
+        raise UserError(f"{key}.min_lr: {min_lr} is above lr {lr}; lower it or raise {key}.lr")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= values.get(name, 0.9) < 1:
+            raise UserError(f"{key}.{name}: {values[name]} must be in [0, 1)")
+    accepted(key, OptimizerConfig, {**values, "use_distributed_optimizer": True})
+    accepted("parallel.ddp", DistributedDataParallelConfig, {**run.parallel.ddp, "use_distributed_optimizer": True})
+
+
+def accepted(key: str, cls: type, values: dict[str, Any]) -> None:
+    """Refuse what megatron-core's dataclass `cls` itself refuses."""
+    try:
+        cls(**values)
+    except (AssertionError, ValueError, RuntimeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split()) or "these settings do not go together"
+        raise UserError(f"{key}: megatron-core refuses: {reason}") from error
+
+
+def validate_shield(run: RunConfig) -> None:
+    """Check the shield section, and that what it will read is there."""
+    shield, calibration = run.shield, run.shield.calibration
+    _budget(run)
+    for name in ("samples", "sequence_length", "micro_batch_size"):
+        at_least(f"shield.calibration.{name}", getattr(calibration, name), 1)
+    _seed("shield.seed", shield.seed)
+    _seed("shield.calibration.seed", calibration.seed)
+    if shield.method == "none":
+        return
+    for name in ("file", "scores"):
+        given = getattr(shield, name)
+        if given is not None:
+            existing_file(f"shield.{name}", given, "or leave it out to have it made")
+    paths = calibration.path if isinstance(calibration.path, list) else [calibration.path]
+    for number, path in enumerate(p for p in paths if p is not None):
+        key = "shield.calibration.path" + (f".{number}" if isinstance(calibration.path, list) else "")
+        jsonl_file(key, path)
+    if not calibration.path and needs_calibration(run):
+        raise UserError(
+            f"shield.calibration.path: missing; score {shield.score!r} reads source chat samples (JSONL); give them, "
+            f"or shield.file, shield.scores, or a score of the weights alone ({', '.join(WEIGHT_SCORES)})"
+        )
+
+
+def _budget(run: RunConfig) -> None:
+    shield = run.shield
+    shares = {"ratio": shield.ratio, "floor": shield.floor, "ceiling": shield.ceiling}
+    shares |= {f"kinds.{kind}": ratio for kind, ratio in shield.kinds.items()}
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise UserError(f"shield.{name}: {share} is no share of a matrix; it must be in [0, 1]")
+    if shield.budget == "layerwise" and not shield.floor <= shield.ratio <= shield.ceiling:
+        raise UserError(
+            f"shield.ratio: {shield.ratio} must be from floor {shield.floor} to ceiling {shield.ceiling} under budget "
+            f"layerwise; move one of them"
+        )
+
+
+def needs_calibration(run: RunConfig) -> bool:
+    """Must this run forward calibration samples to get its shield? Not when a shield or scores are there."""
+    shield, made = run.shield, Path(run.checkpoint.directory)
+    if shield.method != "ssu" or shield.file or shield.scores:
+        return False
+    if all(score in WEIGHT_SCORES for score in (shield.score, *shield.also_score)):
+        return False
+    return not any((made / name).is_file() for name in ("shield.safetensors", "scores.safetensors"))
+
+
+def validate_data(run: RunConfig) -> None:
+    """Check the data section, and that its files are there."""
+    data = run.data
+    at_least("data.sequence_length", data.sequence_length, 1)
+    at_least("data.workers", data.workers, 1)
+    at_least("data.loader_workers", data.loader_workers, 0)
+    parse_split(data.split)
+    if not data.text_key:
+        raise UserError(
+            "data.text_key: is empty; name the key of the JSONL lines that holds the text, for example text"
+        )
+    if not data.train:
+        raise UserError("data.train: missing; name a JSONL file or the prefix of an indexed dataset, or a list of them")
+    if isinstance(data.train, str):
+        data_path("data.train", data.train)
+    else:
+        for number, part in enumerate(data.train):
+            source = part if isinstance(part, DataSource) else DataSource(part)
+            data_path(f"data.train.{number}", source.path)
+            if not (math.isfinite(source.weight) and source.weight > 0):
+                raise UserError(
+                    f"data.train.{number}.weight: {source.weight} must be above 0; leave the part out instead"
+                )
+    for name in ("source_valid", "target_valid"):
+        if getattr(data, name) is not None:
+            data_path(f"data.{name}", getattr(data, name))
+
+
+def validate_checkpoint(run: RunConfig) -> None:
+    """Check where the run writes; nothing that is there already may be in the way."""
+    checkpoint = run.checkpoint
+    at_least("checkpoint.interval", checkpoint.interval, 0)
+    if checkpoint.keep is not None:
+        at_least("checkpoint.keep", checkpoint.keep, 1)
+    parse_size(checkpoint.max_shard_size)
+    if not checkpoint.directory:
+        raise UserError("checkpoint.directory: is empty; name the folder that this run may write to")
+    for key, written in (("checkpoint.directory", checkpoint.directory), ("checkpoint.export", checkpoint.export)):
+        if written is None:
+            continue
+        if Path(written).exists() and not Path(written).is_dir():
+            raise UserError(f"{key}: {written} is a file; name a folder")
+        if Path(written).resolve() == Path(run.model.path).resolve():
+            raise UserError(f"{key}: {written} is model.path, which stays as it is; name another folder")
+
+
+def _seed(key: str, seed: int) -> None:
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"{key}: {seed} is no seed; choose one from 0 to {MAX_SEED}")
+
+
+def at_least(key: str, value: float, least: int) -> None:
+    """Refuse a `value` below `least` (or NaN)."""
+    if not value >= least:
+        raise UserError(f"{key}: {value} is too small; it must be at least {least}")
+
+
+def data_path(key: str, path: str) -> None:
+    """Refuse a `path` that is neither a JSONL file nor the prefix of an indexed dataset."""
+    if _JSONL.fullmatch(path):
+        return existing_file(key, path)
+    parts = [Path(f"{path}.bin"), Path(f"{path}.idx")]
+    missing = [part for part in parts if not part.is_file()]
+    if not missing:
+        return None
+    if len(missing) == 1:
+        raise UserError(f"{key}: {missing[0]} is missing beside {(set(parts) - set(missing)).pop()}; run prepare again")
+    prefix, suffix = path[:-4], path[-4:]
+    if suffix in (".bin", ".idx"):
+        raise UserError(f"{key}: {path} is one file of an indexed dataset; write its prefix: {prefix}")
+    raise UserError(
+        f"{key}: {show(path)} is neither a JSONL file (.jsonl or .json, also .gz or .zst) nor the prefix of an indexed "
+        f"dataset (no {path}.bin and {path}.idx){_hint(path)}"
+    )
+
+
+def jsonl_file(key: str, path: str) -> None:
+    """Refuse a `path` that is no JSONL file by name, or is not there."""
+    if not _JSONL.fullmatch(path):
+        raise UserError(
+            f"{key}: {show(path)} is not named as JSONL (.jsonl or .json, also .gz or .zst); rename or convert it"
+        )
+    existing_file(key, path)
+
+
+def existing_file(key: str, path: str, advice: str = "") -> None:
+    """Refuse a `path` at which there is no file."""
+    if Path(path).is_dir():
+        raise UserError(f"{key}: {path} is a directory; name a file in it")
+    if not Path(path).is_file():
+        raise UserError(f"{key}: {show(path)} does not exist; correct it{advice and ', ' + advice}{_hint(path)}")
+
+
+def _hint(path: str) -> str:
+    if path.startswith("~") or "$" in path:
+        return "; ~ and variables are not expanded, write the whole path"
+    return "" if Path(path).is_absolute() else f"; relative paths start at {Path.cwd()}"
