@@ -37,8 +37,8 @@ def iterate(
 
     Micro step k takes the next `micro_batch_size * dp_size` samples after `consumed_samples`, each rank its slice in
     order of rank; so a global batch holds the same samples whatever the mesh and the micro batch size. It ends before
-    sample `stop` (default: the dataset's length). What does not fill a micro step is dropped; with `pad_to` (a multiple of
-    `micro_batch_size * dp_size`) samples without loss fill the count up to a multiple of it, so that nothing is.
+    sample `stop` (default: the dataset's length). What does not fill a micro step is dropped; with `pad_to` (a multiple
+    of `micro_batch_size * dp_size`) samples without loss fill the count up to a multiple of it, so that nothing is.
 
     Yields dicts of `tokens`, `labels`, `position_ids` int64 [b, s] and `loss_mask` float32 [b, s], on the CPU.
     Raises UserError when a data file cannot be read.

@@ -48,7 +48,9 @@ def prepare_run(
             try:
                 prefix.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"{prefix.parent}: cannot be made: {error.strerror}; see checkpoint.directory") from error
+                raise UserError(
+                    f"{prefix.parent}: cannot be made: {error.strerror}; see checkpoint.directory"
+                ) from error
             reports.append(
                 prepare(
                     [path],

@@ -78,7 +78,7 @@ class Tokenizer:
         return False
 
     def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """`messages` in the model's chat format. Raises UserError when it has none; a template's errors pass through."""
+        """`messages` in the model's chat format. Raises UserError where it has none; its errors pass through."""
         raise UserError(f"{self.path}: the tokenizer has no chat template, so chats cannot be rendered")
 
     def special_token_ids_of_chat_template(self) -> list[int]:
