@@ -44,7 +44,10 @@ def write_sealed(
     sealed = _dumps(seal(header, tensors))
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode  # what the umask gives; safetensors makes files that nobody else can read
         save_file(tensors, part, metadata={HEADER_KEY: sealed})
+        part.chmod(mode)
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error})") from error

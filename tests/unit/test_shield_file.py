@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -86,6 +87,15 @@ def test_shield_file_round_trip(tmp_path, shield):
     assert loaded.masks["model.embed_tokens.weight"].rows().nonzero()[0].tolist() == [1, 35]
     loaded.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "s.safetensors").read_bytes()
+
+
+def test_others_may_read_it_as_the_umask_says(tmp_path, shield):
+    before = os.umask(0o027)
+    try:
+        shield.save(tmp_path / "s")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "s").stat().st_mode & 0o777 == 0o640
 
 
 def test_realised_counts_elements(shield):

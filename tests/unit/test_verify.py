@@ -218,7 +218,7 @@ def test_broken_directories(tmp_path):
     with pytest.raises(UserError, match="no such directory"):
         open_checkpoint(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="neither .* nor"):
+    with pytest.raises(UserError, match=r"neither .* nor"):
         open_checkpoint(tmp_path / "empty")
 
     directory = write_hf(tmp_path / "m", weights, 2)
