@@ -8,8 +8,9 @@ from __future__ import annotations
 import datetime
 import functools
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+import queue
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -189,6 +190,54 @@ def stop_processes() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+@contextmanager
+def distributed_optimizer_class(cls: type, **extra: Any) -> Iterator[None]:
+    """While it lasts, `get_megatron_optimizer` builds `cls` (with `extra` arguments) for its DistributedOptimizer."""
+    import megatron.core.optimizer as module
+
+    stock = module.DistributedOptimizer
+    module.DistributedOptimizer = functools.partial(cls, **extra)
+    try:
+        yield
+    finally:
+        module.DistributedOptimizer = stock
+
+
+@contextmanager
+def in_process_checkpoint_writers() -> Iterator[None]:
+    """While it lasts, checkpoints are written by the calling process.
+
+    megatron forks writer processes and starts a manager process for their results: seconds for every save, and no fork is
+    safe beside CUDA and data loader threads.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async as module
+
+    writer = module.FileSystemWriterAsync
+    stock = writer.__dict__["write_preloaded_data_multiproc"], module._get_write_results_queue
+    writer.write_preloaded_data_multiproc = staticmethod(_write_in_process)
+    module._get_write_results_queue = queue.Queue
+    try:
+        yield
+    finally:
+        writer.write_preloaded_data_multiproc, module._get_write_results_queue = stock
+
+
+def _write_in_process(transforms: list, use_msc: bool, rank: int, buckets: list, results: Any) -> None:
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    written: Any = {}
+    for index, bucket in enumerate(buckets):
+        local, running = queue.Queue(), queue.Queue()  # type: ignore[var-annotated]
+        running.put(index)
+        FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, local, running, True, use_msc=use_msc)
+        _, outcome = local.get()
+        if isinstance(outcome, Exception):
+            written = outcome
+            break
+        written[index] = outcome
+    results.put(written)
 
 
 def is_rank_zero() -> bool:

@@ -55,10 +55,10 @@ class Session:
     layout: Layout
 
 
-def check_run(run: RunConfig) -> Source:
+def check_run(run: RunConfig, *, training: bool = True) -> Source:
     """Everything that can be checked without weights, before any process group is made. Raises UserError."""
     source = open_source(run.model.path)
-    validate_run(run, runtime.world_size(), source.hf)
+    validate_run(run, runtime.world_size(), source.hf, training=training)
     check_checkpoint(source.checkpoint, source.family, source.dims, DTYPES[run.precision.dtype])
     return source
 

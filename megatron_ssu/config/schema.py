@@ -52,8 +52,6 @@ OPTIMIZER_DEFAULTS: dict[str, Any] = {
     "lr": 5e-5,
     "min_lr": 0.0,
     "weight_decay": 0.01,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.95,
     "clip_grad": 1.0,
 }
 
@@ -138,6 +136,14 @@ class CalibrationSection:
 
 
 @dataclass
+class ProtectSection:
+    """Weights that are frozen, or trainable, whatever their scores."""
+
+    pattern: str  # embeddings, head, norms, attention, mlp, layers:0-3, or a pattern such as *.o_proj.weight
+    action: Literal["frozen", "trainable"]
+
+
+@dataclass
 class ShieldSection:
     """Which weights stay as they are."""
 
@@ -146,8 +152,15 @@ class ShieldSection:
     scores: str | None = None  # scores made before; null: <checkpoint.directory>/scores.safetensors, made if missing
     score: str = "wanda"
     granularity: str = "column"
-    budget: str = "uniform"
-    ratio: float = 0.5  # frozen share of every matrix
+    also_score: list[str] = field(default_factory=list)  # further scores that one `score` run writes beside
+    budget: str = "uniform"  # uniform, layerwise, per-kind
+    ratio: float = 0.5  # frozen share
+    kinds: dict[str, float] = field(default_factory=dict)  # budget per-kind: attention, mlp or a kind -> ratio
+    floor: float = 0.0  # budget layerwise: least and greatest frozen share of a matrix
+    ceiling: float = 1.0
+    seed: int = 1234  # of the score random
+    protect: list[ProtectSection] = field(default_factory=list)  # always frozen, always trainable; the last that fits
+    norms: Literal["trainable", "frozen", "half"] = "trainable"  # norm weights; half: as the released code
     special_tokens: bool = True  # freeze the chat template's special-token rows of embedding and head
     calibration: CalibrationSection = field(default_factory=CalibrationSection)
 

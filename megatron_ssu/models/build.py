@@ -126,7 +126,9 @@ def rope_frequencies(hf: dict[str, Any], path: str) -> torch.Tensor:
     scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ("default", "linear", "llama3"):
-        raise UserError(f"{path}/config.json: rope type {kind!r} is not supported; supported are default, linear, llama3")
+        raise UserError(
+            f"{path}/config.json: rope type {kind!r} is not supported; supported are default, linear, llama3"
+        )
     head = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
     if kind == "default":
         base = scaling.get("rope_theta") or getattr(config, "rope_theta", 10000.0)

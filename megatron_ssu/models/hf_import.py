@@ -23,18 +23,24 @@ def check_checkpoint(checkpoint: HFCheckpoint, family: Family, dims: Dims, dtype
     expected = {m.name: m for m in family.matrices(dims)}
     for matrix in expected.values():
         if matrix.name not in names:
-            raise UserError(f"{checkpoint.directory}: tensor {matrix.name} is missing; config.json says the model has it")
+            raise UserError(
+                f"{checkpoint.directory}: tensor {matrix.name} is missing; config.json says the model has it"
+            )
         _check_tensor(checkpoint, matrix, dtype)
     heads = {t for e in family.edges for t in e.tensors}
     unknown = sorted(n for n in names - set(expected) - heads if not family.is_ignored(n))
     if unknown:
-        raise UserError(f"{checkpoint.directory}: tensor {unknown[0]} is not part of a {family.name} model; check config.json")
+        raise UserError(
+            f"{checkpoint.directory}: tensor {unknown[0]} is not part of a {family.name} model; check config.json"
+        )
 
 
 def _check_tensor(checkpoint: HFCheckpoint, matrix: Matrix, dtype: torch.dtype) -> None:
     shape = tuple(checkpoint.shape(matrix.name))
     if shape != matrix.shape:
-        raise UserError(f"{checkpoint.directory}: tensor {matrix.name} is {list(shape)}, config.json says {list(matrix.shape)}")
+        raise UserError(
+            f"{checkpoint.directory}: tensor {matrix.name} is {list(shape)}, config.json says {list(matrix.shape)}"
+        )
     stored = checkpoint.dtype(matrix.name)
     if stored not in DTYPE_NAMES:
         raise UserError(f"{checkpoint.directory}: tensor {matrix.name} is {stored}; supported are F32, BF16, F16")

@@ -36,8 +36,12 @@ OLMO2 = Family(
     model_types=("olmo2",),
     layer=(
         QKV,
-        Entry("self_attention.q_layernorm.weight", ("model.layers.{layer}.self_attn.q_norm.weight",), ("q_norm",), split=0),
-        Entry("self_attention.k_layernorm.weight", ("model.layers.{layer}.self_attn.k_norm.weight",), ("k_norm",), split=0),
+        Entry(
+            "self_attention.q_layernorm.weight", ("model.layers.{layer}.self_attn.q_norm.weight",), ("q_norm",), split=0
+        ),
+        Entry(
+            "self_attention.k_layernorm.weight", ("model.layers.{layer}.self_attn.k_norm.weight",), ("k_norm",), split=0
+        ),
         PROJ,
         norm("self_attention.linear_proj.post_norm.weight", "post_attention_layernorm.weight"),
         FC1,

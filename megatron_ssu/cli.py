@@ -1,0 +1,183 @@
+"""The command line: parse, call, turn user errors into one line and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_ssu import __version__
+from megatron_ssu.errors import UserError
+
+EPILOG = """\
+a run, from a Hugging Face model to an adapted one:
+  megatron-ssu train run.yaml                        scores, plans and trains; makes what is missing
+  megatron-ssu export run.yaml --output adapted/     newest checkpoint -> Hugging Face directory
+  megatron-ssu verify --source model/ --adapted adapted/ --shield runs/x/shield.safetensors
+
+score, train and export run alone, or on every rank of
+  torchrun --nproc-per-node 8 -m megatron_ssu train run.yaml parallel.tensor_model_parallel_size=2
+
+exit status: 0 done; 1 verify found a frozen weight that moved; 2 bad input, told in one line
+"""
+OVERRIDES = "section.key=value: goes before what the run file says, such as shield.ratio=0.25"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `megatron-ssu` and `python -m megatron_ssu`; ends the process with the exit status."""
+    options = _parser().parse_args(arguments)
+    first = int(os.environ.get("RANK", "0")) == 0
+    for kind in (UserWarning, FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=kind)  # those of libraries; ours are logged
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    console = Console(quiet=not first, soft_wrap=True)
+    status = 0
+    try:
+        status = options.command(options, console)
+    except UserError as error:
+        if first:
+            print(f"megatron-ssu: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    from megatron_ssu import runtime
+
+    runtime.stop_processes()
+    sys.exit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-ssu",
+        description="Teach an instruct model a new language and keep what it could do: Source-Shielded Updates.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, work: Callable, text: str, more: str = "") -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=text, description=f"{text}. {more}", formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.set_defaults(command=work)
+        return command
+
+    def add_run(name: str, work: Callable, text: str, more: str = "") -> argparse.ArgumentParser:
+        command = add(name, work, text, more)
+        command.add_argument("run", metavar="RUN.yaml", help="the run file")
+        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+        return command
+
+    _add_prepare(add)
+    add_run("score", _score, "Score a model's weights on source samples", "Writes scores.safetensors.")
+    add_run("plan", _plan, "Choose from scores what to freeze", "Writes shield.safetensors.")
+    add_run("train", _train, "Adapt the model", "Makes datasets, scores and shield where they are missing.")
+    command = add_run("export", _export, "Write a checkpoint as a Hugging Face directory")
+    command.add_argument("--output", required=True, metavar="DIR", help="the directory to make")
+    command.add_argument("--iteration", type=int, metavar="N", help="checkpoint to export (default: the newest)")
+    command = add("verify", _verify, "Check bit by bit that what was frozen did not move")
+    command.add_argument("--source", required=True, metavar="DIR", help="the model before")
+    command.add_argument("--adapted", required=True, metavar="DIR", help="the model after")
+    command.add_argument("--shield", required=True, metavar="FILE", help="the shield that it was trained under")
+    command.add_argument("--json", metavar="FILE", help="write the report there as well")
+    return parser
+
+
+def _add_prepare(add: Callable) -> None:
+    command = add(
+        "prepare",
+        _prepare,
+        "Tokenize JSONL files",
+        "Either for a run file:\n  megatron-ssu prepare RUN.yaml [KEY=VALUE ...]\n"
+        "or any files into one indexed dataset:\n"
+        "  megatron-ssu prepare --model DIR --output PREFIX FILE.jsonl[.gz|.zst] ...",
+    )
+    command.add_argument("inputs", nargs="+", metavar="RUN.yaml|FILE", help="the run file, or JSONL files")
+    command.add_argument("--model", metavar="DIR", help="directory with the tokenizer")
+    command.add_argument("--output", metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
+    command.add_argument("--workers", type=int, default=2, metavar="N", help="tokenizer processes (default 2)")
+    command.add_argument("--text-key", default="text", metavar="KEY", help="key of the text (default text)")
+    command.add_argument("--skip-bad-lines", action="store_true", help="skip and count bad lines instead of stopping")
+    command.add_argument("--overwrite", action="store_true", help="replace PREFIX.bin and PREFIX.idx")
+
+
+def _load(options: argparse.Namespace):
+    from megatron_ssu.config.load import load_run
+
+    return load_run(options.run, options.overrides)
+
+
+def _score(options: argparse.Namespace, console: Console) -> int:
+    from megatron_ssu import commands
+
+    commands.score(_load(options), console)
+    return 0
+
+
+def _plan(options: argparse.Namespace, console: Console) -> int:
+    from megatron_ssu import commands
+
+    commands.plan(_load(options), console)
+    return 0
+
+
+def _train(options: argparse.Namespace, console: Console) -> int:
+    from megatron_ssu import commands
+
+    commands.train_run(_load(options), console)
+    return 0
+
+
+def _export(options: argparse.Namespace, console: Console) -> int:
+    from megatron_ssu import commands
+
+    commands.export(_load(options), Path(options.output), options.iteration, console)
+    return 0
+
+
+def _prepare(options: argparse.Namespace, console: Console) -> int:
+    if (options.model is None) != (options.output is None):
+        raise UserError("prepare: --model and --output go together; or give a run file")
+    if options.output is None:
+        from megatron_ssu import commands
+        from megatron_ssu.config.load import load_run
+
+        run = load_run(options.inputs[0], options.inputs[1:])
+        commands.prepare(run, console, skip_bad_lines=options.skip_bad_lines)
+        return 0
+    from megatron_ssu.data.prepare import prepare
+
+    report = prepare(
+        options.inputs,
+        options.output,
+        options.model,
+        workers=options.workers,
+        text_key=options.text_key,
+        skip_bad_lines=options.skip_bad_lines,
+        overwrite=options.overwrite,
+        console=console,
+    )
+    console.print(
+        f"{report.prefix}: {report.documents:,} documents, {report.tokens:,} tokens, {report.skipped} bad lines skipped",
+        highlight=False,
+    )
+    return 0
+
+
+def _verify(options: argparse.Namespace, console: Console) -> int:
+    import json
+
+    from megatron_ssu.shield.verify import verify
+
+    report = verify(options.source, options.adapted, options.shield)
+    report.render(console)
+    if options.json:
+        Path(options.json).write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    return 0 if report.ok else 1

@@ -1,0 +1,169 @@
+"""What the commands do, free of argument parsing; `cli.py` calls them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_ssu import runtime
+from megatron_ssu.config.load import save_run
+from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.config.validate_train import parse_size
+from megatron_ssu.data.datasets import build_train_valid, build_valid
+from megatron_ssu.data.sources import Prefixes, prepare_run
+from megatron_ssu.data.tokenizer import load_tokenizer
+from megatron_ssu.errors import UserError
+from megatron_ssu.methods.base import method_named
+from megatron_ssu.models.hf_export import export_model
+from megatron_ssu.scoring.file import Scores
+from megatron_ssu.session import Session, Source, check_run, open_session, open_source
+from megatron_ssu.shield import make
+from megatron_ssu.shield.file import Shield
+from megatron_ssu.train.checkpoint import Checkpoints, Progress
+from megatron_ssu.train.loop import Datasets, Trainer, identity_of, train
+from megatron_ssu.train.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+
+def score(run: RunConfig, console: Console) -> None:
+    """Write the scores file of a run file."""
+    source = _start(run, training=False)
+    session = open_session(run, source)
+    scores = make.make_scores(session)
+    if scores is not None:
+        console.print(
+            f"{make.scores_path(run)}: {', '.join(scores.scores)} of {scores.model} over {scores.tokens:,} tokens "
+            f"({scores.samples} samples)",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def plan(run: RunConfig, console: Console) -> Shield:
+    """Write the shield file of a run file from its scores file. Needs no weights but for some choices, and one process."""
+    if runtime.world_size() > 1:
+        raise UserError("plan: runs as one process; start it without torchrun")
+    source = open_source(run.model.path)
+    path = make.scores_path(run)
+    if not path.exists():
+        raise UserError(f"{path}: no scores there; run `megatron-ssu score` first, or name a file with shield.scores")
+    shield = make.write_plan(run, source, Scores.load(path))
+    linear = shield.realised()["linear"]
+    console.print(
+        f"{make.shield_path(run)}: {linear['ratio']:.4f} of {linear['elements']:,} weights frozen by {shield.granularity}, "
+        f"score {shield.score}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return shield
+
+
+def prepare(run: RunConfig, console: Console, *, skip_bad_lines: bool) -> None:
+    """Tokenize what the run file names and is not tokenized yet."""
+    tokenizer = load_tokenizer(run.model.path, trust_remote_code=run.model.trust_remote_code)
+    prefixes, reports = prepare_run(run, tokenizer, console, skip_bad_lines=skip_bad_lines)
+    for report in reports:
+        console.print(
+            f"{report.prefix}: {report.documents:,} documents, {report.tokens:,} tokens"
+            + (f", {report.skipped} bad lines skipped" if report.skipped else ""),
+            highlight=False,
+            soft_wrap=True,
+        )
+    if not reports:
+        console.print(f"nothing to do: all of {len(prefixes.train)} training datasets are prepared", highlight=False)
+
+
+def train_run(run: RunConfig, console: Console) -> Progress:
+    """Make what is missing (datasets, scores, shield), train, and export where the run file asks for it."""
+    source = _start(run, training=True)
+    runtime.on_rank_zero(lambda: _begin_directory(run))
+    tokenizer = runtime.on_all_ranks(
+        lambda: load_tokenizer(run.model.path, trust_remote_code=run.model.trust_remote_code)
+    )
+    prefixes = runtime.on_rank_zero(lambda: prepare_run(run, tokenizer, console)[0])
+    session = open_session(run, source)
+    shield = method_named(run.shield.method).shield(session)
+    checkpoints = Checkpoints(run.checkpoint.directory)
+    trainer = Trainer(session, shield)
+    datasets = runtime.on_all_ranks(lambda: _datasets(run, session, prefixes, tokenizer))
+    progress = Progress()
+    latest = runtime.on_rank_zero(checkpoints.latest) if run.checkpoint.resume else None
+    if latest is not None:
+        identity = identity_of(session, shield)
+        progress = checkpoints.load(latest, session, identity, trainer.optimizer, trainer.schedule)
+    telemetry = Telemetry(run, console, active=session.mesh.rank == 0, start=progress.iteration)
+    _announce(telemetry, session, shield, progress)
+    progress = train(trainer, shield, datasets, telemetry, progress)
+    telemetry.close()
+    if run.checkpoint.export:
+        _export(session, Path(run.checkpoint.export), console)
+    return progress
+
+
+def export(run: RunConfig, target: Path, iteration: int | None, console: Console) -> None:
+    """Write a checkpoint of the run as a Hugging Face directory, from whatever mesh the run file names now."""
+    source = _start(run, training=False)
+    checkpoints = Checkpoints(run.checkpoint.directory)
+    found = iteration if iteration is not None else runtime.on_rank_zero(checkpoints.latest)
+    if found is None:
+        raise UserError(f"{checkpoints.folder}: no checkpoint to export; train first, or name the run's directory")
+    session = open_session(run, source, load=False)
+    checkpoints.load_weights(found, session)
+    _export(session, target, console)
+
+
+def _start(run: RunConfig, *, training: bool) -> Source:
+    """Join the ranks and check the run file; all ranks get through, or none."""
+    runtime.start_processes(run.parallel.timeout_minutes)
+    return runtime.on_all_ranks(lambda: check_run(run, training=training))
+
+
+def _begin_directory(run: RunConfig) -> None:
+    directory = Path(run.checkpoint.directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_run(run, directory / "run.yaml")
+    except OSError as error:
+        raise UserError(f"checkpoint.directory: {directory} cannot be written: {error.strerror}") from error
+    Checkpoints(directory).clean()
+
+
+def _datasets(run: RunConfig, session: Session, prefixes: Prefixes, tokenizer) -> Datasets:
+    samples = run.train.iterations * run.train.global_batch_size
+    target = None
+    valid_samples = 0
+    if prefixes.target_valid is None:
+        valid_samples = run.train.eval_batches * run.train.global_batch_size
+    common = {"sequence_length": run.data.sequence_length, "vocab_size": session.source.dims.vocab}
+    trained, from_split = build_train_valid(
+        prefixes.train,
+        tokenizer,
+        split=run.data.split,
+        seed=run.data.seed,
+        train_samples=samples,
+        valid_samples=valid_samples,
+        cache_dir=Path(run.checkpoint.directory) / "data" / "index",
+        **common,  # type: ignore[arg-type]
+    )
+    if prefixes.target_valid is not None:
+        target = build_valid(prefixes.target_valid, tokenizer, **common)  # type: ignore[arg-type]
+    source = build_valid(prefixes.source_valid, tokenizer, **common) if prefixes.source_valid else None  # type: ignore[arg-type]
+    return Datasets(trained, source, target if target is not None else from_split)
+
+
+def _announce(telemetry: Telemetry, session: Session, shield: Shield, progress: Progress) -> None:
+    linear = shield.realised()["linear"]
+    frozen = f"{linear['ratio']:.2%} of its linear weights frozen" if shield.masks else "nothing frozen"
+    telemetry.say(f"{session.source.name} on {session.mesh}, {session.run.precision.dtype}: {frozen} ({shield.method})")
+    if progress.iteration:
+        telemetry.say(f"going on after iteration {progress.iteration}")
+
+
+def _export(session: Session, target: Path, console: Console) -> None:
+    size = parse_size(session.run.checkpoint.max_shard_size)
+    export_model(session.layout, session.mesh, session.source.checkpoint, target, size)
+    if session.mesh.rank == 0:
+        console.print(f"{target}: exported", highlight=False, soft_wrap=True)

@@ -1,0 +1,49 @@
+"""What a method is: where a shield comes from and when it changes.
+
+A method is one class in one file, registered by `@register`. The trainer calls
+
+    shield(session)   once, on all ranks, before DDP wraps the model: the shield of the run
+
+and knows nothing else of methods. True means frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from megatron_ssu.errors import UserError
+from megatron_ssu.session import Session
+from megatron_ssu.shield.file import Shield
+
+
+class Method(Protocol):
+    """See the module docstring."""
+
+    def shield(self, session: Session) -> Shield:
+        """The shield that training starts with. Collective; raises UserError on all ranks alike."""
+        ...
+
+
+_METHODS: dict[str, Callable[[], Method]] = {}
+
+
+def register(name: str) -> Callable[[type], type]:
+    """Class decorator: make a method known as `shield.method=name`."""
+
+    def add(cls: type) -> type:
+        if name in _METHODS:
+            raise ValueError(f"method {name} is registered twice")
+        _METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def method_named(name: str) -> Method:
+    """Raises UserError, listing the methods there are, for an unknown name."""
+    from megatron_ssu.methods import static  # noqa: F401 - registers its methods
+
+    if name not in _METHODS:
+        raise UserError(f"shield.method: {name!r} is unknown; choose from {', '.join(sorted(_METHODS))}")
+    return _METHODS[name]()

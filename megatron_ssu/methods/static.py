@@ -1,0 +1,26 @@
+"""Methods whose shield is made before the first step and stays: SSU, and full fine-tuning, which shields nothing."""
+
+from __future__ import annotations
+
+from megatron_ssu.methods.base import register
+from megatron_ssu.models.fingerprint import model_fingerprint
+from megatron_ssu.session import Session
+from megatron_ssu.shield.file import Shield
+from megatron_ssu.shield.make import make_shield
+
+
+@register("ssu")
+class SourceShieldedUpdates:
+    """Source-Shielded Updates (arXiv 2512.04844): score on source samples, freeze the best columns of every matrix."""
+
+    def shield(self, session: Session) -> Shield:
+        return make_shield(session)
+
+
+@register("none")
+class FullFineTuning:
+    """Everything trains."""
+
+    def shield(self, session: Session) -> Shield:
+        source = session.source
+        return Shield("none", source.name, model_fingerprint(source.path), matrices={}, masks={})

@@ -1,0 +1,180 @@
+"""From a run file to its scores and its shield: what is missing is made, what is there is checked and used."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from megatron_ssu import runtime
+from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.data.chat import Calibration, load_calibration
+from megatron_ssu.data.tokenizer import load_tokenizer
+from megatron_ssu.errors import UserError
+from megatron_ssu.models.fingerprint import model_fingerprint
+from megatron_ssu.scoring import base
+from megatron_ssu.scoring.calibrate import score_model
+from megatron_ssu.scoring.file import Scores
+from megatron_ssu.session import Session, Source
+from megatron_ssu.shield.file import Shield, check_model, load_shield
+from megatron_ssu.shield.plan import PlanOptions, ProtectRule, check_options, plan_shield
+
+log = logging.getLogger(__name__)
+
+
+def scores_path(run: RunConfig) -> Path:
+    return Path(run.shield.scores or Path(run.checkpoint.directory) / "scores.safetensors")
+
+
+def shield_path(run: RunConfig) -> Path:
+    return Path(run.shield.file or Path(run.checkpoint.directory) / "shield.safetensors")
+
+
+def wanted_scores(run: RunConfig) -> list[str]:
+    """Scores that a `score` run computes: those named, without the ones that are drawn when a shield is planned."""
+    names = [run.shield.score, *run.shield.also_score]
+    return sorted({n for n in names if n not in base.DRAWN})
+
+
+def load_samples(run: RunConfig, longest: int) -> Calibration | None:
+    """The packed calibration samples of a run file, at most `longest` tokens a row; None where no score needs any."""
+    if not base.needs_calibration(wanted_scores(run)):
+        return None
+    section = run.shield.calibration
+    if section.path is None:
+        raise UserError(
+            f"shield.calibration.path: needed for the score {run.shield.score}; name a file of source chats"
+        )
+    tokenizer = load_tokenizer(run.model.path, trust_remote_code=run.model.trust_remote_code)
+    calibration = load_calibration(
+        section.path,
+        tokenizer,
+        samples=section.samples,
+        sequence_length=min(section.sequence_length, longest),
+        seed=section.seed,
+    )
+    if calibration.note and runtime.is_rank_zero():
+        log.warning("%s", calibration.note)
+    return calibration
+
+
+def make_scores(session: Session) -> Scores | None:
+    """Score the session's model and write the scores file; the scores on rank 0, None elsewhere. Collective.
+
+    Raises:
+        UserError: bad calibration data, NaN or infinite values, or a scores file that cannot be written.
+    """
+    run = session.run
+    base.check_names([run.shield.score, *run.shield.also_score])
+    calibration = runtime.on_all_ranks(lambda: load_samples(run, session.source.dims.positions))
+    return _score(session, calibration)
+
+
+def _score(session: Session, calibration: Calibration | None) -> Scores | None:
+    run = session.run
+    fingerprint = runtime.on_rank_zero(lambda: model_fingerprint(session.source.path))
+    scores = score_model(session, wanted_scores(run), calibration, fingerprint)
+
+    def write() -> None:
+        path = scores_path(run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scores.save(path, overwrite=True)  # type: ignore[union-attr]
+
+    runtime.on_rank_zero(write)
+    return scores
+
+
+def plan_options(run: RunConfig) -> PlanOptions:
+    """The planner's options out of a run file."""
+    section = run.shield
+    return PlanOptions(
+        score=section.score,
+        granularity=section.granularity,  # type: ignore[arg-type]
+        budget=section.budget,
+        ratio=section.ratio,
+        kinds=section.kinds,
+        floor=section.floor,
+        ceiling=section.ceiling,
+        seed=section.seed,
+        protect=[ProtectRule(rule.pattern, rule.action) for rule in section.protect],
+        norms=section.norms,
+    )
+
+
+def plan(run: RunConfig, source: Source, scores: Scores, *, method: str = "ssu") -> Shield:
+    """A shield for the run's model out of scores. Raises UserError for scores of another model."""
+    fingerprint = model_fingerprint(source.path)
+    if scores.fingerprint != fingerprint:
+        raise UserError(
+            f"{scores_path(run)}: scores of model {scores.model} (fingerprint {scores.fingerprint[:12]}), not of "
+            f"{source.name} ({fingerprint[:12]}); score this model"
+        )
+    return plan_shield(
+        scores,
+        plan_options(run),
+        method=method,
+        frozen_rows=special_token_rows(run, source),
+        weights=source.checkpoint.get,
+    )
+
+
+def special_token_rows(run: RunConfig, source: Source) -> dict[str, tuple[tuple[int, ...], list[int]]]:
+    """Rows of embedding and head that the chat template's special tokens use: name -> (shape, rows)."""
+    if not run.shield.special_tokens:
+        return {}
+    tokenizer = load_tokenizer(run.model.path, trust_remote_code=run.model.trust_remote_code)
+    if not tokenizer.has_chat_template:
+        log.warning("%s: no chat template, so no special-token rows are frozen", run.model.path)
+        return {}
+    rows = tokenizer.special_token_ids_of_chat_template()
+    matrices = source.family.matrices(source.dims)
+    return {m.name: (m.shape, rows) for m in matrices if m.kind in ("embedding", "head") and rows}
+
+
+def make_shield(session: Session) -> Shield:
+    """The run's shield: `shield.file` when given, else planned into the run directory, scored first where that is missing.
+
+    Collective; every rank opens the file. Raises UserError when a given file is damaged or for another model.
+    """
+    run, source = session.run, session.source
+    runtime.on_rank_zero(lambda: check_options(plan_options(run)))
+    if run.shield.file is None:
+        base.check_names([run.shield.score, *run.shield.also_score])
+        calibration = runtime.on_all_ranks(lambda: load_samples(run, source.dims.positions))
+        usable = runtime.on_rank_zero(lambda: _scores_are_usable(run, source, calibration))
+        scores = None if usable else _score(session, calibration)
+        runtime.on_rank_zero(lambda: write_plan(run, source, scores or Scores.load(scores_path(run))))
+
+    def load() -> Shield:
+        shield = load_shield(shield_path(run), check=True)
+        check_model(shield, model_fingerprint(source.path), source.name)
+        return shield
+
+    return runtime.on_all_ranks(load)
+
+
+def write_plan(run: RunConfig, source: Source, scores: Scores) -> Shield:
+    """Plan and write the shield file; one that says the same is left as it is."""
+    shield, path = plan(run, source, scores), shield_path(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or load_shield(path).digest() != shield.digest():
+        shield.save(path, overwrite=True)
+    return shield
+
+
+def _scores_are_usable(run: RunConfig, source: Source, calibration: Calibration | None) -> bool:
+    """Whether the scores file is there and fits model and calibration data; one that the user named must."""
+    path = scores_path(run)
+    if not path.exists() and run.shield.scores is None:
+        return False
+    scores = Scores.load(path)
+    missing = [n for n in wanted_scores(run) if n not in scores.scores]
+    why = None
+    if scores.fingerprint != model_fingerprint(source.path):
+        why = f"was made for another model, {scores.model}"
+    elif missing:
+        why = f"has no score {missing[0]}"
+    elif calibration is not None and scores.calibration != calibration.digest:
+        why = "was made with other calibration samples"
+    if why is not None and run.shield.scores is not None:
+        raise UserError(f"{path}: {why}; run `score` again or leave shield.scores out")
+    return why is None

@@ -1,0 +1,193 @@
+"""megatron's distributed optimizer over trainable elements only.
+
+A data-parallel rank owns a flat range of every parameter's gradient buffer. For a shielded parameter this optimizer keeps of
+that range only the trainable elements: fp32 main weight, gradient, exp_avg and exp_avg_sq are compact 1-D tensors in
+ascending order. Gradient norm, clipping, weight decay and Adam are megatron's and torch's own; they cannot touch a frozen
+element, because it is not there. Checkpoints keep megatron's fully reshardable format: shards are expanded when they are
+saved (frozen moments are zero) and compacted when they are loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_ssu import runtime
+from megatron_ssu.errors import UserError
+from megatron_ssu.shield.local import LocalShield
+from megatron_ssu.shield.shards import ShardMask
+
+
+class ShieldedDistributedOptimizer(DistributedOptimizer):
+    """See the module docstring. `shield` tells the trainable elements; without frozen ones all is as in megatron."""
+
+    def __init__(self, *args: Any, shield: LocalShield, **kwargs: Any) -> None:
+        self.shield = shield
+        self.masks: dict[torch.nn.Parameter, ShardMask] = {}  # model parameter -> trainable elements of its owned range
+        super().__init__(*args, **kwargs)
+
+    def _build_model_and_main_param_groups(  # type: ignore[override]
+        self, gbuf_ranges: list, param_gbuf_map: dict, opt_group_ranges: list, config: OptimizerConfig
+    ) -> tuple:
+        groups = super()._build_model_and_main_param_groups(gbuf_ranges, param_gbuf_map, opt_group_ranges, config)
+        model16, model32, _, main32, main16 = groups
+        for index, group_range in enumerate(opt_group_ranges):
+            for models, mains in ((model16[index], main16[index]), (model32[index], main32[index])):
+                for i, model_param in enumerate(models):
+                    mains[i] = self._compact_main(model_param, mains[i])
+            group_range["orig_group"]["params"] = [*main32[index], *main16[index]]
+        return groups
+
+    def _compact_main(self, model_param: torch.nn.Parameter, main: torch.Tensor) -> torch.Tensor:
+        owned = self._owned(model_param)
+        mask = self.shield.mask(model_param, owned.start, owned.end)
+        if mask is None:
+            return main
+        self.masks[model_param] = mask
+        compact = torch.empty(mask.numel, dtype=torch.float32, device=main.device)
+        mask.gather(main.detach(), compact)
+        tensor_parallel.copy_tensor_model_parallel_attributes(compact, model_param)
+        if hasattr(model_param, "shared"):
+            compact.shared = model_param.shared  # type: ignore[attr-defined]
+        if hasattr(model_param, "main_param"):
+            model_param.main_param = compact
+        return compact
+
+    def _owned(self, model_param: torch.nn.Parameter) -> Any:
+        """This data-parallel rank's flat range of a parameter; works while the superclass is still being set up."""
+        return self._get_model_param_range_map(model_param)["param"]
+
+    def _pairs(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """Model parameters and their main shards."""
+        pairs = []
+        for models, mains in (
+            (self.model_float16_groups, self.shard_fp32_from_float16_groups),
+            (self.model_fp32_groups, self.shard_fp32_groups),
+        ):
+            for model_group, main_group in zip(models, mains, strict=True):
+                pairs += list(zip(model_group, main_group, strict=True))
+        return pairs
+
+    def _copy_model_grads_to_main_grads(self) -> None:
+        if self.is_stub_optimizer:
+            return
+        for model_param, main in self._pairs():
+            owned = self._owned(model_param)
+            grad = model_param.main_grad.view(-1)[owned.start : owned.end]
+            mask = self.masks.get(model_param)
+            if mask is None:
+                main.grad = grad.float()
+            else:
+                compact = torch.empty_like(main)
+                mask.gather(grad, compact)
+                main.grad = compact
+
+    def _copy_main_params_to_model_params(self) -> None:
+        if self.is_stub_optimizer:
+            return
+        for model_param, main in self._pairs():
+            shard = self._buffer_shard(model_param)
+            mask = self.masks.get(model_param)
+            if mask is None:
+                shard.data.copy_(main)
+            else:
+                mask.scatter(main.detach(), shard)
+
+    def _buffer_shard(self, model_param: torch.nn.Parameter) -> torch.Tensor:
+        """The owned range of a parameter in the buffer that the parameter all-gather sends."""
+        world = self._get_model_param_range_map(model_param)["gbuf_world_in_bucket"]
+        index, _, bucket = self.model_param_gbuf_map[model_param]
+        return self.buffers[index].buckets[bucket].param_data.view(-1)[world.start : world.end]
+
+    def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
+        if state_dict is not None:
+            raise RuntimeError("main weights are taken from the model's own weights only")
+        for model_param, main in self._pairs():
+            owned = self._owned(model_param)
+            shard = model_param.detach().view(-1)[owned.start : owned.end]
+            mask = self.masks.get(model_param)
+            if mask is None:
+                main.data.copy_(shard)
+            else:
+                mask.gather(shard, main.data)
+
+    def _get_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        tensors = super()._get_main_param_and_optimizer_states(model_param)
+        mask = self.masks.get(model_param)
+        if mask is None:
+            return tensors
+        owned = self._owned(model_param)
+        param = model_param.detach().view(-1)[owned.start : owned.end].float().clone()
+        mask.scatter(tensors["param"].detach(), param)
+        zeros = torch.zeros_like(tensors["param"])
+        moments = {k: mask.expand(tensors.get(k, zeros)) for k in ("exp_avg", "exp_avg_sq")}
+        return {"param": param, **moments, **({"step": tensors["step"]} if "step" in tensors else {})}
+
+    def _set_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter, tensors: dict) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        main = self.optimizer.param_groups[group]["params"][order]
+        mask = self.masks.get(model_param)
+        targets = {"param": main.data, **self.optimizer.state.get(main, {})}
+        for key, target in targets.items():
+            if key == "step":
+                continue  # one number for all, kept with the parameter groups
+            if mask is None:
+                target.copy_(tensors[key])
+            else:
+                mask.gather(tensors[key].contiguous().to(target.device), target)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        for state in self.optimizer.state.values():
+            # Loading leaves one `step` tensor in all states, which would then advance once per parameter.
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+    def sharded_state_dict(self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any) -> Any:
+        if is_loading and not self.is_stub_optimizer and len(self.optimizer.state) == 0:
+            # A fresh torch optimizer has no moments to load into.
+            self._init_optimizer_states_with_dummy_values()
+        return super().sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
+
+
+UNSUPPORTED = {
+    "use_precision_aware_optimizer": "it keeps main weights inside Transformer Engine's optimizer",
+    "optimizer_cpu_offload": "it keeps main weights on the CPU in its own layout",
+}
+
+
+def build_optimizer(
+    config: OptimizerConfig, chunks: list[DistributedDataParallel], shield: LocalShield
+) -> MegatronOptimizer:
+    """megatron's optimizer for the DDP-wrapped `chunks`, its distributed members shielded.
+
+    Raises:
+        UserError: an optimizer that keeps its weights where a shield cannot reach them.
+    """
+    if config.optimizer != "adam":
+        raise UserError(f"train.optimizer.optimizer: {config.optimizer!r} is not supported with a shield; use adam")
+    for key, why in UNSUPPORTED.items():
+        if getattr(config, key):
+            raise UserError(f"train.optimizer.{key}: not supported with a shield: {why}; leave it out")
+    with runtime.distributed_optimizer_class(ShieldedDistributedOptimizer, shield=shield):
+        return get_megatron_optimizer(config, chunks)
+
+
+def state_bytes(optimizer: MegatronOptimizer) -> int:
+    """Bytes of main weights and moments that this rank's optimizer holds (scalars such as `step` left out).
+
+    A main weight that is a view of the model's own fp32 weight is counted as well: Adam works on it.
+    """
+    total = 0
+    for member in optimizer.chained_optimizers:
+        for group in member.optimizer.param_groups:
+            for param in group["params"]:
+                total += param.nbytes
+                state = member.optimizer.state.get(param, {})
+                total += sum(t.nbytes for t in state.values() if isinstance(t, torch.Tensor) and t.dim() > 0)
+    return total
