@@ -37,7 +37,9 @@ KINDS = {
 }
 
 
-def make_model(kind: str, directory: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **sizes) -> Path:
+def make_model(
+    kind: str, directory: Path, dtype: torch.dtype = torch.float32, seed: int = 0, max_shard_size: str = "5GB", **sizes
+) -> Path:
     """A random model of `kind` with weights large enough that every term matters; returns `directory`."""
     import transformers
 
@@ -46,10 +48,10 @@ def make_model(kind: str, directory: Path, dtype: torch.dtype = torch.float32, s
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for _, p in model.named_parameters():
             if p.ndim == 1:
                 p.copy_(1 + 0.2 * torch.randn_like(p.float()))
             else:
                 p.copy_(0.08 * torch.randn_like(p.float()))
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
     return directory

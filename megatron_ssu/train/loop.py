@@ -135,6 +135,13 @@ class Trainer:
         self.schedule.step(increment=1)
         return Step(loss, float(grad_norm), lr)
 
+    def gather_weights(self) -> None:
+        """Wait for updated weights that `overlap_param_gather` would fetch in the next forward pass; before reading them."""
+        if self.ddp_config.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.disable_forward_pre_hook(param_sync=True)
+                chunk.enable_forward_pre_hook()
+
     def evaluate(self, dataset: Any) -> float:
         """Mean loss per token over a validation set, at most train.eval_batches global batches of it."""
         size = self.run.train.global_batch_size
@@ -220,6 +227,7 @@ def train(trainer: Trainer, shield: Shield, datasets: Datasets, telemetry: Telem
 
     def save() -> None:
         with telemetry.pause():
+            trainer.gather_weights()
             path = checkpoints.save(session, progress, identity, trainer.optimizer, trainer.schedule)
             telemetry.say(f"checkpoint {path}")
 

@@ -34,10 +34,10 @@ def _serve(rank: int, pipe: Any) -> None:
         job = pipe.recv()
         if job is None:
             return
-        work, world, store, args = job
+        work, world, store, args, kwargs = job
         try:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-            result = ("done", work(*args))
+            result = ("done", work(*args, **kwargs))
             dist.barrier()
         except Exception as error:
             result = ("raised", type(error).__name__, str(error), traceback.format_exc())
@@ -59,12 +59,12 @@ class Ranks:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, work: Callable, world: int, *args: Any, timeout: float = 300.0) -> list[Any]:
+    def run(self, work: Callable, world: int, *args: Any, timeout: float = 300.0, **kwargs: Any) -> list[Any]:
         """Raises RankError with the first failing rank's traceback."""
         with tempfile.TemporaryDirectory() as folder:
             store = str(Path(folder) / "store")
             for pipe in self.pipes[:world]:
-                pipe.send((work, world, store, args))
+                pipe.send((work, world, store, args, kwargs))
             answers = []
             for rank, pipe in enumerate(self.pipes[:world]):
                 if not pipe.poll(timeout):

@@ -2,35 +2,64 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-from megatron_ssu.config.schema import CheckpointSection, ModelSection, ParallelSection, PrecisionSection, RunConfig
+from megatron_ssu.config.schema import (
+    OPTIMIZER_DEFAULTS,
+    CalibrationSection,
+    CheckpointSection,
+    DataSection,
+    ModelSection,
+    ParallelSection,
+    PrecisionSection,
+    RunConfig,
+    ScheduleSection,
+    ShieldSection,
+    TrainSection,
+)
+from megatron_ssu.models.fingerprint import model_fingerprint
+from megatron_ssu.models.hf_export import export_model
 from megatron_ssu.session import Session, open_session
+from megatron_ssu.shield.file import Shield, load_shield
+from megatron_ssu.shield.make import make_shield
+from megatron_ssu.shield.optimizer import state_bytes
+from megatron_ssu.train import loop
+
+VOCAB, LENGTH, GLOBAL_BATCH = 100, 16, 8
 
 
-def run_config(model: str, parallel: dict[str, Any], dtype: str = "fp32", **sections: Any) -> RunConfig:
+def mesh(tensor: int = 1, pipeline: int = 1, virtual: int | None = None, sequence: bool = False) -> dict[str, Any]:
+    """The `parallel` section of a mesh."""
+    fields: dict[str, Any] = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+    return (
+        fields
+        | {"sequence_parallel": sequence}
+        | ({"virtual_pipeline_model_parallel_size": virtual} if virtual else {})
+    )
+
+
+def run_config(
+    model: str, parallel: dict[str, Any], dtype: str = "fp32", ddp: dict[str, Any] | None = None, **sections: Any
+) -> RunConfig:
     return RunConfig(
         model=ModelSection(path=model),
         checkpoint=sections.pop("checkpoint", CheckpointSection(directory="unused")),
-        parallel=ParallelSection(transformer=parallel),
+        parallel=ParallelSection(transformer=parallel, ddp=ddp or {}),
         precision=PrecisionSection(dtype=dtype),  # type: ignore[arg-type]
         **sections,
     )
 
 
 def logits(model: str, parallel: dict[str, Any], ids: torch.Tensor) -> torch.Tensor | None:
-    """Logits [b, s, V] over all tensor-parallel ranks, on one rank of the last stage."""
+    """Logits [b, s, V], unpadded, on the first rank of the last stage."""
     session = open_session(run_config(model, parallel))
-    return whole_logits(session, ids)
-
-
-def whole_logits(session: Session, ids: torch.Tensor) -> torch.Tensor | None:
-    """Run one micro-batch through megatron's schedule; the unpadded logits on the first rank of the last stage."""
     batch, length = ids.shape
     positions = torch.arange(length).expand(batch, -1)
     for chunk in session.chunks:
@@ -39,12 +68,11 @@ def whole_logits(session: Session, ids: torch.Tensor) -> torch.Tensor | None:
     def forward_step(iterator: Any, chunk: torch.nn.Module) -> Any:
         return chunk(ids, positions, None), lambda output, non_loss_data: output
 
-    count = session.mesh.pipeline if session.mesh.virtual else 1
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[None] * session.mesh.chunks,
         model=session.chunks if session.mesh.virtual else session.chunks[0],
-        num_microbatches=count,
+        num_microbatches=session.mesh.pipeline if session.mesh.virtual else 1,
         seq_length=length,
         micro_batch_size=batch,
         forward_only=True,
@@ -54,3 +82,102 @@ def whole_logits(session: Session, ids: torch.Tensor) -> torch.Tensor | None:
         return None
     whole = gather_from_tensor_model_parallel_region(outputs[0])
     return whole[..., : session.source.dims.vocab].detach() if session.mesh.tensor_rank == 0 else None
+
+
+def convert(model: str, parallel: dict[str, Any], dtype: str, target: str, max_shard_size: int) -> None:
+    """Import and export."""
+    export(open_session(run_config(model, parallel, dtype)), target, max_shard_size)
+
+
+def export(session: Session, target: str, max_shard_size: int = 10**9) -> None:
+    export_model(session.layout, session.mesh, session.source.checkpoint, Path(target), max_shard_size)
+
+
+def plan(model: str, parallel: dict[str, Any], directory: str, calibration: str, dtype: str, **shield: Any) -> bytes:
+    """Score and plan on a mesh; the shield file's bytes."""
+    section = ShieldSection(
+        calibration=CalibrationSection(path=calibration, samples=24, sequence_length=32, micro_batch_size=2), **shield
+    )
+    run = run_config(model, parallel, dtype, shield=section, checkpoint=CheckpointSection(directory=directory))
+    make_shield(open_session(run))
+    return (Path(directory) / "shield.safetensors").read_bytes()
+
+
+class RandomTokens(torch.utils.data.Dataset):
+    """Samples of random tokens by number."""
+
+    def __len__(self) -> int:
+        return 10**6
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        stream = torch.randint(0, VOCAB, (LENGTH + 1,), generator=torch.Generator().manual_seed(index))
+        return {
+            "tokens": stream[:-1],
+            "labels": stream[1:],
+            "loss_mask": torch.ones(LENGTH),
+            "position_ids": torch.arange(LENGTH),
+        }
+
+
+def train_steps(
+    model: str,
+    parallel: dict[str, Any],
+    steps: int,
+    *,
+    dtype: str = "fp32",
+    shield_file: str | None = None,
+    stock: bool = False,
+    target: str | None = None,
+    optimizer: dict[str, Any] | None = None,
+    ddp: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train on random tokens; [loss, grad norm, lr] by step, optimizer state bytes and trainable elements of this rank."""
+    run = run_config(
+        model,
+        parallel,
+        dtype,
+        ddp,
+        data=DataSection(sequence_length=LENGTH, loader_workers=0),
+        train=TrainSection(
+            iterations=steps,
+            micro_batch_size=1,
+            global_batch_size=GLOBAL_BATCH,
+            schedule=ScheduleSection(warmup_fraction=0.1),
+            optimizer={**OPTIMIZER_DEFAULTS, "lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5, **(optimizer or {})},
+        ),
+    )
+    session = open_session(run)
+    fingerprint = model_fingerprint(model)
+    shield = load_shield(shield_file) if shield_file else Shield("none", "m", fingerprint, matrices={}, masks={})
+    if stock:
+        plain = mock.patch.object(
+            loop, "build_optimizer", lambda config, chunks, _: get_megatron_optimizer(config, chunks)
+        )
+        with plain:
+            trainer = loop.Trainer(session, shield)
+    else:
+        trainer = loop.Trainer(session, shield)
+    batches = trainer.batches(RandomTokens(), 0)
+    history = []
+    for _ in range(steps):
+        step = trainer.step(batches)
+        history.append((step.loss, step.grad_norm, step.lr))
+    trainer.gather_weights()
+    if target:
+        export(session, target)
+    masks = trainer.optimizer.chained_optimizers[0].masks if not stock else {}
+    return {
+        "history": history,
+        "state_bytes": state_bytes(trainer.optimizer),
+        "owned": sum(
+            trainer.optimizer.chained_optimizers[0]._get_model_param_range_map(p)["param"].size for p in _owned(trainer)
+        ),
+        "frozen": sum(mask.frozen for mask in masks.values()),
+        "weights": [p.detach().clone() for chunk in session.chunks for p in chunk.parameters()]
+        if stock or not target
+        else None,
+    }
+
+
+def _owned(trainer: loop.Trainer) -> list[torch.nn.Parameter]:
+    return list(trainer.optimizer.chained_optimizers[0].model_param_gbuf_map)
