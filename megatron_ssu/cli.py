@@ -36,13 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kind in (UserWarning, FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=kind)  # those of libraries; ours are logged
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    console = Console(quiet=not first, soft_wrap=True)
+    console = Console(quiet=not first, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     status = 0
     try:
         status = options.command(options, console)
     except UserError as error:
-        if first:
-            print(f"megatron-ssu: {error}", file=sys.stderr)
+        if first or not error.agreed:
+            rank = "" if first else f" (rank {os.environ['RANK']})"
+            print(f"megatron-ssu{rank}: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 130

@@ -79,6 +79,9 @@ def prepare(run: RunConfig, console: Console, *, skip_bad_lines: bool) -> None:
 def train_run(run: RunConfig, console: Console) -> Progress:
     """Make what is missing (datasets, scores, shield), train, and export where the run file asks for it."""
     source = _start(run, training=True)
+    if runtime.on_rank_zero(lambda: _is_finished(run)):
+        console.print(f"{run.checkpoint.export}: the run has ended and is exported; nothing to do", highlight=False)
+        return Progress(run.train.iterations, run.train.iterations * run.train.global_batch_size)
     runtime.on_rank_zero(lambda: _begin_directory(run))
     tokenizer = runtime.on_all_ranks(
         lambda: load_tokenizer(run.model.path, trust_remote_code=run.model.trust_remote_code)
@@ -119,6 +122,16 @@ def _start(run: RunConfig, *, training: bool) -> Source:
     """Join the ranks and check the run file; all ranks get through, or none."""
     runtime.start_processes(run.parallel.timeout_minutes)
     return runtime.on_all_ranks(lambda: check_run(run, training=training))
+
+
+def _is_finished(run: RunConfig) -> bool:
+    """Whether the last checkpoint is exported already. Raises UserError where something else is in the export's place."""
+    target = Path(run.checkpoint.export) if run.checkpoint.export else None
+    if target is None or not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return False
+    if run.checkpoint.resume and Checkpoints(run.checkpoint.directory).latest() == run.train.iterations:
+        return True
+    raise UserError(f"checkpoint.export: {target} exists already and is not overwritten; name another directory or remove it")
 
 
 def _begin_directory(run: RunConfig) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_ssu.errors import UserError
+from megatron_ssu.errors import UserError, agreed_error
 
 T = TypeVar("T")
 
@@ -266,7 +266,7 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     if bug is not None:
         raise bug
     if verdict[0] == "refused":
-        raise UserError(verdict[1])
+        raise agreed_error(verdict[1])
     if verdict[0] == "failed":
         raise RuntimeError(f"rank 0 failed: {verdict[1]}")
     return verdict[1]
@@ -285,5 +285,5 @@ def on_all_ranks(work: Callable[[], T]) -> T:
     dist.all_gather_object(messages, message)
     first = next((m for m in messages if m is not None), None)
     if first is not None:
-        raise UserError(first)
+        raise agreed_error(first)
     return result  # type: ignore[return-value]
