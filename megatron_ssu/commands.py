@@ -120,6 +120,7 @@ def export(run: RunConfig, target: Path, iteration: int | None, console: Console
 
 def _start(run: RunConfig, *, training: bool) -> Source:
     """Join the ranks and check the run file; all ranks get through, or none."""
+    method_named(run.shield.method)
     runtime.start_processes(run.parallel.timeout_minutes)
     return runtime.on_all_ranks(lambda: check_run(run, training=training))
 

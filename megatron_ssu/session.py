@@ -38,7 +38,7 @@ class Source:
 def open_source(path: str | Path) -> Source:
     """Raises UserError where the directory is not that of a supported model, or lacks files."""
     path = Path(path)
-    hf = read_hf_config(path)
+    hf = read_hf_config(str(path))
     family = family_of(hf)
     return Source(path, hf, family, Dims.from_hf(hf), HFCheckpoint(path))
 
