@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+
 from tests.dist import work
 from tests.dist.work import mesh
 from tests.models import KINDS, make_model

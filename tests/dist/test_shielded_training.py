@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.dist import work
-from tests.dist.work import mesh
-from tests.models import make_model
 
 from megatron_ssu.models.family import Dims, family_of
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.shield.file import Mask, Shield, load_shield
 from megatron_ssu.shield.verify import verify
+from tests.dist import work
+from tests.dist.work import mesh
+from tests.models import make_model
 
 STEPS = 20
 FULL = mesh(2, 2)

@@ -93,12 +93,25 @@ def export(session: Session, target: str, max_shard_size: int = 10**9) -> None:
     export_model(session.layout, session.mesh, session.source.checkpoint, Path(target), max_shard_size)
 
 
-def plan(model: str, parallel: dict[str, Any], directory: str, calibration: str, dtype: str, **shield: Any) -> bytes:
+def plan(
+    model: str,
+    parallel: dict[str, Any],
+    directory: str,
+    calibration: str,
+    dtype: str,
+    samples: int = 24,
+    sequence_length: int = 32,
+    **shield: Any,
+) -> bytes:
     """Score and plan on a mesh; the shield file's bytes."""
-    section = ShieldSection(
-        calibration=CalibrationSection(path=calibration, samples=24, sequence_length=32, micro_batch_size=2), **shield
+    data = CalibrationSection(path=calibration, samples=samples, sequence_length=sequence_length, micro_batch_size=2)
+    run = run_config(
+        model,
+        parallel,
+        dtype,
+        shield=ShieldSection(calibration=data, **shield),
+        checkpoint=CheckpointSection(directory=directory),
     )
-    run = run_config(model, parallel, dtype, shield=section, checkpoint=CheckpointSection(directory=directory))
     make_shield(open_session(run))
     return (Path(directory) / "shield.safetensors").read_bytes()
 
