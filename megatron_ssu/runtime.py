@@ -85,7 +85,7 @@ def install_cpu_backend() -> None:
             return stock_type(self).replace("torch.", "torch.cuda.", 1)
         return stock_type(self, dtype, *args, **kwargs)
 
-    torch.Tensor.type = tensor_type  # type: ignore[method-assign]
+    torch.Tensor.type = tensor_type  # type: ignore[method-assign,assignment]
     random = tensor_parallel.random
     random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)

@@ -127,7 +127,9 @@ class _Writer:
     """Streams safetensors files. A failed write is kept in `error`, so that the other ranks can go on to the end."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.error, self.file = folder, None, None  # type: ignore[var-annotated]
+        self.folder = folder
+        self.error: OSError | None = None
+        self.file: Any = None
 
     def begin(self, name: str, tensors: list[Tensor]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -195,7 +197,7 @@ def _collect(tensor: Tensor, own: OwnPieces, holders: Holders, mesh: Mesh) -> to
     matrix, dtype = tensor.matrix, DTYPE_NAMES[tensor.dtype]
     whole = torch.empty(matrix.shape if mesh.rank == 0 else 0, dtype=dtype)
     for rank, piece in holders[matrix.name]:
-        part = None
+        part: Any = None
         if rank == mesh.rank:
             shard, mine = own[matrix.name]
             part = take(shard, mine).to(dtype).contiguous()

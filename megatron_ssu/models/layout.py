@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -148,19 +149,12 @@ class Layout:
     def __iter__(self) -> Iterator[LocalParam]:
         return iter(self.params)
 
-    def of(self, param: torch.nn.Parameter) -> LocalParam:
-        """Raises KeyError for a parameter of another model."""
-        for local in self.params:
-            if local.param is param:
-                return local
-        raise KeyError("parameter is not part of this layout")
-
 
 def _embedding(family: Family) -> Entry:
     return next(e for e in family.edges if e.kinds == ("embedding",))
 
 
-def _find(family: Family, chunk: torch.nn.Module, name: str) -> tuple[Entry, int | None]:
+def _find(family: Family, chunk: Any, name: str) -> tuple[Entry, int | None]:
     """The table's entry for a parameter of a GPTModel chunk, and its layer counted over the whole model from 0."""
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
     if match:
