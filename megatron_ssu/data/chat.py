@@ -81,29 +81,32 @@ def _pick(files: list[Path], chosen: list[int]) -> Iterator[tuple[Path, int, byt
 
 
 def _sample_ids(file: Path, number: int, line: bytes, tokenizer: Tokenizer) -> list[int]:
-    where = f"{file}:{number}"
     try:
-        content = read_sample(parse_object(line))
+        ids = encode_chat(parse_object(line), tokenizer)
     except BadLine as error:
-        raise UserError(f"{where}: {error}") from None
-    if isinstance(content, str):
-        text = content
-    else:
-        if not tokenizer.has_chat_template:
-            raise UserError(
-                f"{where}: a chat, but the tokenizer in {tokenizer.path} has no chat template; give `text` lines"
-            )
-        try:
-            text = tokenizer.render_chat(content)
-        except Exception as error:  # templates raise jinja2's errors, and Python's for data they do not expect
-            raise UserError(f"{where}: the chat template cannot render it ({one_line(error)})") from error
-    try:
-        ids = tokenizer.encode_rendered(check_unicode(text))
-    except BadLine as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{file}:{number}: {error}") from error.__cause__
     if not ids:
-        raise UserError(f"{where}: the sample is empty")
+        raise UserError(f"{file}:{number}: the sample is empty")
     return ids
+
+
+def is_chat(value: dict[str, Any]) -> bool:
+    """Whether a line's object holds a chat rather than text."""
+    return any(key in value for key in ("messages", "conversations", "instruction"))
+
+
+def encode_chat(value: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a sample (see `load_calibration` for its forms), special tokens recognised. Raises BadLine."""
+    content = read_sample(value)
+    if isinstance(content, str):
+        return tokenizer.encode_rendered(check_unicode(content))
+    if not tokenizer.has_chat_template:
+        raise BadLine(f"a chat, but the tokenizer in {tokenizer.path} has no chat template; give `text` lines instead")
+    try:
+        text = tokenizer.render_chat(content)
+    except Exception as error:  # templates raise jinja2's errors, and Python's for data they do not expect
+        raise BadLine(f"the chat template cannot render it ({one_line(error)})") from error
+    return tokenizer.encode_rendered(check_unicode(text))
 
 
 def read_sample(value: dict[str, Any]) -> str | list[dict[str, Any]]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing import parent_process
 
-from megatron_ssu.data.jsonl import BadLine, parse_text
+from megatron_ssu.data.chat import encode_chat, is_chat
+from megatron_ssu.data.jsonl import BadLine, parse_object, text_of
 from megatron_ssu.data.tokenizer import Tokenizer, load_tokenizer, one_line
 
 Batch = list[tuple[int, bytes]]  # line number, line
@@ -37,24 +38,39 @@ class Encoded:
 
 
 def encode_batch(job: EncodeJob, batch: Batch) -> Encoded:
-    """Tokenize a batch of lines. Without `skip_bad_lines` the first bad line ends it (`first_bad`)."""
+    """Tokenize a batch of lines. Without `skip_bad_lines` the first bad line ends it (`first_bad`).
+
+    A line with `text_key` is plain text, in which nothing is a special token. A line with a chat instead (`messages`,
+    `conversations`, `instruction`) is rendered with the chat template, special tokens and all.
+    """
     result = Encoded()
+    tokenizer = _tokenizer(job.model_path, job.trust_remote_code)
+    chats: list[list[int] | None] = []  # of every good line: the ids of its chat, or None for text
     texts: list[str] = []
     numbers: list[int] = []
     for number, line in batch:
         try:
-            texts.append(parse_text(line, job.text_key))
-            numbers.append(number)
+            value = parse_object(line)
+            if job.text_key in value or not is_chat(value):
+                texts.append(text_of(value, job.text_key))
+                numbers.append(number)
+                chats.append(None)
+            else:
+                chats.append(encode_chat(value, tokenizer))
         except BadLine as error:
             result.skipped += 1
             result.first_bad = result.first_bad or (number, str(error))
             if not job.skip_bad_lines:
                 return result
-    for ids in _encode(_tokenizer(job.model_path, job.trust_remote_code), texts, numbers):
-        if ids:
-            result.documents.append([*ids, job.end] if job.end is not None else ids)
-        else:
+    plain = iter(_encode(tokenizer, texts, numbers))
+    for chat in chats:
+        ids = next(plain) if chat is None else chat
+        if not ids:
             result.empty += 1
+        elif job.end is None or (chat is not None and ids[-1] == job.end):
+            result.documents.append(ids)  # templates end a chat themselves
+        else:
+            result.documents.append([*ids, job.end])
     return result
 
 

@@ -113,7 +113,11 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 def parse_text(line: bytes, text_key: str = "text") -> str:
     """The text of a line's document. Raises BadLine."""
-    value = parse_object(line)
+    return text_of(parse_object(line), text_key)
+
+
+def text_of(value: dict[str, Any], text_key: str = "text") -> str:
+    """The text in a line's object. Raises BadLine."""
     if text_key not in value:
         raise BadLine(f"no {text_key!r} in it (keys: {', '.join(map(repr, list(value)[:8])) or 'none'})")
     text = value[text_key]

@@ -368,3 +368,22 @@ def test_reads_name_file_and_offset(tmp_path: Path, model: Path) -> None:
     with pytest.raises(UserError, match=rf"out\.bin: ends at offset {start + 2}, "):
         dataset[3]
     np.testing.assert_array_equal(dataset[0], np.frombuffer(content, np.uint16)[: len(dataset[0])])
+
+
+def test_chats_are_rendered_with_the_template_and_text_is_not(tmp_path: Path, model: Path) -> None:
+    tokenizer = load_tokenizer(model)
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    source = tmp_path / "mixed.jsonl"
+    source.write_text(json.dumps({"text": "<|end|> plain"}) + "\n" + json.dumps({"messages": chat}) + "\n")
+    prepare([source], tmp_path / "out", model, workers=1)
+    text, rendered = (document.tolist() for document in IndexedDataset(str(tmp_path / "out")))
+    assert text == [*tokenizer.encode("<|end|> plain"), tokenizer.eos_id] and tokenizer.eos_id not in text[:-1]
+    expected = tokenizer.encode_rendered(tokenizer.render_chat(chat))
+    assert rendered == (expected if expected[-1] == tokenizer.eos_id else [*expected, tokenizer.eos_id])
+
+
+def test_a_chat_that_cannot_be_rendered_is_named(tmp_path: Path, model: Path) -> None:
+    source = tmp_path / "chats.jsonl"
+    source.write_text(json.dumps({"messages": []}) + "\n")
+    with pytest.raises(UserError, match=r"chats.jsonl:1: 'messages' is not a list of turns"):
+        prepare([source], tmp_path / "out", model, workers=1)
