@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType
 from torch.utils.data import Dataset
 
+from megatron_ssu.data.epochs import EpochwiseGPTDataset
 from megatron_ssu.data.indexed import CheckedIndexedDataset, CheckedReader, PrefixInfo, bin_path, check_prefix
 from megatron_ssu.data.loader import iterate
 from megatron_ssu.data.tokenizer import Tokenizer, one_line
@@ -40,7 +41,7 @@ class _TokenizerFacts:
         self.unique_identifiers = OrderedDict(digest=digest)
 
 
-class _CheckedGPTDataset(GPTDataset):
+class _CheckedGPTDataset(EpochwiseGPTDataset):
     """GPTDataset whose reads name file and offset when they fail."""
 
     @staticmethod
@@ -75,7 +76,8 @@ def build_train_valid(
     """The train samples and, with `valid_samples` > 0, the valid samples of a blend of (prefix, weight).
 
     Documents are divided by `split`, shuffled by `seed` and repeated as often as `train_samples` asks; a sample may
-    span documents. Call it on all ranks: rank 0 builds the sample indices under `cache_dir`, the others read them.
+    span documents. More `train_samples` begin with the same samples in the same order.
+    Call it on all ranks: rank 0 builds the sample indices under `cache_dir`, the others read them.
     Ids of at least `vocab_size` (default: the tokenizer's) end the run when read.
     Raises UserError for damaged or too small datasets, wrong weights or shares, a `cache_dir` that cannot be written.
     """
