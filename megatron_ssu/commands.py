@@ -132,7 +132,9 @@ def _is_finished(run: RunConfig) -> bool:
         return False
     if run.checkpoint.resume and Checkpoints(run.checkpoint.directory).latest() == run.train.iterations:
         return True
-    raise UserError(f"checkpoint.export: {target} exists already and is not overwritten; name another directory or remove it")
+    raise UserError(
+        f"checkpoint.export: {target} exists already and is not overwritten; name another directory or remove it"
+    )
 
 
 def _begin_directory(run: RunConfig) -> None:

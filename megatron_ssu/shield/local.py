@@ -86,10 +86,10 @@ class LocalShield:
             full = mask.full()
             part = full[piece.row_start : piece.row_stop]
             part = part[:, piece.col_start : piece.col_stop] if full.ndim == 2 else part[:, None]
-            part = torch.from_numpy(np.ascontiguousarray(part))
+            rows = torch.from_numpy(np.ascontiguousarray(part))
             for run in piece.runs:
                 first = run.matrix_row - piece.row_start
-                bits[run.shard_row : run.shard_row + run.count] = part[first : first + run.count]
+                bits[run.shard_row : run.shard_row + run.count] = rows[first : first + run.count]
         return bits
 
 

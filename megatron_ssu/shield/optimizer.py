@@ -78,7 +78,7 @@ class ShieldedDistributedOptimizer(DistributedOptimizer):
             return
         for model_param, main in self._pairs():
             owned = self._owned(model_param)
-            grad = model_param.main_grad.view(-1)[owned.start : owned.end]
+            grad = model_param.main_grad.view(-1)[owned.start : owned.end]  # type: ignore[attr-defined]
             mask = self.masks.get(model_param)
             if mask is None:
                 main.grad = grad.float()

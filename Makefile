@@ -1,0 +1,49 @@
+# make demo, make test: everything is set up first, into .venv, once.
+#
+#   PYTHON  interpreter, 3.10-3.12   (default: the first that fits)
+#   TORCH   what pip is given for torch, before anything that depends on it; for the CPU build from PyTorch's own index:
+#           make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+READY := .venv/.ready
+TYPED := megatron_ssu
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-fast test-slurm lint format bench clean
+
+demo: $(READY)
+	$(BIN)/python examples/demo/run.py --output demo_out
+
+test: lint
+	$(BIN)/python -m pytest tests/unit tests/dist tests/gpu -q -p no:cacheprovider
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest tests/unit -q -m "not slow" -p no:cacheprovider
+
+test-slurm: $(READY)
+	$(BIN)/python -m pytest tests/slurm -q -m slurm -p no:cacheprovider
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(TYPED)
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml setup.py $(wildcard csrc/*)
+	@test -n "$(PYTHON)" || { echo "no Python 3.10-3.12 found; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q "setuptools>=68" wheel ninja pybind11
+	$(BIN)/pip install -q --no-build-isolation -e ".[test]"
+	touch $(READY)
+
+clean:
+	rm -rf .venv build demo_out *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find megatron_ssu -name '*.so' -delete
