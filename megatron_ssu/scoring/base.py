@@ -1,6 +1,6 @@
 """What a score is: the contract that scores follow, and the list of them.
 
-A score ranks the columns [I] and rows [O] of a weight matrix W [O, I] from |W| and from a statistic x [I] of its input features.
+A score ranks the columns [I] and rows [O] of a weight matrix W [O, I] from |W| and from a statistic x [I] of its input.
 It is a sum over elements, so each rank can sum its own shard, and ranks add up in float64:
 
     column_j = finish( sum_i term(|W_ij|), x_j )             row_i = sum_j row_term(|W_ij|, x_j)

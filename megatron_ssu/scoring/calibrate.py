@@ -1,15 +1,14 @@
-"""Score a sharded model: one forward pass over calibration data, each rank its own shards, one result for every mesh."""
+"""Score a sharded model: one pass over calibration data, each rank its own shards, one result for every mesh."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -18,7 +17,9 @@ from megatron_ssu.data.chat import Calibration
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.layout import LocalParam, Piece, take
 from megatron_ssu.scoring import base
+from megatron_ssu.scoring.entry import Entry, add_tensor_ranks, spread_columns, spread_rows
 from megatron_ssu.scoring.file import Scores
+from megatron_ssu.scoring.fisher import FISHER, SquaredGradients
 from megatron_ssu.scoring.inputs import InputStatistics
 from megatron_ssu.session import Session
 
@@ -31,18 +32,27 @@ class MicroBatch:
     positions: Tensor  # int64 [b, s]
     mask: Tensor | None  # bool [b, s]; None: every token is real
 
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """The next token, int64 [b, s], and where it is real, bool [b, s]."""
+        real = torch.ones_like(self.tokens, dtype=torch.bool) if self.mask is None else self.mask
+        next_real = real & real.roll(-1, 1)
+        next_real[:, -1] = False
+        return self.tokens.roll(-1, 1), next_real
+
 
 def micro_batches(calibration: Calibration, session: Session, size: int) -> list[MicroBatch]:
     """This data-parallel rank's share, in micro-batches of `size` rows, filled up with masked rows.
 
-    All ranks of a pipeline get as many; the interleaved schedule needs a multiple of the pipeline's length.
+    All ranks of a pipeline get as many; the interleaved schedule needs a multiple of the pipeline's length. Sequence
+    parallelism needs rows that divide over its ranks: masked tokens are appended.
     """
     mesh, where = session.mesh, runtime.device()
     tokens, mask = calibration.tokens[mesh.data_rank :: mesh.data], calibration.mask[mesh.data_rank :: mesh.data]
     unit = size * (mesh.pipeline if mesh.virtual else 1)
     missing = -tokens.shape[0] % unit if tokens.shape[0] else unit
-    tokens = torch.nn.functional.pad(tokens, (0, 0, 0, missing))
-    mask = torch.nn.functional.pad(mask, (0, 0, 0, missing))
+    behind = -tokens.shape[1] % mesh.tensor if session.config.sequence_parallel else 0
+    tokens = torch.nn.functional.pad(tokens, (0, behind, 0, missing))
+    mask = torch.nn.functional.pad(mask, (0, behind, 0, missing))
     positions = torch.arange(tokens.shape[1], device=where).expand(size, -1)
     batches = []
     for first in range(0, tokens.shape[0], size):
@@ -53,20 +63,36 @@ def micro_batches(calibration: Calibration, session: Session, size: int) -> list
     return batches
 
 
-def forward_pass(session: Session, batches: list[MicroBatch], statistics: InputStatistics | None) -> None:
-    """Run all micro-batches forward through the pipeline; `statistics` hooks see each one's mask."""
+def calibration_pass(
+    session: Session, batches: list[MicroBatch], statistics: InputStatistics | None, *, backward: bool = False
+) -> None:
+    """Run all micro-batches forward through the pipeline, with `backward` also back; `statistics` are told each one's mask.
+
+    Backward starts at each micro-batch's mean loss, not divided by their number.
+    """
+
+    def loss(batch: MicroBatch) -> Callable[[Tensor], tuple[Tensor, Any]]:
+        def of(losses: Tensor) -> tuple[Tensor, Any]:
+            weights = batch.labels()[1].float()
+            mean = (losses.float() * weights).sum() / weights.sum().clamp(min=1)
+            return mean * len(batches), {}  # the schedule divides by the number of micro-batches
+
+        return of
 
     def forward_step(iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(iterator)
         if statistics is not None:
-            statistics.tokens.mask = batch.mask
+            statistics.begin(chunk, batch.mask)
+        if backward:
+            labels = batch.labels()[0] if chunk.post_process else None
+            return chunk(batch.tokens, batch.positions, None, labels=labels), loss(batch)
         output = chunk(batch.tokens, batch.positions, None)
         return output, lambda out: (torch.zeros((), device=out.device), {})
 
     for chunk in session.chunks:
         chunk.eval()
     virtual = session.mesh.virtual
-    with torch.no_grad():
+    with torch.set_grad_enabled(backward):
         get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(batches) for _ in session.chunks] if virtual else iter(batches),
@@ -74,30 +100,35 @@ def forward_pass(session: Session, batches: list[MicroBatch], statistics: InputS
             num_microbatches=len(batches),
             seq_length=batches[0].tokens.shape[1],
             micro_batch_size=batches[0].tokens.shape[0],
-            forward_only=True,
+            forward_only=not backward,
         )
     for chunk in session.chunks:
         chunk.train()
 
 
 def score_model(session: Session, names: list[str], calibration: Calibration | None, fingerprint: str) -> Scores | None:
-    """Compute `names` over one forward pass; the result is on rank 0, None elsewhere. Collective over all ranks.
+    """Compute `names` over one pass; the result is on rank 0, None elsewhere. Collective over all ranks.
 
     Raises:
-        UserError: unknown score, no calibration where one is needed, NaN or infinite activations or weights.
+        UserError: unknown score, no calibration where one is needed, NaN or infinite weights, activations or gradients.
     """
     base.check_names(names)
-    found: dict[str, dict[str, Tensor]] = {}
-    if base.needs_calibration(names):
-        if calibration is None:
-            raise UserError(f"shield.calibration.path: needed for the score {names[0]}; name a file of source chats")
-        found = _statistics(session, calibration)
+    if session.mesh.context > 1:
+        raise UserError(
+            f"parallel.context_parallel_size: {session.mesh.context}; scoring runs without context parallelism: "
+            "score with 1, any other mesh can use the scores file"
+        )
+    norms = session.run.shield.norms == "half"
+    needed = base.needs_calibration(names) or norms
+    if needed and calibration is None:
+        why = f"the score {names[0]}" if base.needs_calibration(names) else "shield.norms: half"
+        raise UserError(f"shield.calibration.path: needed for {why}; name a file of source chats")
     runtime.on_all_ranks(lambda: _check_weights(session))
-    mine = _own_scores(session, names, found)
-    if "fisher" in names:
-        from megatron_ssu.scoring.fisher import fisher_scores
-
-        mine += fisher_scores(session, calibration)
+    found: dict[str, dict[str, Tensor]] = {}
+    mine: list[Entry] = []
+    if needed and calibration is not None:
+        found, mine = _measure(session, names, calibration, norms)
+    mine += _own_scores(session, names, found)
     gathered: list[Any] = [None] * session.mesh.world if session.mesh.rank == 0 else []
     dist.gather_object(mine, gathered or None, dst=0)
     if session.mesh.rank != 0:
@@ -106,29 +137,42 @@ def score_model(session: Session, names: list[str], calibration: Calibration | N
     tensors: dict[str, np.ndarray] = {}
     for key, start, length, values in (entry for part in gathered for entry in part):
         tensors.setdefault(key, np.zeros(length, dtype=np.float64))[start : start + len(values)] = values
+    used = calibration if needed else None
     return Scores(
         model=session.source.name,
         fingerprint=fingerprint,
         matrices=matrices,
         tensors=tensors,
         scores=sorted(names),
-        calibration=calibration.digest if found and calibration else "none",
-        samples=calibration.n_samples if found and calibration else 0,
-        tokens=int(calibration.mask.sum()) if found and calibration else 0,
+        calibration=used.digest if used else "none",
+        samples=used.n_samples if used else 0,
+        tokens=int(used.mask.sum()) if used else 0,
     )
 
 
-def _statistics(session: Session, calibration: Calibration) -> dict[str, dict[str, Tensor]]:
-    statistics = InputStatistics(session)
-    size = min(session.run.shield.calibration.micro_batch_size, calibration.tokens.shape[0])
-    forward_pass(session, micro_batches(calibration, session, size), statistics)
-    statistics.close()
-    found = statistics.merge(calibration.tokens.shape[0])
+def _measure(
+    session: Session, names: list[str], calibration: Calibration, norms: bool
+) -> tuple[dict[str, dict[str, Tensor]], list[Entry]]:
+    """One pass over the calibration data: statistics of the inputs by parameter, and the entries of gradient scores."""
+    rows = calibration.tokens.shape[0]
+    statistics, gradients = InputStatistics(session, norms=norms), None
+    size = min(session.run.shield.calibration.micro_batch_size, rows)
+    if FISHER in names:
+        gradients, size = SquaredGradients(session), 1
+    try:
+        batches = micro_batches(calibration, session, size)
+        calibration_pass(session, batches, statistics, backward=gradients is not None)
+    finally:
+        statistics.close()
+        if gradients is not None:
+            gradients.close()
+    found = statistics.merge(rows)
     runtime.on_all_ranks(lambda: statistics.check(found))
-    return found
-
-
-Entry = tuple[str, int, int, np.ndarray]  # key, first index, whole length, values
+    if gradients is None:
+        return found, []
+    entries = gradients.entries(rows)
+    runtime.on_all_ranks(gradients.check)
+    return found, entries
 
 
 def _check_weights(session: Session) -> None:
@@ -139,42 +183,30 @@ def _check_weights(session: Session) -> None:
 
 
 def _own_scores(session: Session, names: list[str], found: dict[str, dict[str, Tensor]]) -> list[Entry]:
-    """What this rank contributes: values that no other rank sends."""
+    """Entries of the scores that are made of weights and input statistics, and of those statistics."""
     entries: list[Entry] = []
     scores = [base.SCORES[n] for n in names if n in base.SCORES]
     for local in session.layout:
-        if not local.pieces or not local.pieces[0].matrix.scored:
+        if not local.pieces or not local.primary:
             continue
         statistics = found.get(local.pieces[0].matrix.name, {})
         for piece in local.pieces:
-            weight = take(local.param.detach(), piece).double().abs()
-            entries += _piece_scores(session, local, piece, weight, scores, statistics)
-    return entries if session.mesh.data_rank == 0 and session.mesh.context_rank == 0 else []
+            entries += spread_columns(session, local, piece, statistics)
+            if piece.matrix.scored and scores:
+                entries += _piece_scores(session, local, piece, scores, statistics)
+    return entries
 
 
 def _piece_scores(
-    session: Session,
-    local: LocalParam,
-    piece: Piece,
-    weight: Tensor,
-    scores: list[base.ElementScore],
-    statistics: dict[str, Tensor],
+    session: Session, local: LocalParam, piece: Piece, scores: list[base.ElementScore], statistics: dict[str, Tensor]
 ) -> list[Entry]:
-    """Scores and statistics of one matrix; sums over rows or columns that tensor parallelism splits are reduced."""
-    name, (rows, cols) = piece.matrix.name, piece.matrix.shape
-    columns: dict[str, Tensor] = dict(statistics)
-    by_row: dict[str, Tensor] = {}
+    """Scores of one matrix by column and by row."""
+    weight = take(local.param.detach(), piece).double().abs_()
+    columns: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
     for score in scores:
         x = statistics[score.statistic] if score.statistic else torch.ones_like(weight[0])
-        sums = score.term(weight).sum(0)
-        row = score.row_term(weight, x).sum(1)
-        if session.mesh.tensor > 1:
-            dist.all_reduce(sums if local.split == 0 else row, group=parallel_state.get_tensor_model_parallel_group())
-        columns[score.name], by_row[score.name] = score.finish(sums, x), row
-    first = session.mesh.tensor_rank == 0
-    entries: list[Entry] = []
-    if local.split == 1 or first:
-        entries += [(f"{k}/column/{name}", piece.col_start, cols, v.cpu().numpy()) for k, v in columns.items()]
-    if local.split == 0 or first:
-        entries += [(f"{k}/row/{name}", piece.row_start, rows, v.cpu().numpy()) for k, v in by_row.items()]
-    return entries
+        sums, row = score.term(weight).sum(0), score.row_term(weight, x).sum(1)
+        add_tensor_ranks(session, local, sums, row)
+        columns[score.name], rows[score.name] = score.finish(sums, x), row
+    return spread_columns(session, local, piece, columns) + spread_rows(session, local, piece, rows)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -13,13 +14,23 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.models.layout import LocalParam
 from megatron_ssu.scoring.file import INPUT_MEAN_SQUARE, INPUT_NORM
 from megatron_ssu.session import Session
+from megatron_ssu.shield import kernels
+
+_BLOCK = 64  # tokens that are added up in float32 before they go on in float64
 
 
-@dataclass
-class TokenMask:
-    """Which tokens of the running micro-batch are real; set before each forward step of a chunk."""
-
-    mask: Tensor | None = None  # bool [b, s]; None: all are real
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Sum over tokens of the squares of x [t, I]: float64 [I]. Reads x once and makes no copy as large as x."""
+    if not x.is_cuda:
+        if kernels.backend(x.device) != "torch" and x.is_contiguous():
+            return kernels.column_sums(x, square=True)
+        parts = [part.float().square().sum(0) for part in x.split(_BLOCK)]
+        return torch.stack(parts).sum(0, dtype=torch.float64) if parts else x.new_zeros(x.shape[1], dtype=torch.float64)
+    whole = x.shape[0] // _BLOCK * _BLOCK
+    blocks = x[:whole].view(-1, _BLOCK, x.shape[1])
+    # A norm is one kernel that widens as it reads, where a square would be written to memory first.
+    total = torch.linalg.vector_norm(blocks, dim=1, dtype=torch.float32).double().square().sum(0)
+    return total + x[whole:].double().square().sum(0)
 
 
 @dataclass
@@ -28,61 +39,75 @@ class InputSums:
 
     squares: Tensor  # sum of X_tj^2
     means: Tensor  # sum over rows of the mean of X_tj^2 over the row's real tokens
-    handles: list = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A parameter whose module's input is looked at."""
+
+    local: LocalParam
+    chunk: int
+    scattered: bool  # its input is this rank's part of the sequence
 
 
 class InputStatistics:
-    """Collects, for every linear layer of the session's chunks, the squares of its input by column.
+    """Collects the squares, by column, of the input of every linear layer of the session's chunks; with `norms`, of the
+    norms too.
 
     The hooks see the tensor that multiplies the weight: norms are modules of their own in front of the linear layers. Under
-    sequence parallelism a column-parallel layer shows this rank's part of the sequence.
+    sequence parallelism a column-parallel layer and the norms show this rank's part of the sequence. `begin` is called
+    before each forward step of a chunk; what runs again for recomputation is not counted again.
     """
 
-    def __init__(self, session: Session) -> None:
-        self.session, self.tokens = session, TokenMask()
+    def __init__(self, session: Session, *, norms: bool = False) -> None:
+        self.session = session
+        self.mask: Tensor | None = None  # bool [b, s] of the running micro-batch; None: all tokens are real
         self.sums: dict[str, InputSums] = {}
-        self.locals: dict[str, LocalParam] = {}
-        self.rows = 0
+        self.watched: dict[str, _Watched] = {}
+        self._pending: set[str] = set()
         self._handles = []
-        modules = {id(p): m for c in session.chunks for m in c.modules() for p in m.parameters(recurse=False)}
+        owners = {id(p): (m, i) for i, c in enumerate(session.chunks) for m in c.modules() for p in m.parameters(False)}
         for local in session.layout:
-            if local.pieces and local.pieces[0].matrix.scored:
-                key = local.pieces[0].matrix.name
-                self.locals[key] = local
-                zeros = torch.zeros(local.param.shape[1], dtype=torch.float64, device=local.param.device)
-                self.sums[key] = InputSums(zeros, zeros.clone())
-                module = modules[id(local.param)]
-                self._handles.append(module.register_forward_pre_hook(self._hook(key, local.split == 0)))
+            if not local.pieces or not local.primary:
+                continue
+            matrix = local.pieces[0].matrix
+            if matrix.scored or (norms and matrix.kind == "norm"):
+                module, chunk = owners[id(local.param)]
+                # A norm that is split over ranks norms a projection, whose sequence is whole.
+                partial = local.split == 0 if matrix.scored else local.split is None
+                self.watched[matrix.name] = _Watched(local, chunk, partial and session.config.sequence_parallel)
+                zeros = torch.zeros(local.param.shape[-1], dtype=torch.float64, device=local.param.device)
+                self.sums[matrix.name] = InputSums(zeros, zeros.clone())
+                self._handles.append(module.register_forward_pre_hook(self._hook(matrix.name)))
 
-    def _hook(self, key: str, column_parallel: bool):
-        sums = self.sums[key]
-        scattered = column_parallel and self.session.config.sequence_parallel
+    def begin(self, chunk: torch.nn.Module, mask: Tensor | None) -> None:
+        """The next forward step is of `chunk`, over a micro-batch with this mask, bool [b, s]."""
+        self.mask = mask
+        number = next(i for i, c in enumerate(self.session.chunks) if c is chunk)
+        self._pending |= {name for name, watched in self.watched.items() if watched.chunk == number}
+
+    def _hook(self, name: str) -> Callable[[torch.nn.Module, tuple], None]:
+        sums, scattered = self.sums[name], self.watched[name].scattered
 
         @torch.no_grad()
         def hook(module: torch.nn.Module, args: tuple) -> None:
-            mask = self._mask(args[0].shape[0], scattered)
-            # fp32 squares, added up in float64: [s, b, I] -> [b, I].
-            squares = args[0].detach().float().square()
-            if mask is not None:
-                squares = squares * mask.t().unsqueeze(-1)
-            per_row = squares.sum(0, dtype=torch.float64)
-            sums.squares += per_row.sum(0)
-            sums.means += (per_row / self._lengths(args[0].shape[0], scattered).unsqueeze(-1)).sum(0)
+            if name not in self._pending:
+                return
+            self._pending.discard(name)
+            x = args[0].detach()
+            x = x.reshape(*x.shape[:2], -1)  # [s, b, I]; q and k norms see heads apart
+            if self.mask is None:
+                total = sum_of_squares(x.view(-1, x.shape[-1]))
+                sums.squares += total
+                sums.means += total / (x.shape[0] * (self.session.mesh.tensor if scattered else 1))
+                return
+            first = self.session.mesh.tensor_rank * x.shape[0] if scattered else 0
+            for row, real in enumerate(self.mask):
+                total = sum_of_squares(x[:, row][real[first : first + x.shape[0]]])
+                sums.squares += total
+                sums.means += total / real.sum().clamp(min=1)
 
         return hook
-
-    def _mask(self, length: int, scattered: bool) -> Tensor | None:
-        if self.tokens.mask is None or not scattered:
-            return self.tokens.mask
-        first = parallel_state.get_tensor_model_parallel_rank() * length
-        return self.tokens.mask[:, first : first + length]
-
-    def _lengths(self, length: int, scattered: bool) -> Tensor:
-        """Real tokens of each row, at least 1, float64 [b] (or [1] where all rows are whole)."""
-        if self.tokens.mask is None:
-            size = self.session.mesh.tensor if scattered else 1
-            return torch.tensor([length * size], dtype=torch.float64)
-        return self.tokens.mask.sum(1, dtype=torch.float64).clamp(min=1.0)
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -93,23 +118,22 @@ class InputStatistics:
         """Statistics over all ranks: first matrix of each parameter -> {input_norm, input_mean_square}, float64 [I of shard].
 
         `rows` is the number of calibration rows over all ranks. Collective over tensor- and data-parallel ranks.
-
-        Raises:
-            UserError: NaN or infinite activations, naming the layer.
         """
         found = {}
-        for key, sums in self.sums.items():
+        for name, sums in self.sums.items():
             both = torch.stack([sums.squares, sums.means])
-            if self.locals[key].split == 0 and self.session.config.sequence_parallel:
+            if self.watched[name].scattered:
                 dist.all_reduce(both, group=parallel_state.get_tensor_model_parallel_group())
-            dist.all_reduce(both, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-            found[key] = {INPUT_NORM: both[0].sqrt(), INPUT_MEAN_SQUARE: both[1] / max(1, rows)}
+            dist.all_reduce(both, group=parallel_state.get_data_parallel_group())
+            found[name] = {INPUT_NORM: both[0].sqrt(), INPUT_MEAN_SQUARE: both[1] / max(1, rows)}
         return found
 
     @staticmethod
     def check(found: dict[str, dict[str, Tensor]]) -> None:
-        for key, statistics in found.items():
+        """Raises UserError, naming the layer, for NaN or infinite activations."""
+        for name, statistics in found.items():
             if not torch.isfinite(statistics[INPUT_NORM]).all():
                 raise UserError(
-                    f"calibration: the input of {key} holds NaN or infinite values; look for broken weights in front of it"
+                    f"calibration: the input of {name} holds NaN or infinite values; "
+                    "look at the weights of the layers in front of it, or score in fp32"
                 )

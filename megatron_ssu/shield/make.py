@@ -37,13 +37,13 @@ def wanted_scores(run: RunConfig) -> list[str]:
 
 def load_samples(run: RunConfig, longest: int) -> Calibration | None:
     """The packed calibration samples of a run file, at most `longest` tokens a row; None where no score needs any."""
-    if not base.needs_calibration(wanted_scores(run)):
+    needed = [n for n in wanted_scores(run) if base.needs_calibration([n])]
+    if not needed and run.shield.norms != "half":
         return None
     section = run.shield.calibration
     if section.path is None:
-        raise UserError(
-            f"shield.calibration.path: needed for the score {run.shield.score}; name a file of source chats"
-        )
+        why = f"the score {needed[0]}" if needed else "shield.norms: half"
+        raise UserError(f"shield.calibration.path: needed for {why}; name a file of source chats")
     tokenizer = load_tokenizer(run.model.path, trust_remote_code=run.model.trust_remote_code)
     calibration = load_calibration(
         section.path,
@@ -173,8 +173,15 @@ def _scores_are_usable(run: RunConfig, source: Source, calibration: Calibration 
         why = f"was made for another model, {scores.model}"
     elif missing:
         why = f"has no score {missing[0]}"
+    elif run.shield.norms == "half" and not any(_of_norm(scores, key) for key in scores.tensors):
+        why = "has no statistics of the norms' inputs, which shield.norms: half needs"
     elif calibration is not None and scores.calibration != calibration.digest:
         why = "was made with other calibration samples"
     if why is not None and run.shield.scores is not None:
         raise UserError(f"{path}: {why}; run `score` again or leave shield.scores out")
     return why is None
+
+
+def _of_norm(scores: Scores, key: str) -> bool:
+    """Whether a tensor of a scores file is of a norm."""
+    return scores.matrices[key.split("/", 2)[2]].kind == "norm"
