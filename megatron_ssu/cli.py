@@ -14,6 +14,7 @@ from rich.console import Console
 
 from megatron_ssu import __version__
 from megatron_ssu.errors import UserError
+from megatron_ssu.train.faults import STATUS_RANK_LOST, TrainingStopped
 
 EPILOG = """\
 a run, from a Hugging Face model to an adapted one:
@@ -24,7 +25,8 @@ a run, from a Hugging Face model to an adapted one:
 score, train and export run alone, or on every rank of
   torchrun --nproc-per-node 8 -m megatron_ssu train run.yaml parallel.tensor_model_parallel_size=2
 
-exit status: 0 done; 1 verify found a frozen weight that moved; 2 bad input, told in one line
+exit status: 0 done; 1 verify found a frozen weight that moved; 2 bad input, told in one line; 3 too many steps skipped;
+  4 a rank was lost; 75, 130, 143 stopped with a checkpoint by SIGUSR1 or train.exit_after, SIGINT, SIGTERM: start again
 """
 OVERRIDES = "section.key=value: goes before what the run file says, such as shield.ratio=0.25"
 
@@ -45,6 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rank = "" if first else f" (rank {os.environ['RANK']})"
             print(f"megatron-ssu{rank}: {error}", file=sys.stderr)
         status = 2
+    except TrainingStopped as stop:
+        if first or stop.status == STATUS_RANK_LOST:
+            print(f"megatron-ssu: {stop}", file=sys.stderr)
+        status = stop.status
+        if status == STATUS_RANK_LOST:  # the process groups cannot be taken down without the lost rank
+            sys.stderr.flush()
+            os._exit(status)
     except KeyboardInterrupt:
         status = 130
     from megatron_ssu import runtime

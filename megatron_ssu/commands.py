@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
+import psutil
+import torch.distributed as dist
 from rich.console import Console
 
 from megatron_ssu import runtime
@@ -22,8 +25,10 @@ from megatron_ssu.session import Session, Source, check_run, open_session, open_
 from megatron_ssu.shield import make
 from megatron_ssu.shield.file import Shield
 from megatron_ssu.train.checkpoint import Checkpoints, Progress
-from megatron_ssu.train.loop import Datasets, Trainer, identity_of, train
-from megatron_ssu.train.telemetry import Telemetry
+from megatron_ssu.train.flops import flops_per_token, peak_flops
+from megatron_ssu.train.identity import identity_of
+from megatron_ssu.train.loop import Datasets, Trainer, train
+from megatron_ssu.train.telemetry import Telemetry, log_to_file
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +88,7 @@ def train_run(run: RunConfig, console: Console) -> Progress:
         console.print(f"{run.checkpoint.export}: the run has ended and is exported; nothing to do", highlight=False)
         return Progress(run.train.iterations, run.train.iterations * run.train.global_batch_size)
     runtime.on_rank_zero(lambda: _begin_directory(run))
+    runtime.on_all_ranks(lambda: _log(run))
     tokenizer = runtime.on_all_ranks(
         lambda: load_tokenizer(run.model.path, trust_remote_code=run.model.trust_remote_code)
     )
@@ -92,15 +98,18 @@ def train_run(run: RunConfig, console: Console) -> Progress:
     checkpoints = Checkpoints(run.checkpoint.directory)
     trainer = Trainer(session, shield)
     datasets = runtime.on_all_ranks(lambda: _datasets(run, session, prefixes, tokenizer))
-    progress = Progress()
+    progress = Progress(phase=run.train.phase.number)
     latest = runtime.on_rank_zero(checkpoints.latest) if run.checkpoint.resume else None
     if latest is not None:
-        identity = identity_of(session, shield)
-        progress = checkpoints.load(latest, session, identity, trainer.optimizer, trainer.schedule)
-    telemetry = Telemetry(run, console, active=session.mesh.rank == 0, start=progress.iteration)
-    _announce(telemetry, session, shield, progress)
-    progress = train(trainer, shield, datasets, telemetry, progress)
-    telemetry.close()
+        progress = checkpoints.load(latest, session, identity_of(run, shield), trainer.optimizer)
+        trainer.resume(progress)
+    runtime.on_rank_zero(lambda: save_run(run, Path(run.checkpoint.directory) / "run.yaml"))
+    telemetry = _telemetry(session, console, progress)
+    try:
+        _announce(telemetry, session, shield, progress)
+        progress = train(trainer, shield, datasets, telemetry, progress, _process_start())
+    finally:
+        telemetry.close()
     if run.checkpoint.export:
         _export(session, Path(run.checkpoint.export), console)
     return progress
@@ -141,7 +150,8 @@ def _begin_directory(run: RunConfig) -> None:
     directory = Path(run.checkpoint.directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        save_run(run, directory / "run.yaml")
+        if not (directory / "run.yaml").exists():  # else once the checkpoint is compared with it
+            save_run(run, directory / "run.yaml")
     except OSError as error:
         raise UserError(f"checkpoint.directory: {directory} cannot be written: {error.strerror}") from error
     Checkpoints(directory).clean()
@@ -149,9 +159,8 @@ def _begin_directory(run: RunConfig) -> None:
 
 def _datasets(run: RunConfig, session: Session, prefixes: Prefixes, tokenizer) -> Datasets:
     samples = run.train.iterations * run.train.global_batch_size
-    target = None
     valid_samples = 0
-    if prefixes.target_valid is None:
+    if not prefixes.target_valid:
         valid_samples = run.train.eval_batches * run.train.global_batch_size
     common = {"sequence_length": run.data.sequence_length, "vocab_size": session.source.dims.vocab}
     trained, from_split = build_train_valid(
@@ -164,10 +173,47 @@ def _datasets(run: RunConfig, session: Session, prefixes: Prefixes, tokenizer) -
         cache_dir=Path(run.checkpoint.directory) / "data" / "index",
         **common,  # type: ignore[arg-type]
     )
-    if prefixes.target_valid is not None:
-        target = build_valid(prefixes.target_valid, tokenizer, **common)  # type: ignore[arg-type]
-    source = build_valid(prefixes.source_valid, tokenizer, **common) if prefixes.source_valid else None  # type: ignore[arg-type]
-    return Datasets(trained, source, target if target is not None else from_split)
+    watched = {
+        name: build_valid(path, tokenizer, **common)  # type: ignore[arg-type]
+        for kind, paths in (("source_valid_loss", prefixes.source_valid), ("target_valid_loss", prefixes.target_valid))
+        for name, path in _names(kind, paths)
+    }
+    if from_split is not None:
+        watched["target_valid_loss"] = from_split
+    return Datasets(trained, watched)
+
+
+def _names(kind: str, paths: dict[str, Path]) -> list[tuple[str, Path]]:
+    """Metric names of validation sets: the kind alone for a single path, else kind/name."""
+    return [(f"{kind}/{name}" if name else kind, path) for name, path in paths.items()]
+
+
+def _telemetry(session: Session, console: Console, progress: Progress) -> Telemetry:
+    run, source = session.run, session.source
+    peak = run.log.peak_tflops * 1e12 if run.log.peak_tflops else peak_flops(runtime.device_name())
+    active = session.mesh.rank == 0
+
+    def open_telemetry() -> Telemetry:
+        return Telemetry(
+            run,
+            console,
+            active=active,
+            start=progress.iteration,
+            flops=flops_per_token(source.family, source.dims, source.hf, run.data.sequence_length),
+            peak=peak * session.mesh.world if peak else None,
+        )
+
+    return runtime.on_all_ranks(open_telemetry)
+
+
+def _log(run: RunConfig) -> None:
+    rank = dist.get_rank()
+    log_to_file(Path(run.checkpoint.directory), rank, quiet=rank > 0)
+
+
+def _process_start() -> float:
+    """When this process began, on the clock of time.monotonic."""
+    return time.monotonic() - (time.time() - psutil.Process().create_time())
 
 
 def _announce(telemetry: Telemetry, session: Session, shield: Shield, progress: Progress) -> None:

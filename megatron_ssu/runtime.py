@@ -32,6 +32,11 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
 
+def device_name() -> str:
+    """What the maker calls the GPU of this rank, or 'cpu'."""
+    return torch.cuda.get_device_name() if has_cuda() else "cpu"
+
+
 class _Stream:
     """Stands for a CUDA stream or event where everything runs in order."""
 
@@ -238,6 +243,55 @@ def _write_in_process(transforms: list, use_msc: bool, rank: int, buckets: list,
             break
         written[index] = outcome
     results.put(written)
+
+
+@contextmanager
+def kept_common_errors() -> Iterator[list[BaseException]]:
+    """While it lasts, what rank 0 meets when it writes a checkpoint's common part is put in the list, not raised.
+
+    The other ranks are in a collective by then and would wait for rank 0.
+    """
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+
+    errors: list[BaseException] = []
+    stock = TorchCommonSaveStrategy.save_common
+
+    def save_common(self: Any, state: Any, folder: Any) -> None:
+        try:
+            stock(self, state, folder)
+        except Exception as error:
+            errors.append(error)
+
+    TorchCommonSaveStrategy.save_common = save_common
+    try:
+        yield errors
+    finally:
+        TorchCommonSaveStrategy.save_common = stock
+
+
+@contextmanager
+def weights_only_checkpoints() -> Iterator[None]:
+    """While it lasts, objects in sharded checkpoints are read with torch's weights-only unpickler."""
+    import io
+
+    from torch.distributed.checkpoint import default_planner
+
+    planner = default_planner.DefaultLoadPlanner
+    stock = planner.load_bytes
+
+    def load_bytes(self: Any, read_item: Any, value: Any) -> None:
+        with torch.serialization.safe_globals([io.BytesIO]):
+            loaded = torch.load(value, weights_only=True)
+        checked = io.BytesIO()
+        torch.save(loaded, checked)
+        checked.seek(0)
+        stock(self, read_item, checked)
+
+    planner.load_bytes = load_bytes
+    try:
+        yield
+    finally:
+        planner.load_bytes = stock
 
 
 def is_rank_zero() -> bool:

@@ -178,8 +178,8 @@ class DataSection:
     """What is trained on and what is watched."""
 
     train: str | list[str | DataSource] = field(default_factory=list)
-    source_valid: str | None = None  # watched for forgetting
-    target_valid: str | None = None  # null: the valid part of `split`
+    source_valid: str | dict[str, str] | None = None  # watched for forgetting; or several, name: path
+    target_valid: str | dict[str, str] | None = None  # null: the valid part of `split`
     split: str = "99,1,0"  # train,valid,test shares of the train documents
     sequence_length: int = 512
     text_key: str = "text"
@@ -199,6 +199,15 @@ class ScheduleSection:
 
 
 @dataclass
+class PhaseSection:
+    """A new phase of a run: raise `number`, and what follows is done once, at the newest checkpoint."""
+
+    number: int = 1
+    rewarm: bool = True  # the learning rate warms up again, and decays over the phase
+    reset_optimizer: bool = False  # forget Adam's moments
+
+
+@dataclass
 class TrainSection:
     """The loop."""
 
@@ -208,6 +217,10 @@ class TrainSection:
     seed: int = 1234
     eval_interval: int = 100  # iterations between evaluations; 0: at start and end only
     eval_batches: int = 8  # global batches an evaluation reads at most
+    exit_after: str | float | None = None  # wall-clock budget, minutes or HH:MM:SS: then save and exit with status 75
+    max_skipped: int = 10  # steps with a NaN or infinite loss or gradient in a row that are skipped, before the run stops
+    spike_sigma: float = 6.0  # a loss that far above the mean of the last 128 is told; 0: none is
+    phase: PhaseSection = field(default_factory=PhaseSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     optimizer: dict = _megatron(
         OptimizerConfig,
@@ -225,6 +238,7 @@ class CheckpointSection:
     directory: str  # scores, shield, checkpoints, logs, the resolved run file
     interval: int = 500  # iterations between checkpoints; 0: at the end only
     keep: int | None = None  # newest checkpoints kept; null: all
+    async_save: bool = False  # write in the background while training goes on; takes memory for a copy of the state
     resume: bool = True  # go on from the newest checkpoint in `directory`
     export: str | None = None  # write a Hugging Face directory here when the run ends
     max_shard_size: str | int = "5GB"  # of an exported safetensors file; KB, MB, GB, KiB, MiB, GiB or bytes
@@ -236,6 +250,8 @@ class LogSection:
 
     interval: int = 10  # iterations between console lines
     tensorboard: bool = True
+    wandb_project: str | None = None  # Weights & Biases project, where wandb is installed
+    peak_tflops: float | None = None  # of one GPU, for MFU; null: known GPUs' dense peak
 
 
 @dataclass

@@ -13,6 +13,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron_ssu.config.coerce import show
 from megatron_ssu.config.schema import DataSource, RunConfig
 from megatron_ssu.errors import UserError
+from megatron_ssu.train.signals import seconds
 
 WEIGHT_SCORES = ("magnitude", "random")  # scores that read no calibration data
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -59,6 +60,10 @@ def validate_train(run: RunConfig, dp: int) -> None:
         at_least(f"train.{name}", getattr(train, name), 1)
     for name in ("eval_interval", "eval_batches"):
         at_least(f"train.{name}", getattr(train, name), 0)
+    at_least("train.max_skipped", train.max_skipped, 1)
+    at_least("train.spike_sigma", train.spike_sigma, 0)
+    at_least("train.phase.number", train.phase.number, 1)
+    seconds(train.exit_after)
     _batches(run, dp)
     _schedule(run)
     _optimizer(run)
@@ -217,8 +222,12 @@ def validate_data(run: RunConfig) -> None:
                     f"data.train.{number}.weight: {source.weight} must be above 0; leave the part out instead"
                 )
     for name in ("source_valid", "target_valid"):
-        if getattr(data, name) is not None:
-            data_path(f"data.{name}", getattr(data, name))
+        given = getattr(data, name)
+        if isinstance(given, dict):
+            for key, path in given.items():
+                data_path(f"data.{name}.{key}", path)
+        elif given is not None:
+            data_path(f"data.{name}", given)
 
 
 def validate_checkpoint(run: RunConfig) -> None:

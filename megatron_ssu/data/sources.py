@@ -19,14 +19,21 @@ class Prefixes:
     """The indexed datasets of a run."""
 
     train: list[tuple[Path, float]]  # prefix, weight
-    source_valid: Path | None
-    target_valid: Path | None
+    source_valid: dict[str, Path]  # by name; '' where the run file gives one path
+    target_valid: dict[str, Path]
 
 
 def train_sources(run: RunConfig) -> list[DataSource]:
     """data.train as a list of weighted sources."""
     listed = [run.data.train] if isinstance(run.data.train, str) else run.data.train
     return [DataSource(s) if isinstance(s, str) else s for s in listed]
+
+
+def valid_sources(given: str | dict[str, str] | None) -> dict[str, str]:
+    """data.source_valid or data.target_valid as name -> path; the name of a single path is ''."""
+    if not given:
+        return {}
+    return {"": given} if isinstance(given, str) else dict(given)
 
 
 def prepare_run(
@@ -66,7 +73,10 @@ def prepare_run(
         return prefix
 
     train = [(prefix_of(s.path), s.weight) for s in train_sources(run)]
-    valid = [prefix_of(p) if p else None for p in (run.data.source_valid, run.data.target_valid)]
+    valid = [
+        {name: prefix_of(path) for name, path in valid_sources(given).items()}
+        for given in (run.data.source_valid, run.data.target_valid)
+    ]
     return Prefixes(train, *valid), reports
 
 

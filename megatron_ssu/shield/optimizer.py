@@ -62,7 +62,7 @@ class ShieldedDistributedOptimizer(DistributedOptimizer):
         """This data-parallel rank's flat range of a parameter; works while the superclass is still being set up."""
         return self._get_model_param_range_map(model_param)["param"]
 
-    def _pairs(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    def pairs(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
         """Model parameters and their main shards."""
         pairs = []
         for models, mains in (
@@ -76,7 +76,7 @@ class ShieldedDistributedOptimizer(DistributedOptimizer):
     def _copy_model_grads_to_main_grads(self) -> None:
         if self.is_stub_optimizer:
             return
-        for model_param, main in self._pairs():
+        for model_param, main in self.pairs():
             owned = self._owned(model_param)
             grad = model_param.main_grad.view(-1)[owned.start : owned.end]  # type: ignore[attr-defined]
             mask = self.masks.get(model_param)
@@ -90,7 +90,7 @@ class ShieldedDistributedOptimizer(DistributedOptimizer):
     def _copy_main_params_to_model_params(self) -> None:
         if self.is_stub_optimizer:
             return
-        for model_param, main in self._pairs():
+        for model_param, main in self.pairs():
             shard = self._buffer_shard(model_param)
             mask = self.masks.get(model_param)
             if mask is None:
@@ -107,7 +107,7 @@ class ShieldedDistributedOptimizer(DistributedOptimizer):
     def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
         if state_dict is not None:
             raise RuntimeError("main weights are taken from the model's own weights only")
-        for model_param, main in self._pairs():
+        for model_param, main in self.pairs():
             owned = self._owned(model_param)
             shard = model_param.detach().view(-1)[owned.start : owned.end]
             mask = self.masks.get(model_param)

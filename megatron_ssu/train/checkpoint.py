@@ -3,31 +3,36 @@
     <checkpoint.directory>/checkpoints/iter_0000500/     one checkpoint
     <checkpoint.directory>/checkpoints/latest            the number of the newest complete one
 
-A checkpoint is written under a `.part` name and renamed when every rank has finished; `latest` moves after that.
+A checkpoint is written under a `.part` name and renamed when every rank has finished; `latest` moves after that. Written
+in the background, the training goes on meanwhile: a thread writes a copy of the state, taken at the time of the save.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
-import random
 import re
 import shutil
-from dataclasses import dataclass
+import threading
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ssu import runtime
 from megatron_ssu.errors import UserError
 from megatron_ssu.session import Session
+from megatron_ssu.train import state as states
+from megatron_ssu.train.identity import Identity
+from megatron_ssu.train.state import one_line, read_common, read_sharded
 
 log = logging.getLogger(__name__)
 
@@ -39,30 +44,50 @@ class Progress:
     """Where a run is."""
 
     iteration: int = 0
-    samples: int = 0  # of the training data, consumed
+    samples: int = 0  # of the phase's training data, consumed
+    phase: int = 1
+    schedule_start: int = 0  # iteration after which the learning rate's schedule began
+    skipped: int = 0  # steps skipped in a row, up to now
 
 
 @dataclass
-class Identity:
-    """What must not change between a checkpoint and the run that goes on from it: key -> value, compared one by one."""
+class _Pending:
+    """A checkpoint that is being written."""
 
-    facts: dict[str, Any]
+    iteration: int
+    part: Path
+    request: AsyncRequest
+    saver: _Saver
+    thread: threading.Thread | None = None
+    errors: list[BaseException] = field(default_factory=list)
 
-    def compare(self, saved: dict[str, Any], path: Path) -> None:
-        """Raises UserError naming the first fact that differs."""
-        for key, value in self.facts.items():
-            if key in saved and saved[key] != value:
-                raise UserError(
-                    f"{path}: {key} was {saved[key]!r} in this checkpoint and is {value!r} now; "
-                    "change it back, or start in another checkpoint.directory"
-                )
+
+class _Saver(TorchDistSaveShardedStrategy):
+    """megatron's strategy; rank 0's failure to write the metadata is kept, not raised between the ranks' collectives."""
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1, thread_count=1)
+        self.errors: list[BaseException] = []
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, plan: Any) -> AsyncRequest:
+        finish = writer.finish
+
+        def guarded(*arguments: Any) -> None:
+            try:
+                finish(*arguments)
+            except Exception as error:  # raised again once the ranks agree
+                self.errors.append(error)
+
+        writer.finish = guarded
+        return super()._get_save_and_finalize_callbacks(writer, plan)
 
 
 class Checkpoints:
     """The checkpoints of one run directory."""
 
-    def __init__(self, directory: str | Path, keep: int | None = None) -> None:
-        self.folder, self.keep = Path(directory) / "checkpoints", keep
+    def __init__(self, directory: str | Path, keep: int | None = None, *, background: bool = False) -> None:
+        self.folder, self.keep, self.background = Path(directory) / "checkpoints", keep, background
+        self._pending: _Pending | None = None
 
     def path(self, iteration: int) -> Path:
         return self.folder / f"iter_{iteration:07d}"
@@ -91,9 +116,12 @@ class Checkpoints:
         progress: Progress,
         identity: Identity,
         optimizer: MegatronOptimizer,
-        schedule: OptimizerParamScheduler,
     ) -> Path:
-        """Write a checkpoint; collective. Raises UserError where it cannot be written; the one before stays whole."""
+        """Write a checkpoint, or begin to in the background; collective.
+
+        Raises UserError on all ranks where one cannot write; the checkpoint before stays whole.
+        """
+        self.finish()
         final = self.path(progress.iteration)
         part = final.with_name(final.name + ".part")
 
@@ -102,36 +130,114 @@ class Checkpoints:
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(parents=True)
             except OSError as error:
-                raise UserError(f"{part}: cannot be made: {error.strerror}") from error
+                raise self._unwritten(part, error) from error
 
         runtime.on_rank_zero(begin)
-        state = _sharded_state(session, optimizer, schedule, is_loading=False)
-        state["progress"] = {"iteration": progress.iteration, "samples": progress.samples}
+        state = states.sharded_state(session, optimizer, is_loading=False)
+        state["progress"] = asdict(progress)
         state["identity"] = identity.facts
-        state["mesh"] = _mesh(session)
-
-        def write() -> None:
-            try:
-                with runtime.in_process_checkpoint_writers():
-                    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-                    dist_checkpointing.save(state, str(part), strategy)
-            except OSError as error:
-                raise UserError(
-                    f"{part}: cannot be written: {error.strerror}; the checkpoint before it is whole"
-                ) from error
-
-        runtime.on_all_ranks(write)
-        runtime.on_rank_zero(lambda: self._publish(part, final, progress.iteration))
+        state["mesh"] = states.mesh_facts(session)
+        self._pending = self._request(state, part, progress.iteration)
+        if not self.background:
+            self.finish()
         return final
 
+    def _request(self, state: dict[str, Any], part: Path, iteration: int) -> _Pending:
+        """Plan the save on all ranks, write the common part, and start the writer."""
+        if self.background:
+            _copy_cpu_tensors(state)
+        saver = _Saver()
+        with runtime.in_process_checkpoint_writers(), runtime.kept_common_errors() as errors:
+            request = dist_checkpointing.save(state, str(part), saver, async_sharded_save=True)
+        assert request is not None
+        pending = _Pending(iteration, part, request, saver, errors=errors)
+        if request.async_fn is not None:
+            arguments = list(request.async_fn_args)
+            arguments[1] = request.preload_fn()
+
+            def write() -> None:
+                try:
+                    request.async_fn(*arguments)
+                except BaseException as error:  # a thread's error is raised where the save is finished
+                    pending.errors.append(error)
+
+            if self.background:
+                pending.thread = threading.Thread(target=write, name=f"checkpoint-{iteration}", daemon=True)
+                pending.thread.start()
+            else:
+                write()
+        return pending
+
+    @property
+    def pending(self) -> bool:
+        """Is a checkpoint being written in the background? The same on all ranks."""
+        return self._pending is not None
+
+    @property
+    def busy(self) -> bool:
+        """Is this rank's writer still at work?"""
+        return self._pending is not None and self._pending.thread is not None and self._pending.thread.is_alive()
+
+    def finish(self) -> Path | None:
+        """Wait for a checkpoint in the background and publish it; collective. Its path, or None if there was none.
+
+        Raises UserError on all ranks where one could not write.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        if pending.thread is not None:
+            pending.thread.join()
+
+        def wrote() -> None:
+            if pending.errors:
+                raise self._unwritten(pending.part, pending.errors[0])
+
+        def gathered() -> None:
+            try:
+                pending.request.finalize_fns[0]()
+            except Exception as error:  # megatron wraps what the writers met
+                raise self._unwritten(pending.part, error) from error
+            if pending.saver.errors:
+                raise self._unwritten(pending.part, pending.saver.errors[0])
+
+        final = self.path(pending.iteration)
+        try:
+            runtime.on_all_ranks(wrote)
+            runtime.on_all_ranks(gathered)
+            runtime.on_rank_zero(lambda: self._publish(pending.part, final, pending.iteration))
+        except UserError:
+            if runtime.is_rank_zero():
+                shutil.rmtree(pending.part, ignore_errors=True)
+            raise
+        return final
+
+    def _unwritten(self, part: Path, error: BaseException) -> UserError:
+        """The one line for a checkpoint that could not be written."""
+        reason = _reason(error)
+        last = self.latest()
+        kept = (
+            f"the last good checkpoint, {self.path(last)}, is whole" if last is not None else "there is none before it"
+        )
+        return UserError(f"{part}: cannot be written: {reason}; {kept}; make room and start again")
+
     def _publish(self, part: Path, final: Path, iteration: int) -> None:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(part, final)
-        fresh = self.folder / (LATEST + ".part")
-        fresh.write_text(f"{iteration}\n")
-        os.replace(fresh, self.folder / LATEST)
+        try:
+            save_config(CheckpointingConfig("torch_dist", 1), str(part))
+            for file in (*part.iterdir(), part):
+                _to_disk(file)
+            if final.exists():  # of a later time that was gone back from; `latest` names another one
+                shutil.rmtree(final)
+            os.replace(part, final)
+            fresh = self.folder / (LATEST + ".part")
+            fresh.write_text(f"{iteration}\n")
+            _to_disk(fresh)
+            os.replace(fresh, self.folder / LATEST)
+            _to_disk(self.folder)
+        except OSError as error:
+            raise self._unwritten(part, error) from error
         if self.keep is not None:
-            found = sorted(p for p in self.folder.iterdir() if re.fullmatch(r"iter_\d+", p.name))
+            found = sorted(p for p in self.folder.iterdir() if re.fullmatch(r"iter_\d+", p.name) and p <= final)
             for old in found[: -self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
 
@@ -141,112 +247,95 @@ class Checkpoints:
         session: Session,
         identity: Identity,
         optimizer: MegatronOptimizer,
-        schedule: OptimizerParamScheduler,
     ) -> Progress:
-        """Load model, optimizer, schedule and RNG from a checkpoint of any mesh; collective.
+        """Load model, optimizer and RNG from a checkpoint of any mesh; collective.
+
+        A greater train.phase.number than the checkpoint's begins a phase: data from its first sample, and as
+        train.phase says the learning rate from its warm-up and the optimizer without its moments.
 
         Raises:
             UserError: the checkpoint is damaged, or belongs to another run.
         """
-        path = self.path(iteration)
+        path, phase = self.path(iteration), session.run.train.phase
         common = runtime.on_all_ranks(lambda: read_common(path))
-        identity.compare(common["identity"], path)
-        state = _sharded_state(session, optimizer, schedule, is_loading=True)
-        same_mesh = common["mesh"] == _mesh(session)
+        progress = Progress(**common["progress"])
+        if phase.number < progress.phase:
+            raise UserError(
+                f"{path}: train.phase.number was {progress.phase} in this checkpoint and is {phase.number} now; "
+                "phases only go up"
+            )
+        new_phase = phase.number > progress.phase
+        identity.compare(common["identity"], path, new_phase=new_phase)
+        state = states.sharded_state(session, optimizer, is_loading=True)
+        same_mesh = common["mesh"] == states.mesh_facts(session)
         if not same_mesh:
             state.pop("rng")
-        loaded = _load(state, path)
-        _load_model(session, loaded)
+        settings = _settings(optimizer)
+        loaded = read_sharded(state, path)
+        states.load_model(session, loaded)
         optimizer.load_state_dict(loaded["optimizer"])
-        schedule.load_state_dict(loaded["schedule"])
+        _restore_settings(optimizer, settings)  # the learning rate may change, and in a new phase the others
         if same_mesh:
-            _set_rng(loaded["rng"])
-        return Progress(**loaded["progress"])
+            states.set_rng(loaded["rng"])
+        if new_phase:
+            start = progress.iteration if phase.rewarm else progress.schedule_start
+            progress = Progress(progress.iteration, 0, phase.number, start)
+            if phase.reset_optimizer:
+                _reset_moments(optimizer)
+        return progress
 
     def load_weights(self, iteration: int, session: Session) -> None:
         """Load the model's weights alone; collective."""
         path = self.path(iteration)
         runtime.on_all_ranks(lambda: read_common(path))
-        _load_model(session, _load(_model_state(session), path))
+        states.load_model(session, read_sharded(states.model_state(session), path))
 
 
-def read_common(path: Path) -> dict[str, Any]:
-    """The part of a checkpoint that all ranks share. Raises UserError where it is missing or damaged."""
-    if not path.is_dir():
-        raise UserError(f"{path}: no such checkpoint; `latest` beside it names the newest")
+def _copy_cpu_tensors(state: dict[str, Any]) -> None:
+    """Staging copies from the GPU only; what lives on the CPU would change under the writer."""
+    for value in nested_values(state):
+        data = getattr(value, "data", None)
+        if isinstance(data, torch.Tensor) and not isinstance(value, torch.Tensor) and data.device.type == "cpu":
+            value.data = data.detach().clone()
+
+
+def _settings(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
+    return [{k: v for k, v in group.items() if k not in ("params", "step")} for group in optimizer.param_groups]
+
+
+def _restore_settings(optimizer: MegatronOptimizer, settings: list[dict[str, Any]]) -> None:
+    for group, fresh in zip(optimizer.param_groups, settings, strict=True):
+        group.update(fresh)
+
+
+def _reset_moments(optimizer: MegatronOptimizer) -> None:
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = 0
+    for member in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if member.optimizer is None:
+            continue
+        for moments in member.optimizer.state.values():
+            for value in moments.values():
+                if isinstance(value, torch.Tensor):
+                    value.zero_()
+
+
+def _reason(error: BaseException | None) -> str:
+    """The operating system's words, wherever in the chain of causes they are."""
+    found, text = error, one_line(error) if error is not None else ""
+    while found is not None:
+        if isinstance(found, OSError) and found.strerror:
+            return found.strerror
+        for failure in getattr(found, "failures", {}).values():
+            return _reason(failure[0])
+        found = found.__cause__ or found.__context__
+    return os.strerror(errno.ENOSPC) if "Errno 28" in text else text
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
-        common = dist_checkpointing.load_common_state_dict(str(path))
-    except Exception as error:  # megatron and torch raise many kinds for damaged files
-        raise UserError(f"{path}: damaged checkpoint ({_one_line(error)}); go on from an older one") from error
-    if not {"progress", "identity", "mesh"} <= set(common):
-        raise UserError(f"{path}: not a checkpoint of this trainer: it lacks progress, identity or mesh")
-    return common
-
-
-def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    def load() -> dict[str, Any]:
-        try:
-            return dist_checkpointing.load(state, str(path))
-        except Exception as error:  # as in read_common
-            raise UserError(f"{path}: damaged checkpoint ({_one_line(error)}); go on from an older one") from error
-
-    return runtime.on_all_ranks(load)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-def _metadata() -> dict[str, Any]:
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-
-
-def _model_state(session: Session) -> dict[str, Any]:
-    """The chunks' sharded state dicts by name: `model`, or `model0`, `model1`, ... under virtual pipeline stages."""
-    names = ["model"] if len(session.chunks) == 1 else [f"model{i}" for i in range(len(session.chunks))]
-    return {n: c.sharded_state_dict(metadata=_metadata()) for n, c in zip(names, session.chunks, strict=True)}
-
-
-def _load_model(session: Session, loaded: dict[str, Any]) -> None:
-    names = [n for n in loaded if n.startswith("model")]
-    for name, chunk in zip(sorted(names), session.chunks, strict=True):
-        chunk.load_state_dict(loaded[name], strict=True)
-
-
-def _sharded_state(
-    session: Session, optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler, *, is_loading: bool
-) -> dict[str, Any]:
-    model = _model_state(session)
-    return {
-        **model,
-        "optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata()),
-        "schedule": schedule.state_dict(),
-        "rng": _rng_object(session),
-    }
-
-
-def _mesh(session: Session) -> dict[str, Any]:
-    mesh = session.mesh
-    return {k: getattr(mesh, k) for k in ("tensor", "pipeline", "virtual", "context", "data")}
-
-
-def _rng_object(session: Session) -> ShardedObject:
-    """This rank's random number generators; read back on the same mesh only."""
-    state = {
-        "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(),
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
-        "python": random.getstate(),
-    }
-    return ShardedObject("rng", state, (dist.get_world_size(),), (session.mesh.rank,), replica_id=0)
-
-
-def _set_rng(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["device"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
+        os.fsync(handle)
+    finally:
+        os.close(handle)

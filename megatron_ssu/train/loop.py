@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from megatron.core.num_microbatches_calculator import (
     unset_num_microbatches_calculator,
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -28,9 +30,14 @@ from megatron_ssu.session import Session
 from megatron_ssu.shield.file import Shield
 from megatron_ssu.shield.local import LocalShield
 from megatron_ssu.shield.optimizer import build_optimizer
-from megatron_ssu.train.checkpoint import Checkpoints, Identity, Progress
+from megatron_ssu.train.checkpoint import Checkpoints, Progress
+from megatron_ssu.train.faults import STATUS_NOT_FINITE, STATUS_RANK_LOST, SpikeWatch, TrainingStopped
+from megatron_ssu.train.identity import identity_of
 from megatron_ssu.train.schedule import build_schedule
-from megatron_ssu.train.telemetry import Telemetry
+from megatron_ssu.train.signals import STATUS, StopRequests, seconds, verdict
+from megatron_ssu.train.telemetry import Phases, Telemetry
+from megatron_ssu.train.updates import update_norms
+from megatron_ssu.train.watchdog import Watchdog
 
 Batch = dict[str, Tensor]
 
@@ -50,13 +57,19 @@ def forward_step(iterator: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Ten
     return output, lambda loss: language_model_loss(loss, batch["loss_mask"])
 
 
-def mean_loss(reports: list[dict[str, Tensor]]) -> float:
-    """Mean loss per token over all ranks' micro-batches; reports are empty outside the last pipeline stage."""
-    total = torch.zeros(2, dtype=torch.float64, device=runtime.device())
+def mean_loss(reports: list[dict[str, Tensor]], votes: Sequence[float] = ()) -> tuple[float, list[float]]:
+    """Mean loss per token over all ranks' micro-batches, and the ranks' `votes` summed, in one all-reduce.
+
+    Reports are empty outside the last pipeline stage.
+    """
+    total = torch.zeros(2 + len(votes), dtype=torch.float64, device=runtime.device())
     for report in reports:
-        total += report["loss"]
+        total[:2] += report["loss"]
+    if votes:
+        total[2:] = torch.tensor(votes, dtype=torch.float64)
     dist.all_reduce(total)  # tensor-parallel ranks report alike: the ratio stays
-    return (total[0] / total[1]).item()
+    loss, tokens, *counts = total.tolist()
+    return (loss / tokens if tokens else math.nan), counts
 
 
 @dataclass
@@ -66,6 +79,9 @@ class Step:
     loss: float
     grad_norm: float
     lr: float
+    skipped: bool = False  # loss or gradient norm was not finite: no weight moved
+    votes: list[float] = field(default_factory=list)  # summed over ranks
+    update_norms: dict[str, float] = field(default_factory=dict)  # by kind, where asked for
 
 
 class Trainer:
@@ -81,6 +97,8 @@ class Trainer:
             for index, chunk in enumerate(session.chunks)
         ]
         self.optimizer = build_optimizer(self._optimizer_config(), self.chunks, self.local_shield)
+        self.phases = Phases()
+        self.mark: Callable[[str], None] = lambda doing: None  # told what the loop begins
         self.schedule = build_schedule(run, self.optimizer)
         self.micro_batches = run.train.global_batch_size // (run.train.micro_batch_size * self.mesh.data)
         self._connect()
@@ -123,17 +141,45 @@ class Trainer:
             forward_only=forward_only,
         )
 
-    def step(self, batches: Iterator[Batch] | list[Iterator[Batch]]) -> Step:
-        """One optimizer step over one global batch; a list of iterators, one a chunk, under virtual pipeline stages."""
+    def step(
+        self,
+        batches: Iterator[Batch] | list[Iterator[Batch]],
+        votes: Callable[[], Sequence[float]] = tuple,
+        *,
+        measure: bool = False,
+    ) -> Step:
+        """One optimizer step over one global batch; a list of iterators, one a chunk, under virtual pipeline stages.
+
+        What `votes` returns at the end of the backward pass is summed over the ranks; `measure` asks for the update
+        norms. A loss or gradient norm that is not finite leaves weights and moments as they are, on all ranks alike:
+        both numbers are the same on all.
+        """
+        self.mark("forward-backward")
+        before, begin = self.phases.seconds.get("data", 0.0), time.perf_counter()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = self._schedule(batches, self.micro_batches, forward_only=False)
-        loss = mean_loss(reports)
-        lr = current_lr(self.optimizer)
-        _, grad_norm, _ = self.optimizer.step()
-        self.schedule.step(increment=1)
-        return Step(loss, float(grad_norm), lr)
+        loss, counts = mean_loss(reports, votes())
+        waited = self.phases.seconds.get("data", 0.0) - before
+        self.phases.add("forward-backward", time.perf_counter() - begin - waited)
+        self.mark("optimizer")
+        with self.phases("optimizer"):
+            step = Step(loss, math.nan, current_lr(self.optimizer), votes=counts)
+            step.grad_norm = prepare_step(self.optimizer)
+            step.skipped = not (math.isfinite(loss) and math.isfinite(step.grad_norm))
+            if not step.skipped:
+                clip(self.optimizer, step.grad_norm)
+                self.optimizer.step_with_ready_grads()
+                if measure:
+                    step.update_norms = update_norms(self.optimizer, self.session.layout)
+            self.schedule.step(increment=1)
+        return step
+
+    def resume(self, progress: Progress) -> None:
+        """Put the learning rate where `progress` is; after a checkpoint was loaded."""
+        self.schedule = build_schedule(self.run, self.optimizer, progress.schedule_start)
+        self.schedule.step(increment=progress.iteration - progress.schedule_start)
 
     def gather_weights(self) -> None:
         """Wait for updated weights that `overlap_param_gather` would fetch in the next forward pass; before reading them."""
@@ -152,10 +198,11 @@ class Trainer:
         reports: list[dict[str, Tensor]] = []
         with torch.no_grad():
             for _ in range(math.ceil(samples / size)):
+                self.mark("evaluation")
                 reports += self._schedule(batches, self.micro_batches, forward_only=True)
         for chunk in self.chunks:
             chunk.train()
-        return mean_loss(reports)
+        return mean_loss(reports)[0]
 
     def batches(self, dataset: Any, consumed: int) -> Iterator[Batch] | list[Iterator[Batch]]:
         """Training batches from sample `consumed` on."""
@@ -163,7 +210,7 @@ class Trainer:
 
     def _iterators(self, dataset: Any, consumed: int, *, workers: int, **options: Any) -> Any:
         def one() -> Iterator[Batch]:
-            return iter(
+            return self._timed(
                 iterate(
                     dataset,
                     micro_batch_size=self.run.train.micro_batch_size,
@@ -177,6 +224,17 @@ class Trainer:
 
         return [one() for _ in self.chunks] if self.mesh.virtual else one()
 
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the time until each is there counts as data."""
+        while True:
+            self.mark("data")
+            with self.phases("data"):
+                batch = next(batches, None)
+            self.mark("forward-backward")
+            if batch is None:
+                return
+            yield batch
+
 
 def _ddp_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """DDP's settings; gradients are reduced in fp32 unless asked otherwise."""
@@ -187,64 +245,174 @@ def current_lr(optimizer: MegatronOptimizer) -> float:
     return next(group["lr"] for group in optimizer.param_groups)
 
 
+@torch.no_grad()
+def prepare_step(optimizer: MegatronOptimizer) -> float:
+    """Bring the gradients to the main weights; their norm, the same on all ranks. The first half of `optimizer.step`."""
+    if optimizer.prepare_grads():
+        return math.inf
+    return float(optimizer.get_grad_norm())
+
+
+@torch.no_grad()
+def clip(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Scale gradients of norm `norm` down to train.optimizer.clip_grad."""
+    for member in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = [] if getattr(member, "is_stub_optimizer", False) else member.get_parameters()
+        if parameters and member.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=member.config.clip_grad, total_norm=norm)
+
+
 @dataclass
 class Datasets:
-    """What a run reads."""
+    """What a run reads: training samples, and what it watches, by the name of the loss in the metrics."""
 
     train: Any
-    source_valid: Any | None
-    target_valid: Any | None
+    watched: dict[str, Any] = field(default_factory=dict)
 
 
-def identity_of(session: Session, shield: Shield) -> Identity:
-    """The facts that tie a checkpoint to its run."""
-    run = session.run
-    return Identity(
-        {
-            "model.path (fingerprint)": shield.fingerprint,
-            "shield": shield.digest(),
-            "precision.dtype": run.precision.dtype,
-            "data.train": str([asdict(s) if not isinstance(s, str) else s for s in run.data.train]),
-            "data.split": run.data.split,
-            "data.seed": run.data.seed,
-            "data.sequence_length": run.data.sequence_length,
-            "train.global_batch_size": run.train.global_batch_size,
-        }
-    )
+class Loop:
+    """Steps from `progress` to train.iterations; evaluates and saves on the way."""
 
+    def __init__(
+        self, trainer: Trainer, shield: Shield, datasets: Datasets, telemetry: Telemetry, progress: Progress
+    ) -> None:
+        self.trainer, self.run, self.datasets = trainer, trainer.run, datasets
+        self.telemetry, self.progress = telemetry, progress
+        checkpoint = self.run.checkpoint
+        self.checkpoints = Checkpoints(checkpoint.directory, checkpoint.keep, background=checkpoint.async_save)
+        self.identity = identity_of(self.run, shield)
+        self.spikes = SpikeWatch(self.run.train.spike_sigma)
+        self.stop: str | None = None
+        self.saved = progress.iteration if progress.iteration else None
 
-def train(trainer: Trainer, shield: Shield, datasets: Datasets, telemetry: Telemetry, progress: Progress) -> Progress:
-    """Train from `progress` to train.iterations; evaluates and saves on the way. Collective."""
-    run, session = trainer.run, trainer.session
-    checkpoints = Checkpoints(run.checkpoint.directory, run.checkpoint.keep)
-    identity = identity_of(session, shield)
+    def work(self, requests: StopRequests) -> None:
+        """Raises TrainingStopped where the run was asked to stop, or cannot go on."""
+        progress, run, trainer = self.progress, self.run, self.trainer
+        if progress.iteration == 0:
+            self.evaluate()
+        batches = trainer.batches(self.datasets.train, progress.samples)
 
-    def evaluate() -> None:
-        with telemetry.pause():
-            watched = {"source_valid_loss": datasets.source_valid, "target_valid_loss": datasets.target_valid}
-            losses = {key: trainer.evaluate(data) for key, data in watched.items() if data is not None}
-            telemetry.evaluation(progress.iteration, losses)
+        def votes() -> list[float]:
+            return [*requests.votes(), float(self.checkpoints.busy)]
 
-    def save() -> None:
-        with telemetry.pause():
+        while progress.iteration < run.train.iterations:
+            first = progress.samples
+            step = trainer.step(batches, votes, measure=self.telemetry.measures(progress.iteration + 1))
+            progress.iteration += 1
+            progress.samples += run.train.global_batch_size
+            self.stop = verdict(step.votes[:-1])
+            self.tell(step)
+            self.watch(step, first)
+            if self.checkpoints.pending and step.votes[-1] == 0:
+                self.published()
+            last = progress.iteration == run.train.iterations
+            if last or (not self.stop and _due(progress.iteration, run.train.eval_interval)):
+                self.evaluate()
+            if last or self.stop or _due(progress.iteration, run.checkpoint.interval):
+                self.save()
+            if self.stop and not last:
+                break
+        self.published()
+        if self.stop and progress.iteration < run.train.iterations:
+            raise TrainingStopped(
+                f"stopped by {self.stop} after iteration {progress.iteration} of {run.train.iterations}; the checkpoint "
+                f"{self.checkpoints.path(progress.iteration)} is complete: start again to go on",
+                STATUS[self.stop],
+            )
+
+    def tell(self, step: Step) -> None:
+        record: dict[str, Any] = {"loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr, **step.update_norms}
+        if step.skipped:
+            record["skipped"] = True
+        self.telemetry.step(self.progress.iteration, record, self.trainer.phases.take())
+
+    def watch(self, step: Step, first: int) -> None:
+        """Count skipped steps, and tell them and spikes with the samples they read."""
+        progress = self.progress
+        where = f"iteration {progress.iteration}, samples {first} to {progress.samples - 1}"
+        spike = self.spikes.jump(step.loss)
+        if spike is not None:
+            mean, spread = spike
+            self.telemetry.warn(f"loss spike at {where}: {step.loss:.4f}, the last ones {mean:.4f} +- {spread:.4f}")
+            self.telemetry.record(progress.iteration, {"spike": True})
+        progress.skipped = progress.skipped + 1 if step.skipped else 0
+        if not step.skipped:
+            return
+        what = f"loss {step.loss}, gradient norm {step.grad_norm}"
+        self.telemetry.warn(f"step skipped at {where}: {what}; no weight moved ({progress.skipped} in a row)")
+        if progress.skipped >= self.run.train.max_skipped:
+            self.published()
+            latest = runtime.on_rank_zero(self.checkpoints.latest)
+            good = (
+                f"the last good checkpoint is {self.checkpoints.path(latest)}"
+                if latest
+                else "there is no checkpoint yet"
+            )
+            raise TrainingStopped(
+                f"{progress.skipped} steps in a row skipped, the last at {where}: {what}; {good}; "
+                "lower train.optimizer.lr or look at these samples",
+                STATUS_NOT_FINITE,
+            )
+
+    def evaluate(self) -> None:
+        with self.trainer.phases("evaluation"):
+            losses = {name: self.trainer.evaluate(data) for name, data in self.datasets.watched.items()}
+        self.trainer.phases.seconds.pop("data", None)
+        self.telemetry.evaluation(self.progress.iteration, losses)
+        self.spent()
+
+    def save(self) -> None:
+        """Save, unless what is there is this already. A run of skipped steps is no good checkpoint and none is made."""
+        trainer, progress = self.trainer, self.progress
+        if self.saved == progress.iteration:
+            return
+        trainer.mark("checkpoint")
+        with trainer.phases("checkpoint"):
+            self.published()
             trainer.gather_weights()
-            path = checkpoints.save(session, progress, identity, trainer.optimizer, trainer.schedule)
-            telemetry.say(f"checkpoint {path}")
+            path = self.checkpoints.save(trainer.session, progress, self.identity, trainer.optimizer)
+        self.saved = progress.iteration
+        if not self.checkpoints.pending:
+            self.telemetry.say(f"checkpoint {path}")
+        self.spent()
 
-    if progress.iteration == 0:
-        evaluate()
-    batches = trainer.batches(datasets.train, progress.samples)
-    while progress.iteration < run.train.iterations:
-        step = trainer.step(batches)
-        progress.iteration += 1
-        progress.samples += run.train.global_batch_size
-        telemetry.step(progress.iteration, asdict(step))
-        last = progress.iteration == run.train.iterations
-        if last or _due(progress.iteration, run.train.eval_interval):
-            evaluate()
-        if last or _due(progress.iteration, run.checkpoint.interval):
-            save()
-    return progress
+    def published(self) -> None:
+        """Finish a checkpoint in the background, if there is one."""
+        path = self.checkpoints.finish()
+        if path is not None:
+            self.telemetry.say(f"checkpoint {path}")
+
+    def spent(self) -> None:
+        """Record the time of what was not a step."""
+        taken = self.trainer.phases.take()
+        self.telemetry.record(self.progress.iteration, {f"seconds_{k}": round(v, 6) for k, v in taken.items()})
+
+
+def train(
+    trainer: Trainer,
+    shield: Shield,
+    datasets: Datasets,
+    telemetry: Telemetry,
+    progress: Progress,
+    started: float | None = None,
+) -> Progress:
+    """Train from `progress` to train.iterations; evaluates and saves on the way. Collective.
+
+    `started` (time.monotonic) is when train.exit_after begins to count. Raises TrainingStopped where the run ends before.
+    """
+    loop = Loop(trainer, shield, datasets, telemetry, progress)
+    run = trainer.run
+    watchdog = Watchdog(0.9 * 60 * run.parallel.timeout_minutes)
+    trainer.mark = lambda doing: watchdog.mark(progress.iteration + 1, doing)
+    with StopRequests(seconds(run.train.exit_after), started) as requests, watchdog:
+        try:
+            loop.work(requests)
+        except (RuntimeError, dist.DistError) as error:
+            who = watchdog.lost(error)
+            if who is None:
+                raise
+            raise TrainingStopped(f"iteration {progress.iteration + 1}: {who}", STATUS_RANK_LOST) from error
+    return loop.progress
 
 
 def _due(iteration: int, interval: int) -> bool:

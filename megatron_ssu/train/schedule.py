@@ -8,10 +8,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_ssu.config.schema import RunConfig
 
 
-def build_schedule(run: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Warm-up from 0 to train.optimizer.lr, then the decay style down to min_lr at the last iteration."""
+def build_schedule(run: RunConfig, optimizer: MegatronOptimizer, start: int = 0) -> OptimizerParamScheduler:
+    """Warm-up from 0 to train.optimizer.lr, then the decay style down to min_lr at the last iteration.
+
+    It begins after iteration `start`, and its step 0 is there: a new phase warms up again.
+    """
     settings, schedule = run.train.optimizer, run.train.schedule
-    iterations = run.train.iterations
+    iterations = max(1, run.train.iterations - start)
     decay = settings["weight_decay"]
     return OptimizerParamScheduler(
         optimizer,

@@ -1,87 +1,233 @@
-"""What a run tells: console lines, metrics.jsonl, TensorBoard. Rank 0 alone writes."""
+"""What a run tells: console lines or a progress bar, metrics.jsonl, TensorBoard, Weights & Biases. Rank 0 alone tells it."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
+import resource
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_ssu import runtime
 from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Phases:
+    """Seconds spent by what was done: data, forward-backward, optimizer, evaluation, checkpoint.
+
+    GPUs work asynchronously: what is waited for at the end of forward-backward (the loss is read there) counts there.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - begin)
+
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def take(self) -> dict[str, float]:
+        """Seconds since the last call, by name."""
+        taken, self.seconds = self.seconds, {}
+        return taken
 
 
 class Telemetry:
-    """Takes records of numbers by iteration; on other ranks than 0 it does nothing."""
+    """Takes records of numbers by iteration; on other ranks than 0 it does nothing.
 
-    def __init__(self, run: RunConfig, console: Console, *, active: bool, start: int = 0) -> None:
+    `flops`: model FLOPs of a token; `peak`: FLOP/s of all GPUs together, None where unknown.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        console: Console,
+        *,
+        active: bool,
+        start: int = 0,
+        flops: float | None = None,
+        peak: float | None = None,
+    ) -> None:
         self.run, self.console, self.active = run, console, active
-        self._writer = self._file = None
-        self._since, self._done = time.perf_counter(), start
+        self.flops, self.peak = flops, peak
+        self._writer: Any = None
+        self._wandb: Any = None
+        self._file: Any = None
+        self._bar: Progress | None = None
+        self._busy, self._steps = 0.0, 0  # seconds and steps since the last line
         if not active:
             return
         directory = Path(run.checkpoint.directory)
-        self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8")
+        self._file = _open_metrics(directory / "metrics.jsonl", start)
         if run.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1 if start else None)
+        if run.log.wandb_project:
+            self._wandb = _open_wandb(run, directory)
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.completed}/{task.total}"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
+            )
+            self._task = self._bar.add_task("", total=run.train.iterations, completed=start)
+            self._bar.start()
 
     def say(self, text: str) -> None:
-        """A line for people."""
+        """A line for people, also in the rank's log."""
         if self.active:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            log.info(text)
 
-    def step(self, iteration: int, record: dict[str, float]) -> None:
-        """After every training step: loss, grad_norm, lr."""
+    def warn(self, text: str) -> None:
+        """A line about something that went wrong but does not end the run."""
+        if self.active:
+            self.say(f"warning: {text}")
+
+    def measures(self, iteration: int) -> bool:
+        """Is this an iteration whose costlier numbers (update norms) are wanted?"""
+        return iteration % self.run.log.interval == 0 or iteration == self.run.train.iterations
+
+    def step(self, iteration: int, record: dict[str, Any], seconds: dict[str, float] | None = None) -> None:
+        """After every training step: loss, grad_norm, lr, ...; `seconds` by phase."""
         if not self.active:
             return
+        seconds = seconds or {}
+        taken = sum(seconds.values())
+        self._busy, self._steps = self._busy + taken, self._steps + 1
+        record = {**record, **{f"seconds_{key.replace('-', '_')}": round(value, 6) for key, value in seconds.items()}}
+        if taken > 0:
+            record |= self._speed(taken, 1)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=iteration, description=f"loss {record['loss']:.4f}")
+        if not self.measures(iteration):
+            self._write(iteration, record)
+            return
+        record |= _memory()
         self._write(iteration, record)
-        if iteration % self.run.log.interval == 0 or iteration == self.run.train.iterations:
-            now = time.perf_counter()
-            steps, seconds = iteration - self._done, now - self._since
-            self._since, self._done = now, iteration
-            speed = steps * self.run.train.global_batch_size * self.run.data.sequence_length / seconds
-            left = timedelta(seconds=round((self.run.train.iterations - iteration) * seconds / max(1, steps)))
-            self.say(
-                f"iteration {iteration:>6}/{self.run.train.iterations} | loss {record['loss']:.4f} | "
-                f"grad norm {record['grad_norm']:.3f} | lr {record['lr']:.2e} | {speed:,.0f} tokens/s | ETA {left}"
-            )
-            self._write(iteration, {"tokens_per_second": speed}, plain=False)
+        busy, steps = max(self._busy, 1e-9), self._steps
+        self._busy, self._steps = 0.0, 0
+        speed = self._speed(busy, steps)
+        left = timedelta(seconds=round((self.run.train.iterations - iteration) * busy / steps))
+        mfu = f" | MFU {speed['mfu']:.1%}" if "mfu" in speed else ""
+        self.say(
+            f"iteration {iteration:>6}/{self.run.train.iterations} | loss {record['loss']:.4f} | "
+            f"grad norm {record['grad_norm']:.3f} | lr {record['lr']:.2e} | "
+            f"{speed['tokens_per_second']:,.0f} tokens/s{mfu} | ETA {left}"
+        )
+
+    def _speed(self, seconds: float, steps: int) -> dict[str, float]:
+        tokens = steps * self.run.train.global_batch_size * self.run.data.sequence_length / seconds
+        found = {"tokens_per_second": round(tokens, 3)}
+        if self.flops:
+            found["model_tflops_per_second"] = round(tokens * self.flops / 1e12, 6)
+            if self.peak:
+                found["mfu"] = round(tokens * self.flops / self.peak, 6)
+        return found
+
+    def record(self, iteration: int, record: dict[str, Any]) -> None:
+        """Numbers without a console line."""
+        if self.active:
+            self._write(iteration, record)
 
     def evaluation(self, iteration: int, losses: dict[str, float]) -> None:
-        """After an evaluation: source_valid_loss, target_valid_loss."""
+        """After an evaluation: source_valid_loss, target_valid_loss, or source_valid_loss/NAME, ..."""
         if self.active and losses:
             self._write(iteration, losses)
             told = " | ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in losses.items())
             self.say(f"evaluation {iteration:>5} | {told}")
 
-    def pause(self) -> Pause:
-        """Context in which time does not count as training."""
-        return Pause(self)
-
-    def _write(self, iteration: int, record: dict[str, Any], *, plain: bool = True) -> None:
-        if plain and self._file is not None:
-            self._file.write(json.dumps({"iteration": iteration, **record}) + "\n")
-            self._file.flush()
+    def _write(self, iteration: int, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"iteration": iteration, **record}) + "\n")
+        self._file.flush()
+        numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
         if self._writer is not None:
-            for key, value in record.items():
+            for key, value in numbers.items():
                 self._writer.add_scalar(key, value, iteration)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=iteration)
 
     def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
         for sink in (self._file, self._writer):
             if sink is not None:
                 sink.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._file = self._writer = self._wandb = self._bar = None
 
 
-class Pause:
-    def __init__(self, telemetry: Telemetry) -> None:
-        self._telemetry = telemetry
+def _open_metrics(path: Path, start: int) -> Any:
+    """metrics.jsonl for appending, without records after iteration `start`: those steps are done again."""
+    if path.exists():
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError, TypeError, KeyError):  # a line that a killed process left unfinished
+                if json.loads(line)["iteration"] <= start:
+                    kept.append(line + "\n")
+        part = path.with_name(path.name + ".part")
+        part.write_text("".join(kept if start else []), encoding="utf-8")
+        os.replace(part, path)
+    return path.open("a", encoding="utf-8")
 
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
 
-    def __exit__(self, *error: object) -> None:
-        self._telemetry._since += time.perf_counter() - self._start
+def _open_wandb(run: RunConfig, directory: Path) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("log.wandb_project: the package wandb is not installed; install it, or leave it out") from error
+    name = directory.resolve().name
+    return wandb.init(project=run.log.wandb_project, name=name, id=name, resume="allow", dir=str(directory))
+
+
+def _memory() -> dict[str, float]:
+    """Peak bytes of this process: on the GPU where there is one, else resident."""
+    if runtime.has_cuda():
+        return {"memory_bytes": float(torch.cuda.max_memory_allocated())}
+    scale = 1 if sys.platform == "darwin" else 1024
+    return {"memory_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)}
+
+
+def log_to_file(directory: Path, rank: int, *, quiet: bool) -> logging.Handler:
+    """Send this rank's log to <directory>/logs/rank_NNNNN.log; with `quiet` nowhere else. Raises UserError."""
+    path = directory / "logs" / f"rank_{rank:05d}.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; see checkpoint.directory") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    if quiet:
+        for other in [h for h in root.handlers if type(h) is logging.StreamHandler]:
+            root.removeHandler(other)
+    root.addHandler(handler)
+    logging.getLogger("megatron_ssu").setLevel(logging.INFO)
+    for other in root.handlers:
+        if other is not handler and other.level < logging.WARNING:
+            other.setLevel(logging.WARNING)
+    return handler

@@ -1,0 +1,79 @@
+"""What ties a checkpoint to its run file, and what may change between them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.data.sources import train_sources
+from megatron_ssu.errors import UserError
+from megatron_ssu.shield.file import Shield
+
+# Keys of megatron's that choose how fast or how large a step is, not what it computes.
+_FREE_MODEL = (
+    "recompute_",
+    "attention_backend",
+    "masked_softmax_fusion",
+    "bias_",
+    "apply_rope_fusion",
+    "cpu_offloading",
+)
+_FREE_OPTIMIZER = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "log_num_zeros_in_grad", "overlap_")
+_PHASE = ("data.", "train.global_batch_size", "train.optimizer.")  # what a new phase may change
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Run-file key -> value of all that must not change between a checkpoint and the run that goes on from it."""
+
+    facts: dict[str, Any]
+
+    def compare(self, saved: dict[str, Any], path: Path, *, new_phase: bool = False) -> None:
+        """Raises UserError naming the first key that differs; `new_phase` lets data, batch and optimizer differ."""
+        for key in sorted(self.facts.keys() | saved.keys()):
+            was, now = saved.get(key), self.facts.get(key)
+            if was == now or (new_phase and key.startswith(_PHASE)):
+                continue
+            advice = "change it back, or start in another checkpoint.directory"
+            if key.startswith(_PHASE):
+                advice += ", or raise train.phase.number to begin a new phase"
+            raise UserError(f"{path}: {key} was {_show(was)} in this checkpoint and is {_show(now)} now; {advice}")
+
+
+def identity_of(run: RunConfig, shield: Shield) -> Identity:
+    """The facts of a run under a shield."""
+    facts: dict[str, Any] = {
+        "model.path (its weights' fingerprint)": shield.fingerprint,
+        "model.make_vocab_size_divisible_by": run.model.make_vocab_size_divisible_by,
+        "shield.method": shield.method,
+        "shield.file (its digest)": shield.digest(),
+        "precision.dtype": run.precision.dtype,
+        "data.train": [asdict(source) for source in train_sources(run)],
+        "data.split": run.data.split,
+        "data.seed": run.data.seed,
+        "data.sequence_length": run.data.sequence_length,
+        "data.text_key": run.data.text_key,
+        "train.global_batch_size": run.train.global_batch_size,
+        "train.seed": run.train.seed,
+    }
+    facts |= _section("model", run.model.transformer, _FREE_MODEL)
+    facts |= _section("precision", run.precision.transformer, ())
+    facts |= _section("train.optimizer", run.train.optimizer, _FREE_OPTIMIZER)
+    return Identity(facts)
+
+
+def _section(name: str, values: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        f"{name}.{key}": value if isinstance(value, str | int | float | bool | None) else str(value)
+        for key, value in values.items()
+        if not key.startswith(free)
+    }
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "not set"
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

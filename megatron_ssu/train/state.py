@@ -1,0 +1,161 @@
+"""What a checkpoint holds: sharded state of model, optimizer and random numbers, and reading it with care."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_ssu import runtime
+from megatron_ssu.errors import UserError
+from megatron_ssu.session import Session
+
+RNG_BYTES = 1 << 16  # room for one rank's generators
+_METADATA_MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
+_METADATA_GLOBALS = {
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("builtins", "set"),
+    ("builtins", "frozenset"),
+    ("collections", "OrderedDict"),
+    ("io", "BytesIO"),
+    ("_io", "BytesIO"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+}
+
+
+def sharded_state(session: Session, optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
+    """This rank's part of a checkpoint, as dist_checkpointing takes it."""
+    model = model_state(session)
+    return {
+        **model,
+        "optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata()),
+        "rng": _rng(session),
+    }
+
+
+def model_state(session: Session) -> dict[str, Any]:
+    """The chunks' sharded state dicts by name: `model`, or `model0`, `model1`, ... under virtual pipeline stages."""
+    names = _chunk_names(session)
+    return {n: c.sharded_state_dict(metadata=_metadata()) for n, c in zip(names, session.chunks, strict=True)}
+
+
+def load_model(session: Session, loaded: dict[str, Any]) -> None:
+    """Put loaded weights into the chunks."""
+    for name, chunk in zip(_chunk_names(session), session.chunks, strict=True):
+        chunk.load_state_dict(loaded[name], strict=True)
+
+
+def _chunk_names(session: Session) -> list[str]:
+    return ["model"] if len(session.chunks) == 1 else [f"model{i}" for i in range(len(session.chunks))]
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def mesh_facts(session: Session) -> dict[str, Any]:
+    """The mesh; random number generators are read back on the same one only."""
+    mesh = session.mesh
+    return {k: getattr(mesh, k) for k in ("tensor", "pipeline", "virtual", "context", "data")}
+
+
+def _rng(session: Session) -> ShardedTensor:
+    """This rank's generators as a row of bytes uint8 [1, RNG_BYTES]: tensors need no unpickling."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    state = {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
+        "python": random.getstate(),
+        "numpy": (str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue()
+    if len(data) > RNG_BYTES:
+        raise RuntimeError(f"{len(data)} bytes of random number generators do not fit in {RNG_BYTES}")
+    row = torch.frombuffer(bytearray(data.ljust(RNG_BYTES, b"\0")), dtype=torch.uint8).view(1, -1)
+    return ShardedTensor.from_rank_offsets("rng", row, (0, dist.get_rank(), dist.get_world_size()))
+
+
+def set_rng(row: torch.Tensor) -> None:
+    """Put back what `_rng` took."""
+    state = torch.load(io.BytesIO(row.cpu().numpy().tobytes()), weights_only=True)
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["device"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+
+
+def read_common(path: Path) -> dict[str, Any]:
+    """The part of a checkpoint that all ranks share. Raises UserError where it is missing or damaged."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint; `latest` beside it names the newest")
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(path))
+    except Exception as error:  # megatron and torch raise many kinds for damaged files
+        raise damaged(path, error) from error
+    if not {"progress", "identity", "mesh"} <= set(common):
+        raise UserError(f"{path}: not a checkpoint of this trainer: it lacks progress, identity or mesh")
+    _check_metadata(path)
+    return common
+
+
+def read_sharded(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Load `state` from a checkpoint; collective. Raises UserError on all ranks where one meets damage."""
+
+    def load() -> dict[str, Any]:
+        try:
+            with runtime.weights_only_checkpoints():
+                return dist_checkpointing.load(state, str(path))
+        except Exception as error:  # as in read_common
+            raise damaged(path, error) from error
+
+    return runtime.on_all_ranks(load)
+
+
+def damaged(path: Path, error: Exception) -> UserError:
+    """The one line for a checkpoint that cannot be read."""
+    return UserError(f"{path}: damaged checkpoint ({one_line(error)}); write an older one's number into `latest`")
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads torch's `.metadata` without letting it name anything but the dataclasses it is made of."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = module.startswith(_METADATA_MODULES) or (module, name) in _METADATA_GLOBALS
+        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
+
+
+def _check_metadata(path: Path) -> None:
+    """Refuse a `.metadata` that would run code when torch unpickles it."""
+    file = path / ".metadata"
+    try:
+        with file.open("rb") as stream:
+            _MetadataUnpickler(stream).load()
+    except Exception as error:  # unpickling damaged bytes raises many kinds
+        raise damaged(file, error) from error

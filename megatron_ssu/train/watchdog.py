@@ -1,0 +1,179 @@
+"""Ranks that died or hang: named, and the job ended in bounded time.
+
+Every rank has a thread that writes a heartbeat into the job's store: where its main thread is (iteration, what it does,
+whether it waits for other ranks). A rank whose main thread gets no further within the limit, or meets the broken
+connection of a dead one, reads all heartbeats and names the rank whose heartbeat stopped, or, where all hearts beat, those
+that are late or do not wait for others.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_ssu.train.faults import STATUS_RANK_LOST
+
+log = logging.getLogger(__name__)
+
+_BROKEN = ("onnection", "closed by peer", "imed out", "NCCL", "gloo", "Broken pipe", "imeout")
+_WAITING = ("distributed_c10d.py", "p2p_communication.py")  # files of a main thread that waits for other ranks
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Where a rank is."""
+
+    host: str
+    beat: int  # counts heartbeats
+    iteration: int
+    doing: str
+    waiting: bool  # for other ranks
+    place: str  # file:line of the main thread
+
+    def __str__(self) -> str:
+        return f"{self.doing} of iteration {self.iteration} at {self.place} on {self.host}"
+
+
+class Watchdog:
+    """Context around training. `mark` says that the main thread got further."""
+
+    def __init__(self, limit: float, *, beat: float = 5.0, end: Callable[[str], None] | None = None) -> None:
+        """`limit`: seconds between two marks; `beat`: seconds between heartbeats; `end`: told the line (default: say it
+        and end the process with STATUS_RANK_LOST)."""
+        self._limit, self._beat, self._end = limit, min(beat, limit / 4), end or _end
+        self._marked, self._iteration, self._doing = time.monotonic(), 0, "start"
+        self._main = threading.get_ident()
+        self._stop = threading.Event()
+        self._beats = 0
+        self._thread: threading.Thread | None = None
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._store = _own_store()
+
+    def __enter__(self) -> Watchdog:
+        if self._world > 1 and self._store is not None:
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(2 * self._beat)
+
+    def mark(self, iteration: int, doing: str) -> None:
+        """The main thread begins something: `doing` is data, forward-backward, optimizer, checkpoint, evaluation."""
+        self._marked, self._iteration, self._doing = time.monotonic(), iteration, doing
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._beat):
+            try:
+                self._publish()
+                if time.monotonic() - self._marked > self._limit:
+                    line = f"no progress for {self._limit:.0f} s: {self.suspects()}"
+                    if not self._stop.is_set():
+                        self._end(line)
+                    return
+            except Exception as error:  # the store went away with the rank that held it
+                if not self._stop.is_set():
+                    log.warning("watchdog: the job's store does not answer: %s", error)
+                return
+
+    def _publish(self) -> None:
+        waiting, place = self._where()
+        self._beats += 1
+        beat = Heartbeat(socket.gethostname(), self._beats, self._iteration, self._doing, waiting, place)
+        self._store.set(_key(self._rank), json.dumps(asdict(beat)))
+
+    def _where(self) -> tuple[bool, str]:
+        """Does the main thread wait in a collective, and where is it?"""
+        frame: Any = sys._current_frames().get(self._main)
+        place, waiting, depth = "?", False, 0
+        while frame is not None and depth < 12:
+            name = os.path.basename(frame.f_code.co_filename)
+            if depth == 0:
+                place = f"{name}:{frame.f_lineno}"
+            waiting = waiting or name in _WAITING
+            frame, depth = frame.f_back, depth + 1
+        return waiting, place
+
+    def suspects(self) -> str:
+        """Who holds the job up, in words; waits for two heartbeats to tell the dead from the living."""
+        before = self._read()
+        time.sleep(2.5 * self._beat)
+        if self._rank in before and self._thread is not None and threading.current_thread() is self._thread:
+            self._publish()
+        return describe(before, self._read(), self._world, self._rank)
+
+    def lost(self, error: BaseException) -> str | None:
+        """Who broke the connection that `error` tells of, in words; None where all hearts beat: then it is a bug here."""
+        if self._thread is None or not any(word in str(error) for word in _BROKEN):
+            return None
+        try:
+            said = self.suspects()
+        except Exception as gone:  # the store died as well
+            return f"lost the other ranks ({_short(error)}), and the job's store with them ({_short(gone)})"
+        return f"lost the other ranks ({_short(error)}): {said}"
+
+    def _read(self) -> dict[int, Heartbeat]:
+        found = {}
+        for rank in range(self._world):
+            if self._store.check([_key(rank)]):
+                found[rank] = Heartbeat(**json.loads(self._store.get(_key(rank))))
+        return found
+
+
+def describe(before: dict[int, Heartbeat], after: dict[int, Heartbeat], world: int, me: int) -> str:
+    """The line about the ranks that hold up the others, from two readings of all heartbeats."""
+    silent = [
+        r for r in range(world) if r != me and (r not in after or (r in before and after[r].beat == before[r].beat))
+    ]
+    if silent:
+        told = [f"rank {r} is dead or stopped ({after.get(r, 'it never began')})" for r in silent]
+        return "; ".join(told[:4]) + (f"; and {len(told) - 4} more" if len(told) > 4 else "")
+    least = min(beat.iteration for beat in after.values())
+    late = [r for r, beat in after.items() if beat.iteration == least]
+    busy = [r for r in late if not after[r].waiting] or late
+    if len(busy) == world:
+        return f"all ranks are in {after[me]}; none is behind the others"
+    told = [f"rank {r} hangs ({after[r]})" for r in sorted(busy)]
+    return "; ".join(told[:4]) + (f"; and {len(told) - 4} more" if len(told) > 4 else "")
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def _key(rank: int) -> str:
+    return f"megatron-ssu/heartbeat/{rank}"
+
+
+def _own_store() -> Any:
+    """A connection of our own to the job's store: the main thread may hold the common one while it waits."""
+    store = dist.distributed_c10d._get_default_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if isinstance(store, dist.TCPStore):
+        own = dist.TCPStore(store.host, store.port, None, False, timedelta(seconds=30), wait_for_workers=False)
+    else:
+        own = store if isinstance(store, dist.FileStore) else None
+    run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return None if own is None else dist.PrefixStore(f"attempt-{run}", own)
+
+
+def _end(line: str) -> None:
+    """Tell on standard error and in the rank's log, and end the process: its main thread cannot be reached."""
+    log.error(line)
+    sys.stderr.write(f"megatron-ssu: {line}\n")
+    sys.stderr.flush()
+    os._exit(STATUS_RANK_LOST)

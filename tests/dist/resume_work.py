@@ -1,0 +1,133 @@
+"""What the ranks of the resume and fault tests do: the training loop with checkpoints, on samples of random tokens."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from megatron_ssu import runtime
+from megatron_ssu.config.schema import (
+    OPTIMIZER_DEFAULTS,
+    CheckpointSection,
+    DataSection,
+    LogSection,
+    PhaseSection,
+    RunConfig,
+    ScheduleSection,
+    TrainSection,
+)
+from megatron_ssu.models.fingerprint import model_fingerprint
+from megatron_ssu.session import open_session
+from megatron_ssu.shield.file import Shield, load_shield
+from megatron_ssu.train import loop
+from megatron_ssu.train.checkpoint import Checkpoints, Progress
+from megatron_ssu.train.faults import TrainingStopped
+from megatron_ssu.train.identity import identity_of
+from megatron_ssu.train.telemetry import Telemetry
+from tests.dist.work import GLOBAL_BATCH, LENGTH, RandomTokens, run_config
+
+
+def make_run(
+    model: str, parallel: dict[str, Any], directory: str, dtype: str = "fp32", ddp: dict | None = None, **options: Any
+) -> RunConfig:
+    """A run file's facts; `options`: fields of train and checkpoint, data_seed, lr."""
+    checkpoint = {k: options.pop(k) for k in ("interval", "keep", "async_save") if k in options}
+    optimizer = {**OPTIMIZER_DEFAULTS, "lr": options.pop("lr", 1e-3), "weight_decay": 0.1, "clip_grad": 0.5}
+    data = DataSection(train=["a.jsonl"], sequence_length=LENGTH, loader_workers=0, seed=options.pop("data_seed", 1))
+    train = {"iterations": 8, "micro_batch_size": 1, "global_batch_size": GLOBAL_BATCH, "eval_interval": 0} | options
+    train.setdefault("schedule", ScheduleSection(warmup_fraction=0.2))
+    if isinstance(train.get("phase"), dict):
+        train["phase"] = PhaseSection(**train["phase"])
+    return run_config(
+        model,
+        parallel,
+        dtype,
+        ddp,
+        checkpoint=CheckpointSection(directory=directory, **{"interval": 4, **checkpoint}),
+        data=data,
+        train=TrainSection(optimizer=optimizer, **train),
+        log=LogSection(interval=2, tensorboard=False),
+    )
+
+
+class Poisoned(RandomTokens):
+    """Samples of which some give a loss that is not a number."""
+
+    def __init__(self, bad: tuple[int, ...]) -> None:
+        self._bad = bad
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(index)
+        if index in self._bad:
+            sample["loss_mask"] = torch.full_like(sample["loss_mask"], float("nan"))
+        return sample
+
+
+def train_run(
+    run: RunConfig,
+    shield_file: str | None = None,
+    *,
+    kick: tuple[int, int, int] | None = None,
+    poison: tuple[int, ...] = (),
+) -> dict[str, Any]:
+    """Train from the newest checkpoint, if any; `kick`: (rank, iteration, signal) to send to oneself.
+
+    Returns history (loss, grad norm, lr by iteration), this rank's weights, moments, the console's text, how it stopped.
+    """
+    session = open_session(run)
+    empty = Shield("none", "m", model_fingerprint(run.model.path), matrices={}, masks={})
+    shield = load_shield(shield_file) if shield_file else empty
+    trainer = loop.Trainer(session, shield)
+    checkpoints, progress = Checkpoints(run.checkpoint.directory), Progress(phase=run.train.phase.number)
+    latest = runtime.on_rank_zero(checkpoints.latest)
+    if latest is not None:
+        progress = checkpoints.load(latest, session, identity_of(run, shield), trainer.optimizer)
+        trainer.resume(progress)
+    text, history, stopped = io.StringIO(), {}, None
+    Path(run.checkpoint.directory).mkdir(parents=True, exist_ok=True)
+    telemetry = Telemetry(run, Console(file=text), active=session.mesh.rank == 0, start=progress.iteration)
+    step = trainer.step
+
+    def noted(*args: Any, **kwargs: Any) -> loop.Step:
+        if kick is not None and kick[:2] == (session.mesh.rank, progress.iteration + 1):
+            os.kill(os.getpid(), kick[2])
+        done = step(*args, **kwargs)
+        history[progress.iteration + 1] = (done.loss, done.grad_norm, done.lr)
+        return done
+
+    trainer.step = noted  # type: ignore[method-assign]
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        loop.train(trainer, shield, loop.Datasets(Poisoned(poison) if poison else RandomTokens()), telemetry, progress)
+    except TrainingStopped as stop:
+        stopped = (stop.status, str(stop))
+    finally:
+        telemetry.close()
+    assert signal.getsignal(signal.SIGUSR1) == before
+    trainer.gather_weights()
+    return {
+        "history": history,
+        "stopped": stopped,
+        "said": text.getvalue(),
+        "weights": [p.detach().clone() for chunk in session.chunks for p in chunk.parameters()],
+        "moments": moments(trainer),
+    }
+
+
+def moments(trainer: loop.Trainer) -> list[torch.Tensor]:
+    """Main weights and moments of this rank."""
+    found = []
+    for member in trainer.optimizer.chained_optimizers:
+        if member.is_stub_optimizer:
+            continue
+        for group in member.optimizer.param_groups:
+            for param in group["params"]:
+                found.append(param.detach().clone())
+                found += [t.clone() for t in member.optimizer.state[param].values() if isinstance(t, torch.Tensor)]
+    return found

@@ -1,0 +1,162 @@
+"""Resuming: the bits of the run that never stopped on the same mesh, its losses on another one."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from tests.dist import resume_work as work
+from tests.dist.test_shielded_training import random_shield
+from tests.dist.work import mesh
+from tests.models import make_model
+
+MESHES = {
+    "tp2pp2": mesh(2, 2),
+    "dp4": mesh(),
+    "tp4": mesh(4),
+    "pp4": mesh(1, 4),
+    "pp2vp2": mesh(1, 2, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model("olmo2", tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def shield(model, tmp_path_factory):
+    return str(random_shield(model, tmp_path_factory.mktemp("shield") / "shield.safetensors"))
+
+
+def same(quiet, resumed, first):
+    """All ranks: history from iteration `first` on, weights, main weights and moments, to the bit."""
+    for a, b in zip(quiet, resumed, strict=True):
+        assert sorted(b["history"]) == list(range(first, max(a["history"]) + 1))
+        assert all(a["history"][i] == b["history"][i] for i in b["history"])
+        for what in ("weights", "moments"):
+            assert len(a[what]) == len(b[what])
+            assert all(torch.equal(x, y) for x, y in zip(a[what], b[what], strict=True))
+
+
+@pytest.mark.parametrize(
+    "parallel, dtype, options",
+    [
+        (mesh(2, 1), "fp32", {}),
+        (mesh(2, 2), "bf16", {"async_save": True}),
+        (mesh(1, 2, 2), "bf16", {"ddp": {"overlap_grad_reduce": True, "overlap_param_gather": True}}),
+    ],
+    ids=["tp2", "tp2pp2-async", "vpp-overlap"],
+)
+def test_same_mesh_gives_the_bits_of_the_quiet_run(parallel, dtype, options, ranks, shield, tmp_path):
+    torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    model = make_model("olmo2", tmp_path / "model", torch_dtype)
+    shield = random_shield(model, tmp_path / "shield.safetensors")
+
+    def run(name):
+        return work.make_run(str(model), parallel, str(tmp_path / name), dtype, interval=3, **options)
+
+    quiet = ranks.run(work.train_run, 4, run("quiet"), str(shield))
+    stopped = ranks.run(work.train_run, 4, run("stopped"), str(shield), kick=(2, 4, signal.SIGUSR1))
+    assert {answer["stopped"][0] for answer in stopped} == {75} and max(stopped[0]["history"]) == 4
+    assert "SIGUSR1" in stopped[0]["stopped"][1] and "iter_0000004" in stopped[0]["stopped"][1]
+    same(quiet, ranks.run(work.train_run, 4, run("stopped"), str(shield)), 5)
+
+
+def test_reshard_matrix(ranks, model, shield, tmp_path):
+    quiet = {}
+    for name, parallel in MESHES.items():
+        run = work.make_run(str(model), parallel, str(tmp_path / name))
+        quiet[name] = ranks.run(work.train_run, 4, run, shield)[0]["history"]
+        folder = tmp_path / name / "checkpoints"
+        (folder / "latest").write_text("4\n")
+    for name in MESHES:
+        for other, parallel in MESHES.items():
+            directory = tmp_path / f"{name}-{other}"
+            shutil.copytree(tmp_path / name, directory)
+            run = work.make_run(str(model), parallel, str(directory))
+            resumed = ranks.run(work.train_run, 4, run, shield)[0]["history"]
+            assert sorted(resumed) == [5, 6, 7, 8]
+            was, now = (np.array([h[i][:2] for i in sorted(resumed)]) for h in (quiet[name], resumed))
+            limit = 0 if name == other else 1e-6
+            assert (np.abs(was - now)[:, 0] <= limit * was[:, 0]).all(), (name, other)
+            assert np.allclose(was[:, 1], now[:, 1], rtol=10 * limit, atol=0), (name, other)
+
+
+@pytest.mark.parametrize("frozen", ["stage", "all"])
+def test_ranks_without_trainable_weights(frozen, ranks, model, tmp_path):
+    """A stage, or the whole model, all frozen: nothing to keep in the optimizer, and checkpoints that load."""
+    import megatron_ssu.shield.file as files
+
+    full = files.load_shield(random_shield(model, tmp_path / "part.safetensors", "row"))
+    masks = dict(full.masks)
+    for name, matrix in full.matrices.items():
+        if frozen == "all" or (matrix.layer is not None and matrix.layer >= 2) or matrix.layer is None:
+            masks[name] = files.Mask.of(
+                "row" if len(matrix.shape) > 1 else "element", matrix.shape, np.ones(matrix.shape[0], bool)
+            )
+    path = tmp_path / "shield.safetensors"
+    dataclasses.replace(full, masks=masks).save(path)
+
+    def run(name):
+        return work.make_run(str(model), mesh(1, 2), str(tmp_path / name))
+
+    quiet = ranks.run(work.train_run, 4, run("quiet"), str(path))
+    ranks.run(work.train_run, 4, run("stopped"), str(path), kick=(0, 4, signal.SIGTERM))
+    same(quiet, ranks.run(work.train_run, 4, run("stopped"), str(path)), 5)
+
+
+def test_what_may_change_and_what_may_not(ranks, model, shield, tmp_path):
+    def run(**options):
+        parallel = options.pop("parallel", mesh(1, 2))
+        return work.make_run(str(model), parallel, str(tmp_path / "run"), **{"iterations": 4, **options})
+
+    ranks.run(work.train_run, 2, run(), shield)
+    for options, name in (
+        ({"data_seed": 2}, "data.seed was 1"),
+        ({"global_batch_size": 16}, "train.global_batch_size was 8"),
+        ({"seed": 7}, "train.seed was 1234"),
+    ):
+        with pytest.raises(Exception, match=name) as caught:
+            ranks.run(work.train_run, 2, run(**options), shield)
+        assert caught.value.kind == "UserError" and "\n" not in caught.value.message
+    with pytest.raises(Exception, match=r"shield\.file") as caught:
+        ranks.run(work.train_run, 2, run())
+    longer = ranks.run(work.train_run, 1, run(iterations=6, parallel=mesh(), lr=5e-4, micro_batch_size=4), shield)
+    assert sorted(longer[0]["history"]) == [5, 6]
+
+
+def test_a_new_phase_warms_up_again_once(ranks, model, tmp_path):
+    def run(iterations, **phase):
+        return work.make_run(
+            str(model),
+            mesh(),
+            str(tmp_path / "run"),
+            iterations=iterations,
+            interval=2,
+            phase=phase,
+            data_seed=phase.get("number", 1),
+        )
+
+    first = ranks.run(work.train_run, 1, run(10))[0]["history"]
+    second = ranks.run(work.train_run, 1, run(20, number=2, reset_optimizer=True), kick=(0, 14, signal.SIGINT))[0]
+    assert second["stopped"][0] == 130
+    third = ranks.run(work.train_run, 1, run(20, number=2, reset_optimizer=True))[0]["history"]
+    lrs = [lr for _, _, lr in (second["history"] | third).values()]
+    assert lrs == [lr for _, _, lr in first.values()], "the schedule begins again"
+    assert third[15][2] > third[20][2]
+    with pytest.raises(Exception, match=r"train\.phase\.number was 2"):
+        ranks.run(work.train_run, 1, run(20, number=1))
+
+
+def test_keep_and_latest(ranks, model, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    run = work.make_run(str(model), mesh(), str(tmp_path / "run"), interval=2, keep=2)
+    ranks.run(work.train_run, 1, run)
+    assert sorted(p.name for p in folder.iterdir()) == ["iter_0000006", "iter_0000008", "latest"]
+    assert (folder / "latest").read_text() == "8\n"
