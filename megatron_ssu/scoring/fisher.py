@@ -98,6 +98,7 @@ class SquaredGradients:
             squares = (dy[first : first + step].float() @ x).double().square_()
             rows[first : first + step] += squares.sum(1)
             columns += squares.sum(0)
+            del squares  # before the next block is made
 
     def close(self) -> None:
         """Take the hooks off and let the weights take gradients again."""

@@ -1,0 +1,135 @@
+"""What the ranks of the score tests do. Module-level functions: they are sent to other processes by name."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_ssu.config.schema import CalibrationSection, ShieldSection
+from megatron_ssu.data.chat import Calibration, load_calibration
+from megatron_ssu.data.tokenizer import load_tokenizer
+from megatron_ssu.models.fingerprint import model_fingerprint
+from megatron_ssu.scoring.calibrate import calibration_pass, micro_batches, score_model
+from megatron_ssu.scoring.file import Scores
+from megatron_ssu.scoring.fisher import SquaredGradients
+from megatron_ssu.session import Session, open_session
+from megatron_ssu.shield.plan import PlanOptions, plan_shield
+from tests.dist.work import run_config
+
+NAMES = ["wanda", "wanda-released", "magnitude", "random", "sparsegpt-diagonal", "fisher"]
+GRANULARITIES = ("column", "row", "element")
+
+
+def tokens(rows: int = 5, length: int = 16, vocab: int = 100, padded: int = 5) -> Calibration:
+    """Random rows; the last one ends in padding, which is a token like any other to the model."""
+    ids = torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(rows, length, dtype=torch.bool)
+    mask[-1, length - padded :] = False
+    return Calibration(ids, mask, torch.zeros(rows, length, dtype=torch.int32), "digest", rows, rows, None)
+
+
+def session_of(
+    model: str, parallel: dict[str, Any], *, transformer: dict[str, Any] | None = None, **shield: Any
+) -> Session:
+    shield.setdefault("calibration", CalibrationSection(micro_batch_size=2))
+    run = run_config(model, parallel, shield=ShieldSection(**shield))
+    run.model.transformer.update(transformer or {})
+    return open_session(run)
+
+
+def scores(
+    model: str, parallel: dict[str, Any], names: Sequence[str] = NAMES, data: Calibration | None = None, **options: Any
+) -> Scores | None:
+    """A scores object on rank 0. Weights must take gradients again afterwards."""
+    session = session_of(model, parallel, **options)
+    made = score_model(session, list(names), data or tokens(), model_fingerprint(Path(model)))
+    assert all(p.requires_grad for chunk in session.chunks for p in chunk.parameters())
+    return made
+
+
+def shields(
+    model: str, parallel: dict[str, Any], out: str, names: Sequence[str] = NAMES, **options: Any
+) -> dict[str, bytes] | None:
+    """The bytes of a shield file by every score and granularity, with uniform and layerwise budget, on rank 0."""
+    session = session_of(model, parallel, norms="half")
+    made = score_model(session, list(names), _source_tokens(model) or tokens(), model_fingerprint(Path(model)))
+    if made is None:
+        return None
+    files = {}
+    for name in names:
+        for granularity in GRANULARITIES:
+            for budget in ("uniform", "layerwise"):
+                choice = PlanOptions(score=name, granularity=granularity, budget=budget, norms="half")
+                shield = plan_shield(made, choice, method="ssu", weights=session.source.checkpoint.get)
+                path = Path(out) / f"{name}-{granularity}-{budget}.safetensors"
+                shield.save(path, overwrite=True)
+                files[path.stem] = path.read_bytes()
+    return files
+
+
+def _source_tokens(model: str) -> Calibration | None:
+    """Calibration data as a run has it, for a model with a tokenizer beside the shared calibration data."""
+    data = Path(model).parent / "calibration.jsonl"
+    if not data.exists():
+        return None
+    return load_calibration(data, load_tokenizer(model), samples=12, sequence_length=96, seed=1)
+
+
+def fisher_peak(model: str, length: int) -> dict[str, int]:
+    """Peak bytes that a forward-backward step with the score holds beyond what was there, and beyond its gradient sums.
+
+    `without` is the same step with weights that take no gradient and no score, but with every linear layer's input kept
+    for backward as a training step keeps it.
+    """
+    session = session_of(model, {})
+    batches = micro_batches(tokens(1, length, padded=0), session, 1)
+    gradients = SquaredGradients(session)
+    with_score = peak_bytes(lambda: calibration_pass(session, batches, None, backward=True))
+    gradients._add = lambda *args: None  # type: ignore[method-assign]
+    without = peak_bytes(lambda: calibration_pass(session, batches, None, backward=True))
+    gradients.close()
+    return {"with": with_score, "without": without}
+
+
+class _Allocations(TorchDispatchMode):
+    """Watches storages that torch operations make, and how many bytes of them live at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def _gone(self, key: int) -> None:
+        self.now -= self.live.pop(key, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {a.untyped_storage()._cdata for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                key = storage._cdata
+                if key not in known and key not in self.live:
+                    self.live[key] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._gone, key)
+        return result
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most bytes that tensors made by `work` hold at once."""
+    with _Allocations() as watched:
+        work()
+    return watched.peak
+
+
+def without_data(model: str, parallel: dict[str, Any], names: Sequence[str]) -> Scores | None:
+    """Scores without calibration data."""
+    return score_model(session_of(model, parallel), list(names), None, model_fingerprint(Path(model)))
