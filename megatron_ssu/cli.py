@@ -97,7 +97,32 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--adapted", required=True, metavar="DIR", help="the model after")
     command.add_argument("--shield", required=True, metavar="FILE", help="the shield that it was trained under")
     command.add_argument("--json", metavar="FILE", help="write the report there as well")
+    _add_shield_tools(add)
     return parser
+
+
+def _add_shield_tools(add: Callable) -> None:
+    command = add(
+        "inspect",
+        _inspect,
+        "Look at a shield: a table, and pictures",
+        "With --scores also score ranges and how clear the cut is, with --compare the overlap with another shield.",
+    )
+    command.add_argument("shield", metavar="SHIELD", help="the shield file")
+    command.add_argument("--scores", metavar="FILE", help="the scores file that it was planned from")
+    command.add_argument("--score", metavar="NAME", help="the score to show (default: the shield's own)")
+    command.add_argument("--compare", metavar="SHIELD", help="another shield of the same model")
+    command.add_argument("--output", metavar="DIR", help="draw PNG files there")
+    command.add_argument("--json", metavar="FILE", help="write the table there as well")
+    command = add(
+        "compose",
+        _compose,
+        "Combine shields of one model",
+        "union: frozen in any; intersection: frozen in all; difference: frozen in the first, in none of the others.",
+    )
+    command.add_argument("operation", choices=("union", "intersection", "difference"))
+    command.add_argument("shields", nargs="+", metavar="SHIELD", help="two shield files or more")
+    command.add_argument("--output", required=True, metavar="FILE", help="the shield file to make")
 
 
 def _add_prepare(add: Callable) -> None:
@@ -191,3 +216,17 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
     if options.json:
         Path(options.json).write_text(json.dumps(report.to_dict(), indent=1) + "\n")
     return 0 if report.ok else 1
+
+
+def _inspect(options: argparse.Namespace, console: Console) -> int:
+    from megatron_ssu import commands
+
+    commands.inspect(options, console)
+    return 0
+
+
+def _compose(options: argparse.Namespace, console: Console) -> int:
+    from megatron_ssu import commands
+
+    commands.compose(options.operation, [Path(s) for s in options.shields], Path(options.output), console)
+    return 0

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import logging
+import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -23,7 +27,7 @@ from megatron_ssu.models.hf_export import export_model
 from megatron_ssu.scoring.file import Scores
 from megatron_ssu.session import Session, Source, check_run, open_session, open_source
 from megatron_ssu.shield import make
-from megatron_ssu.shield.file import Shield
+from megatron_ssu.shield.file import Shield, load_shield
 from megatron_ssu.train.checkpoint import Checkpoints, Progress
 from megatron_ssu.train.flops import flops_per_token, peak_flops
 from megatron_ssu.train.identity import identity_of
@@ -125,6 +129,47 @@ def export(run: RunConfig, target: Path, iteration: int | None, console: Console
     session = open_session(run, source, load=False)
     checkpoints.load_weights(found, session)
     _export(session, target, console)
+
+
+def inspect(options: argparse.Namespace, console: Console) -> None:
+    """Print a shield file as a table; with options.output draw it, with options.json write the table as JSON."""
+    from megatron_ssu.shield.inspect import draw, inspect_shield
+
+    shield = load_shield(options.shield, check=True)
+    scores = Scores.load(options.scores) if options.scores else None
+    other = load_shield(options.compare, check=True) if options.compare else None
+    found = inspect_shield(shield, scores, other, score=options.score)
+    if options.json:
+        _write_text(Path(options.json), json.dumps(found.to_dict(), indent=1) + "\n")
+    paths = draw(found, options.output) if options.output else []
+    # A table that does not fit a pipe's assumed 80 columns would be cut, so it gets what it needs there.
+    found.render(console if console.is_terminal else Console(file=console.file, quiet=console.quiet, width=160))
+    for path in paths:
+        console.print(f"{path}: drawn", highlight=False, soft_wrap=True)
+
+
+def compose(operation: str, files: Sequence[Path], target: Path, console: Console) -> None:
+    """Write the union, intersection or difference of shield files; `target` must not be there yet."""
+    from megatron_ssu.shield.compose import compose as combine
+
+    shield = combine(operation, [load_shield(file, check=True) for file in files])
+    shield.save(target)
+    linear = shield.realised()["linear"]
+    console.print(
+        f"{target}: {operation} of {len(files)} shields, {linear['ratio']:.4f} of {linear['elements']:,} linear weights frozen",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _write_text(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def _start(run: RunConfig, *, training: bool) -> Source:
