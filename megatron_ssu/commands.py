@@ -244,7 +244,7 @@ def _telemetry(session: Session, console: Console, progress: Progress) -> Teleme
             console,
             active=active,
             start=progress.iteration,
-            flops=flops_per_token(source.family, source.dims, source.hf, run.data.sequence_length),
+            flops=flops_per_token(source.family, source.dims, run.data.sequence_length),
             peak=peak * session.mesh.world if peak else None,
         )
 

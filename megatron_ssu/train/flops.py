@@ -32,13 +32,13 @@ def peak_flops(device_name: str) -> float | None:
     return None if tflops is None else tflops * 1e12
 
 
-def flops_per_token(family: Family, dims: Dims, hf: dict, sequence_length: int) -> float:
+def flops_per_token(family: Family, dims: Dims, sequence_length: int) -> float:
     """Forward and backward FLOPs of a token: 6 for every weight of a matrix product, 12 * width * length for attention.
 
     The usual count, without recomputation and with attention's whole square; weight gradients that a shield saves
     count as done, so that shielded and plain runs compare.
     """
-    matrices = family.matrices(dims)
+    matrices = tuple(family.matrices(dims))
     weights = sum(m.elements for m in matrices if m.scored or m.kind == "head")
     if not any(m.kind == "head" for m in matrices):  # tied to the embedding
         weights += sum(m.elements for m in matrices if m.kind == "embedding")
