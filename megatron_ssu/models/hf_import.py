@@ -46,8 +46,9 @@ def _check_tensor(checkpoint: HFCheckpoint, matrix: Matrix, dtype: torch.dtype) 
         raise UserError(f"{checkpoint.directory}: tensor {matrix.name} is {stored}; supported are F32, BF16, F16")
     if dtype is not torch.float32 and DTYPE_NAMES[stored] is not dtype:
         raise UserError(
-            f"{checkpoint.directory}: tensor {matrix.name} is {stored} and would be rounded to bf16, so that frozen weights could "
-            "not stay bit-identical; set precision.dtype=fp32, or convert the model first (tools/convert_dtype.py)"
+            f"{checkpoint.directory}: tensor {matrix.name} is {stored} and would be rounded to bf16, so that frozen "
+            "weights could not stay bit-identical; set precision.dtype=fp32, or convert the model first "
+            "(tools/convert_dtype.py)"
         )
 
 
