@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,17 @@ class Checkpoints:
         Raises UserError on all ranks where one cannot write; the checkpoint before stays whole.
         """
         self.finish()
+        return self._write(
+            session, lambda: states.sharded_state(session, optimizer, is_loading=False), progress, identity
+        )
+
+    def save_weights(self, session: Session) -> Path:
+        """Write the model's weights alone, as iteration 0: for export, not to go on from; collective."""
+        return self._write(session, lambda: states.model_state(session), Progress(), Identity({}))
+
+    def _write(
+        self, session: Session, state_of: Callable[[], dict[str, Any]], progress: Progress, identity: Identity
+    ) -> Path:
         final = self.path(progress.iteration)
         part = final.with_name(final.name + ".part")
 
@@ -133,7 +145,7 @@ class Checkpoints:
                 raise self._unwritten(part, error) from error
 
         runtime.on_rank_zero(begin)
-        state = states.sharded_state(session, optimizer, is_loading=False)
+        state = state_of()
         state["progress"] = asdict(progress)
         state["identity"] = identity.facts
         state["mesh"] = states.mesh_facts(session)

@@ -1,0 +1,45 @@
+"""The offline tools, each as a user starts it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests.models import make_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_hf_to_core_and_back_gives_every_bit(tmp_path):
+    model, core, back = make_model("olmo2", tmp_path / "model", torch.bfloat16), tmp_path / "core", tmp_path / "back"
+    there = tool("checkpoint/convert.py", "--loader", "hf", "--load-dir", model, "--saver", "core", "--save-dir", core)
+    assert there.returncode == 0, there.stderr
+    again = tool("checkpoint/convert.py", "--loader", "core", "--load-dir", core, "--saver", "hf", "--save-dir", back)
+    assert again.returncode == 0, again.stderr
+    before, after = load_file(model / "model.safetensors"), load_file(back / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_convert_dtype_rounds_once_and_does_not_overwrite(tmp_path):
+    model, target = make_model("llama", tmp_path / "model", max_shard_size="150KB"), tmp_path / "bf16"
+    options = ("--source", model, "--target", target, "--dtype", "bf16")
+    assert tool("convert_dtype.py", *options).returncode == 0
+    before = {k: v for file in model.glob("*.safetensors") for k, v in load_file(file).items()}
+    after = {k: v for file in target.glob("*.safetensors") for k, v in load_file(file).items()}
+    assert all(torch.equal(before[k].bfloat16(), after[k]) for k in before) and before.keys() == after.keys()
+    import transformers
+
+    assert transformers.AutoModelForCausalLM.from_pretrained(target, dtype="auto").dtype == torch.bfloat16
+    refused = tool("convert_dtype.py", *options)
+    assert refused.returncode != 0 and "not overwritten" in refused.stderr
