@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch.distributed as dist
@@ -218,7 +219,7 @@ def _datasets(run: RunConfig, session: Session, prefixes: Prefixes, tokenizer) -
         cache_dir=Path(run.checkpoint.directory) / "data" / "index",
         **common,  # type: ignore[arg-type]
     )
-    watched = {
+    watched: dict[str, Any] = {
         name: build_valid(path, tokenizer, **common)  # type: ignore[arg-type]
         for kind, paths in (("source_valid_loss", prefixes.source_valid), ("target_valid_loss", prefixes.target_valid))
         for name, path in _names(kind, paths)

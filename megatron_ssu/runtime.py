@@ -287,11 +287,11 @@ def weights_only_checkpoints() -> Iterator[None]:
         checked.seek(0)
         stock(self, read_item, checked)
 
-    planner.load_bytes = load_bytes
+    planner.load_bytes = load_bytes  # type: ignore[method-assign]
     try:
         yield
     finally:
-        planner.load_bytes = stock
+        planner.load_bytes = stock  # type: ignore[method-assign]
 
 
 def is_rank_zero() -> bool:

@@ -141,7 +141,7 @@ def validate_run(run: RunConfig, world_size: int, hf: dict[str, Any], *, trainin
     """All checks; without `training` those that `score` and `plan` need (mesh, number formats, model, shield)."""
     dp = validate_mesh(run, world_size)
     validate_precision(run)
-    validate_model(run, hf)
+    validate_model(run, hf, training=training)
     if training:
         validate_train(run, dp)
     else:
@@ -244,7 +244,7 @@ def validate_precision(run: RunConfig) -> None:
         raise UserError("precision.fp4: does not go with precision.fp8; leave one of them out")
 
 
-def validate_model(run: RunConfig, hf: dict[str, Any]) -> None:
+def validate_model(run: RunConfig, hf: dict[str, Any], *, training: bool = True) -> None:
     """Check the model of config.json (`hf`) against the mesh and the sequence length."""
     from megatron_ssu.models.build import transformer_config
     from megatron_ssu.models.family import Dims, family_of
@@ -254,7 +254,7 @@ def validate_model(run: RunConfig, hf: dict[str, Any]) -> None:
     _tensor_parallel(run, sizes)
     _layers(run, sizes["num_hidden_layers"])
     _recompute(run, sizes["num_hidden_layers"])
-    _lengths(run, sizes["max_position_embeddings"])
+    _lengths(run, sizes["max_position_embeddings"], training)
     transformer_config(run, family, hf, Dims.from_hf(hf))  # what is left, megatron-core itself refuses
 
 
@@ -358,15 +358,17 @@ def _recompute(run: RunConfig, layers: int) -> None:
                 )
 
 
-def _lengths(run: RunConfig, positions: int) -> None:
+def _lengths(run: RunConfig, positions: int, training: bool) -> None:
     length, tensor, context = run.data.sequence_length, run.parallel.tensor, run.parallel.context
-    at_least("data.sequence_length", length, 1)
-    if length > positions:
-        raise UserError(
-            f"data.sequence_length: {length} is longer than the model's {positions} positions (max_position_embeddings "
-            f"in config.json); {positions} or less would do"
-        )
-    checked = {"data.sequence_length": length}
+    checked = {}
+    if training:
+        at_least("data.sequence_length", length, 1)
+        if length > positions:
+            raise UserError(
+                f"data.sequence_length: {length} is longer than the model's {positions} positions "
+                f"(max_position_embeddings in config.json); {positions} or less would do"
+            )
+        checked["data.sequence_length"] = length
     if needs_calibration(run):  # the calibration length is cut to the model's own
         checked["shield.calibration.sequence_length"] = min(run.shield.calibration.sequence_length, positions)
     step = (tensor if run.parallel.sequence_parallel else 1) * (2 * context if context > 1 else 1)

@@ -227,7 +227,7 @@ def log_to_file(directory: Path, rank: int, *, quiet: bool) -> logging.Handler:
             root.removeHandler(other)
     root.addHandler(handler)
     logging.getLogger("megatron_ssu").setLevel(logging.INFO)
-    for other in root.handlers:
-        if other is not handler and other.level < logging.WARNING:
-            other.setLevel(logging.WARNING)
+    for shown in root.handlers:
+        if shown is not handler and shown.level < logging.WARNING:
+            shown.setLevel(logging.WARNING)
     return handler

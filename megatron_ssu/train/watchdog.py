@@ -163,6 +163,7 @@ def _own_store() -> Any:
     store = dist.distributed_c10d._get_default_store()
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
+    own: Any
     if isinstance(store, dist.TCPStore):
         own = dist.TCPStore(store.host, store.port, None, False, timedelta(seconds=30), wait_for_workers=False)
     else:

@@ -1,0 +1,81 @@
+"""Convert between a Hugging Face directory and a megatron dist_checkpointing directory, both ways, offline.
+
+  python tools/checkpoint/convert.py --loader hf --load-dir models/OLMo-2-1124-7B --saver core --save-dir ckpt/olmo2
+  python tools/checkpoint/convert.py --loader core --load-dir ckpt/olmo2 --saver hf --save-dir models/again
+
+The core side is a run directory: run.yaml and checkpoints/iter_*. Its checkpoints fit every mesh, so no target sizes need to be
+named. A model that one process cannot hold is converted under torchrun, on a mesh given as KEY=VALUE, such as
+parallel.tensor_model_parallel_size=8. Training needs no conversion: it starts from a Hugging Face directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_ssu import commands, runtime
+from megatron_ssu.config.load import load_run, save_run
+from megatron_ssu.config.schema import CheckpointSection, ModelSection, RunConfig, ShieldSection
+from megatron_ssu.errors import UserError
+from megatron_ssu.models.family import family_of
+from megatron_ssu.session import check_run, open_session
+from megatron_ssu.train.checkpoint import Checkpoints
+
+
+def to_core(options: argparse.Namespace, console: Console) -> None:
+    """Hugging Face directory -> run directory with one checkpoint of the weights, iteration 0."""
+    target = Path(options.save_dir)
+    fresh = target / "run.yaml"
+    runtime.start_processes()
+
+    def begin() -> None:
+        if fresh.exists():
+            raise UserError(f"{target}: holds a run already and is not overwritten; name another directory")
+        sections = {"checkpoint": CheckpointSection(directory=str(target)), "shield": ShieldSection(method="none")}
+        save_run(RunConfig(model=ModelSection(path=options.load_dir), **sections), fresh)  # type: ignore[arg-type]
+
+    runtime.on_rank_zero(begin)
+    run = runtime.on_all_ranks(lambda: load_run(fresh, [f"precision.dtype={options.dtype}", *options.overrides]))
+    source = runtime.on_all_ranks(lambda: check_run(run, training=False))
+    path = Checkpoints(target).save_weights(open_session(run, source))
+    runtime.on_rank_zero(lambda: save_run(run, fresh))
+    console.print(f"{path}: {family_of(source.hf).name}, written", highlight=False)
+
+
+def to_hf(options: argparse.Namespace, console: Console) -> None:
+    """A run directory's checkpoint -> Hugging Face directory."""
+    run = load_run(Path(options.load_dir) / "run.yaml", options.overrides)
+    commands.export(run, Path(options.save_dir), options.iteration, console)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--loader", choices=("hf", "core"), required=True, help="format of --load-dir")
+    parser.add_argument("--saver", choices=("hf", "core"), required=True, help="format of --save-dir")
+    parser.add_argument("--load-dir", required=True, metavar="DIR")
+    parser.add_argument("--save-dir", required=True, metavar="DIR", help="must not exist")
+    parser.add_argument("--iteration", type=int, metavar="N", help="checkpoint to read (default: the newest)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the core weights (default bf16)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="such as parallel.tensor_model_parallel_size=8"
+    )
+    options = parser.parse_args()
+    if options.loader == options.saver:
+        parser.error("--loader and --saver are the same format")
+    return options
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    status = 0
+    try:
+        (to_core if arguments.saver == "core" else to_hf)(arguments, Console(quiet=os.environ.get("RANK", "0") != "0"))
+    except UserError as error:
+        print(f"convert: {error}", file=sys.stderr)
+        status = 2
+    runtime.stop_processes()
+    sys.exit(status)
