@@ -31,6 +31,7 @@ from megatron_ssu.shield.file import GRANULARITIES, Granularity, Mask, Shield
 log = logging.getLogger(__name__)
 
 RANK_BITS = 16
+FISHER_BITS = 2  # of a factor of an element's fisher score
 ELEMENT_SCORES = ("wanda", "wanda-released", "magnitude", "random", "sparsegpt-diagonal", "fisher")
 NORMS = ("trainable", "frozen", "half")
 SELECTORS: dict[str, tuple[str, ...]] = {
@@ -106,7 +107,7 @@ def plan_shield(
 
     scores: of all matrices; those of the seven linear kinds are planned, the others can be protected.
     frozen_rows: embedding or head name -> (shape, row numbers), the special tokens' rows.
-    weights: matrix name -> tensor [shape] on the CPU; for element granularity (wanda, wanda-released, magnitude) and
+    weights: matrix name -> tensor [shape] on the CPU; for element granularity (all but random, sparsegpt-diagonal) and
         norms 'half'. One matrix at a time is asked for and not kept.
     Protected matrices are outside the budget: it is spent over the rest. UserError for impossible options, scores
     that are missing, NaN or infinite (naming the matrix) and a rule that fits nothing.
@@ -176,19 +177,24 @@ def element_scores(scores: Scores, score: str, matrix: Matrix, weights: Weights 
     """float32 [O, I] (float64 for float64 weights) that rank the elements of one matrix.
 
     wanda: |W_ij| ||X_j||; wanda-released: |W_ij| mean(X_j^2); magnitude: |W_ij|; sparsegpt-diagonal: mean(X_j^2), so
-    whole columns; fisher: row score * column score, the rank-one estimate, as the squared gradients are not kept.
-    Factors are scaled by a power of two, which changes no rank. Statistics come from `scores`.
+    whole columns; fisher: row score * column score, the rank-one estimate, as the squared gradients are not kept, each
+    to two bits, and within a step |W_ij|. Factors are scaled by a power of two, which changes no rank. Statistics come
+    from `scores`.
     """
     if score == "sparsegpt-diagonal":
         column = _factor(scores, score, "column", matrix)
         return np.broadcast_to(column[None, :], matrix.shape)
-    if score == "fisher":
-        row, column = _factor(scores, score, "row", matrix), _factor(scores, score, "column", matrix)
-        return row[:, None] * column[None, :]
     if weights is None:
         raise UserError(f"shield.granularity: element needs the weights for score {score}; give the model's directory")
     values = absolute_weights(weights, matrix)
-    if score != "magnitude":
+    if score == "fisher":
+        # Gradients differ by up to 1e-4 between meshes: finer factors would let many elements cross the cut.
+        row, column = (_factor(scores, score, axis, matrix, FISHER_BITS) for axis in ("row", "column"))
+        values *= np.float32(0.1) / max(values.max(initial=0.0), np.finfo(np.float32).tiny)
+        values += 1  # products of two factors lie 1.125 apart or more
+        values *= row[:, None]
+        values *= column[None, :]
+    elif score != "magnitude":
         statistic = INPUT_NORM if score == "wanda" else INPUT_MEAN_SQUARE
         values *= _factor(scores, statistic, "column", matrix)[None, :].astype(values.dtype)
     return values
@@ -206,9 +212,11 @@ def absolute_weights(weights: Weights, matrix: Matrix) -> np.ndarray:
     return values
 
 
-def _factor(scores: Scores, score: str, axis: Literal["column", "row"], matrix: Matrix) -> np.ndarray:
-    """float32 [I] or [O]: rounded, and scaled so that products neither overflow nor vanish."""
-    values = round_mantissa(scores.get(score, axis, matrix.name), RANK_BITS)
+def _factor(
+    scores: Scores, score: str, axis: Literal["column", "row"], matrix: Matrix, bits: int = RANK_BITS
+) -> np.ndarray:
+    """float32 [I] or [O]: rounded to `bits`, and scaled so that products neither overflow nor vanish."""
+    values = round_mantissa(scores.get(score, axis, matrix.name), bits)
     _, exponent = np.frexp(values.max(initial=0.0))
     return np.ldexp(values, -exponent).astype(np.float32)
 

@@ -75,7 +75,9 @@ def test_element_scores(scores, weights, score):
             "wanda-released": weight * tensors["input_mean_square/column"],
             "magnitude": weight,
             "sparsegpt-diagonal": np.ones_like(weight) * tensors["sparsegpt-diagonal/column"],
-            "fisher": np.outer(tensors["fisher/row"], tensors["fisher/column"]),
+            # Steps of two bits, and |W| within a step.
+            "fisher": np.outer(*(round_mantissa(tensors[f"fisher/{axis}"], 2) for axis in ("row", "column")))
+            * (1 + 0.1 * weight / weight.max()),
         }[score]
         count = math.floor(0.3 * weight.size)
         got, want = mask.elements().reshape(-1), top(expected, count)
