@@ -133,3 +133,8 @@ def peak_bytes(work: Callable[[], object]) -> int:
 def without_data(model: str, parallel: dict[str, Any], names: Sequence[str]) -> Scores | None:
     """Scores without calibration data."""
     return score_model(session_of(model, parallel), list(names), None, model_fingerprint(Path(model)))
+
+
+def scores_source(model: str, parallel: dict[str, Any]) -> Scores | None:
+    """Scores of a model with a tokenizer over its own calibration data."""
+    return scores(model, parallel, data=_source_tokens(model))
