@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ssu import runtime
 from megatron_ssu.errors import UserError
@@ -208,7 +209,7 @@ class Checkpoints:
         def gathered() -> None:
             try:
                 pending.request.finalize_fns[0]()
-            except Exception as error:  # megatron wraps what the writers met
+            except (Exception, CheckpointException) as error:  # torch's is no Exception
                 raise self._unwritten(pending.part, error) from error
             if pending.saver.errors:
                 raise self._unwritten(pending.part, pending.saver.errors[0])

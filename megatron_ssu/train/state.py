@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ssu import runtime
 from megatron_ssu.errors import UserError
@@ -126,13 +127,13 @@ def read_sharded(state: dict[str, Any], path: Path) -> dict[str, Any]:
         try:
             with runtime.weights_only_checkpoints():
                 return dist_checkpointing.load(state, str(path))
-        except Exception as error:  # as in read_common
+        except (Exception, CheckpointException) as error:  # torch's is no Exception
             raise damaged(path, error) from error
 
     return runtime.on_all_ranks(load)
 
 
-def damaged(path: Path, error: Exception) -> UserError:
+def damaged(path: Path, error: BaseException) -> UserError:
     """The one line for a checkpoint that cannot be read."""
     return UserError(f"{path}: damaged checkpoint ({one_line(error)}); write an older one's number into `latest`")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,12 @@ from megatron_ssu.config.schema import (
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.session import open_session
 from megatron_ssu.shield.file import Shield, load_shield
-from megatron_ssu.train import loop
+from megatron_ssu.train import loop, updates
 from megatron_ssu.train.checkpoint import Checkpoints, Progress
 from megatron_ssu.train.faults import TrainingStopped
 from megatron_ssu.train.identity import identity_of
 from megatron_ssu.train.telemetry import Telemetry
+from megatron_ssu.train.watchdog import Watchdog
 from tests.dist.work import GLOBAL_BATCH, LENGTH, RandomTokens, run_config
 
 
@@ -131,3 +134,69 @@ def moments(trainer: loop.Trainer) -> list[torch.Tensor]:
                 found.append(param.detach().clone())
                 found += [t.clone() for t in member.optimizer.state[param].values() if isinstance(t, torch.Tensor)]
     return found
+
+
+def fill_disk(run: RunConfig, where: str, iteration: int) -> None:
+    """Train; at `iteration` the write of one part of the checkpoint meets a full disk, on one rank."""
+    from unittest import mock
+
+    from megatron.core.dist_checkpointing.strategies import common, filesystem_async
+    from torch.distributed.checkpoint import filesystem
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    patches = {
+        "shard": mock.patch.object(filesystem_async, "_write_item", full),
+        "common": mock.patch.object(common.TorchCommonSaveStrategy, "save_common", full),
+        "metadata": mock.patch.object(filesystem.pickle, "dump", full),
+    }
+    guilty = torch.distributed.get_rank() == (1 if where == "shard" else 0)
+    save = Checkpoints.save
+
+    def saving(self: Checkpoints, *args: Any) -> Path:
+        if not (guilty and args[1].iteration == iteration):
+            return save(self, *args)
+        with patches[where]:
+            path = save(self, *args)
+            if self.background:
+                self.finish()
+            return path
+
+    with mock.patch.object(Checkpoints, "save", saving):
+        train_run(run)
+
+
+def compare_update_norms(run: RunConfig) -> tuple[dict[str, float], dict[str, float]]:
+    """Update norms of the third step as computed from the moments, and from copies of the main weights."""
+    session = open_session(run)
+    empty = Shield("none", "m", model_fingerprint(run.model.path), matrices={}, masks={})
+    trainer = loop.Trainer(session, empty)
+    batches = trainer.batches(RandomTokens(), 0)
+    for _ in range(2):
+        trainer.step(batches)
+    member = trainer.optimizer.chained_optimizers[0]
+    before = {p: main.detach().clone() for p, main in member.pairs()}
+    computed = trainer.step(batches, measure=True).update_norms
+    squares = dict.fromkeys(updates.NAMES, 0.0)
+    kinds = {local.param: updates._kind(local.pieces) for local in session.layout}
+    for param, main in member.pairs():
+        if not hasattr(param, "shared") and updates.param_is_not_tensor_parallel_duplicate(param):
+            squares[kinds[param]] += (main.detach() - before[param]).double().square().sum().item()
+    total = torch.tensor(list(squares.values()), dtype=torch.float64)
+    torch.distributed.all_reduce(total)
+    measured = dict(zip(squares, total.sqrt().tolist(), strict=True))
+    return computed, {f"update_norm_{k}": v for k, v in measured.items() if v > 0}
+
+
+def hang(run: RunConfig, guilty: int) -> str:
+    """One rank sleeps where the others wait for it; what this rank's watchdog says."""
+    said: list[str] = []
+    watchdog = Watchdog(2.0, beat=0.3, end=said.append)
+    with watchdog:
+        watchdog.mark(3, "data")
+        if torch.distributed.get_rank() == guilty:
+            time.sleep(6)
+        torch.distributed.all_reduce(torch.zeros(1))
+        watchdog.mark(4, "data")
+    return said[0] if said else ""

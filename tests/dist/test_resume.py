@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import signal
 
@@ -101,7 +100,8 @@ def test_ranks_without_trainable_weights(frozen, ranks, model, tmp_path):
                 "row" if len(matrix.shape) > 1 else "element", matrix.shape, np.ones(matrix.shape[0], bool)
             )
     path = tmp_path / "shield.safetensors"
-    dataclasses.replace(full, masks=masks).save(path)
+    matrices = dict(full.matrices)
+    files.Shield("ssu", model.name, full.fingerprint, matrices=matrices, masks=masks, granularity="row").save(path)
 
     def run(name):
         return work.make_run(str(model), mesh(1, 2), str(tmp_path / name))

@@ -1,0 +1,85 @@
+"""Steps that go wrong, disks that fill up, ranks that stop: skipped, told, ended."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+import torch
+
+from tests.dist import resume_work as work
+from tests.dist.work import GLOBAL_BATCH, mesh
+from tests.models import make_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model("llama", tmp_path_factory.mktemp("model") / "model", num_hidden_layers=2)
+
+
+def bad(iteration):
+    """A sample of this iteration."""
+    return (iteration - 1) * GLOBAL_BATCH + 3
+
+
+def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(ranks, model, tmp_path):
+    run = work.make_run(str(model), mesh(1, 2), str(tmp_path / "run"), interval=3)
+    before = ranks.run(work.train_run, 4, run, kick=(0, 3, signal.SIGUSR1))
+    answers = ranks.run(work.train_run, 4, run, poison=(bad(4),), kick=(3, 4, signal.SIGTERM))
+    for rank, (a, b) in enumerate(zip(before, answers, strict=True)):
+        assert b["stopped"][0] == 143 and list(b["history"]) == [4]
+        assert all(torch.equal(x, y) for x, y in zip(a["weights"], b["weights"], strict=True)), rank
+        assert all(torch.equal(x, y) for x, y in zip(a["moments"], b["moments"], strict=True)), rank
+    assert "step skipped at iteration 4, samples 24 to 31: loss nan" in answers[0]["said"]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["iteration"] for r in records if r.get("skipped")] == [4]
+    rest = ranks.run(work.train_run, 4, run)[0]
+    assert rest["stopped"] is None and all(loss == loss for loss, _, _ in rest["history"].values())
+
+
+def test_too_many_skipped_steps_stop_the_run(ranks, model, tmp_path):
+    run = work.make_run(str(model), mesh(), str(tmp_path / "run"), interval=2, max_skipped=3)
+    poison = tuple(bad(i) for i in (3, 5, 6, 7))
+    answers = ranks.run(work.train_run, 2, run, poison=poison)
+    for answer in answers:
+        status, message = answer["stopped"]
+        assert status == 3 and max(answer["history"]) == 7
+        assert "3 steps in a row" in message and "samples 48 to 55" in message and "iter_0000006" in message
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "6\n"
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("where", ["shard", "common", "metadata"])
+def test_a_full_disk_leaves_the_checkpoint_before(where, background, ranks, model, tmp_path):
+    run = work.make_run(str(model), mesh(), str(tmp_path / "run"), interval=4, async_save=background)
+    with pytest.raises(Exception, match="No space left on device") as caught:
+        ranks.run(work.fill_disk, 2, run, where, 8)
+    assert caught.value.kind == "UserError" and "\n" not in caught.value.message
+    assert "iter_0000004, is whole" in caught.value.message
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["iter_0000004", "latest"]
+    assert sorted(ranks.run(work.train_run, 2, run)[0]["history"]) == [5, 6, 7, 8]
+
+
+def test_wall_clock_budget(ranks, model, tmp_path):
+    run = work.make_run(str(model), mesh(), str(tmp_path / "run"), exit_after=1e-6)
+    answers = ranks.run(work.train_run, 2, run)
+    assert [a["stopped"][0] for a in answers] == [75, 75] and "train.exit_after" in answers[0]["stopped"][1]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "1\n"
+
+
+def test_update_norms_are_those_of_the_weights(ranks, model, tmp_path):
+    for world, parallel in ((1, mesh()), (4, mesh(2, 2))):
+        run = work.make_run(str(model), parallel, str(tmp_path / f"run{world}"))
+        computed, measured = ranks.run(work.compare_update_norms, world, run)[0]
+        assert sorted(computed) == sorted(measured) and len(computed) == 7
+        for kind, value in measured.items():
+            assert computed[kind] == pytest.approx(value, rel=2e-3), kind
+
+
+def test_the_hung_rank_is_named(ranks, model, tmp_path):
+    run = work.make_run(str(model), mesh(), str(tmp_path / "run"))
+    lines = ranks.run(work.hang, 4, run, 2)
+    assert all("rank 2 hangs" in line and "resume_work.py" in line for line in lines if line)
+    assert sum(bool(line) for line in lines) >= 3
