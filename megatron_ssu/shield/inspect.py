@@ -123,7 +123,9 @@ def inspect_shield(
             raise UserError(f"inspect: the scores are of model {scores.model}, the shield of {shield.model}")
         score = score or shield.score
         if score not in scores.scores and score != "random":
-            raise UserError(f"inspect: no score {score} in the scores file; choose one of {', '.join(scores.scores)}")
+            raise UserError(
+                f"inspect: no score {score} in the scores file; name one with --score: {', '.join(scores.scores)}"
+            )
     views = []
     for name in sorted(shield.matrices, key=lambda n: _order(shield.matrices[n])):
         matrix, mask = shield.matrices[name], shield.masks[name]

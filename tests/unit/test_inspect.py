@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused(scores):
         inspect_shield(shield, scores, foreign)
     with pytest.raises(UserError, match="scores are of model tiny, the shield of other"):
         inspect_shield(foreign, scores)
-    with pytest.raises(UserError, match="no score hessian in the scores file; choose one of wanda"):
+    with pytest.raises(UserError, match="no score hessian in the scores file; name one with --score: wanda"):
         inspect_shield(shield, scores, score="hessian")
     with pytest.raises(UserError, match="without a scores file"):
         inspect_shield(shield, score="wanda")
