@@ -24,6 +24,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("csrc")
+HEADERS = ("shield_core.hpp", "rows.hpp", "column_sums.hpp", "kernels.h", "kernels.cu")
 MODE = os.environ.get("MEGATRON_SSU_BUILD", "auto")
 
 
@@ -121,7 +122,7 @@ def extensions() -> list[Extension]:
             "megatron_ssu._C",
             [str(SOURCES / "bindings.cpp")],
             include_dirs=[str(SOURCES)],
-            depends=[str(SOURCES / name) for name in ("shield_core.hpp", "kernels.h", "kernels.cu")],
+            depends=[str(SOURCES / name) for name in HEADERS],
             extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-Wno-maybe-uninitialized", "-g0", *openmp],
             extra_link_args=openmp,
             language="c++",

@@ -1,9 +1,11 @@
-// megatron_ssu._C: the core behind plain addresses. megatron_ssu/shield/kernels.py checks dtypes, devices and sizes and is
-// the only caller; taking addresses keeps torch's headers and C++ ABI out, so one build serves every torch version.
+// megatron_ssu._C: the core behind plain addresses. megatron_ssu/shield/kernels.py checks dtypes, devices and sizes and
+// is the only caller; taking addresses keeps torch's headers and C++ ABI out, so one build serves every torch version.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
+#include <string>
 
+#include "column_sums.hpp"
 #include "kernels.h"
 #include "shield_core.hpp"
 
@@ -19,10 +21,12 @@ T* at(uint64_t address) {
 enum Type : int { kFloat32 = SSU_FLOAT32, kBfloat16 = SSU_BFLOAT16 };
 
 void check_level(int level) {
-  if (level < 0 || level > ssu::best_level()) throw std::invalid_argument("this processor lacks the asked-for SIMD level");
+  if (level < 0 || level > ssu::best_level())
+    throw std::invalid_argument("this processor lacks the asked-for SIMD level");
 }
 
-void gather_pieces(uint64_t src, int type, uint64_t out, uint64_t pieces, int64_t n, uint64_t bits, int level, int threads) {
+void gather_pieces(uint64_t src, int type, uint64_t out, uint64_t pieces, int64_t n, uint64_t bits, int level,
+                   int threads) {
   check_level(level);
   const auto* p = at<const ssu::Piece>(pieces);
   const auto* b = at<const uint8_t>(bits);
@@ -49,8 +53,8 @@ void gather_elements(uint64_t src, int type, uint64_t out, int64_t numel, uint64
   ssu::gather_elements(at<const ssu::bf16>(src), at<float>(out), numel, b, c, level, threads);
 }
 
-void scatter_elements(uint64_t values, uint64_t dst, int type, int64_t numel, uint64_t bits, uint64_t counts, uint16_t nan,
-                      int level, int threads) {
+void scatter_elements(uint64_t values, uint64_t dst, int type, int64_t numel, uint64_t bits, uint64_t counts,
+                      uint16_t nan, int level, int threads) {
   check_level(level);
   const auto* b = at<const uint8_t>(bits);
   const auto* c = at<const int64_t>(counts);
@@ -71,8 +75,8 @@ void check_cuda(int status) {
   if (status != 0) throw std::runtime_error(std::string("CUDA: ") + ssu_cuda_error(status));
 }
 
-void cuda_gather_pieces(uint64_t src, int type, uint64_t out, uint64_t pieces, int64_t n, int64_t tiles, uint64_t columns,
-                        uint64_t stream) {
+void cuda_gather_pieces(uint64_t src, int type, uint64_t out, uint64_t pieces, int64_t n, int64_t tiles,
+                        uint64_t columns, uint64_t stream) {
   check_cuda(ssu_cuda_gather_pieces(at<const void>(src), type, at<float>(out), at<const int64_t>(pieces), n, tiles,
                                     at<const int32_t>(columns), at<void>(stream)));
 }

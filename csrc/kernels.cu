@@ -1,9 +1,9 @@
 // Gather and scatter of trainable elements on CUDA; see shield_core.hpp for the data layout. Free of torch headers.
 //
-// Pieces: the grid is cut into tiles of SSU_TILE_ROWS rows x SSU_TILE_COLUMNS trainable columns. A thread keeps its column
-// numbers in registers and walks down the rows, so the column list is read once a tile; neighbouring lanes write (gather)
-// or read (scatter) neighbouring compact elements. Elements: a block takes kBlock elements, a warp 1024 of them: 32 mask
-// words, whose running counts come from a warp scan and from the block's entry in `counts`.
+// Pieces: the grid is cut into tiles of SSU_TILE_ROWS rows x SSU_TILE_COLUMNS trainable columns. A thread keeps its
+// column numbers in registers and walks down the rows, so the column list is read once a tile; neighbouring lanes write
+// (gather) or read (scatter) neighbouring compact elements. Elements: a block takes kBlock elements, a warp 1024 of
+// them: 32 mask words, whose running counts come from a warp scan and from the block's entry in `counts`.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 

@@ -1,10 +1,13 @@
-// Random masks through every code path of shield_core.hpp, in heap buffers of exactly the right size, against a plain loop.
-// Built with -fsanitize=address,undefined by tests/unit/test_kernels.py. Usage: driver CASES
+// Random masks through every code path of shield_core.hpp, in heap buffers of exactly the right size, against a plain
+// loop. Built with -fsanitize=address,undefined by tests/unit/test_kernels.py. Usage: driver CASES
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <random>
+#include <vector>
 
+#define SSU_STREAM_FROM 20000  // so that both ways of writing are met
+#include "column_sums.hpp"
 #include "shield_core.hpp"
 
 namespace {
@@ -77,7 +80,8 @@ Case piece_case(double density) {
     if (!p.dense) {
       for (int64_t j = 0; j < p.width; ++j) {
         row[static_cast<size_t>(j)] = std::uniform_real_distribution<>()(rng) < density;
-        if (row[static_cast<size_t>(j)]) bits[static_cast<size_t>((p.bit + j) / 8)] |= static_cast<uint8_t>(1u << ((p.bit + j) % 8));
+        if (row[static_cast<size_t>(j)])
+          bits[static_cast<size_t>((p.bit + j) / 8)] |= static_cast<uint8_t>(1u << ((p.bit + j) % 8));
       }
     }
     for (char b : row) p.count += b;

@@ -108,6 +108,34 @@ def test_thread_counts_do_not_matter(elements: bool) -> None:
         torch.set_num_threads(before)
 
 
+@needs_extension
+@pytest.mark.parametrize("elements", [False, True])
+def test_outputs_larger_than_the_caches(elements: bool) -> None:
+    """More than 2^20 trainable elements: other stores, through a buffer; every thread's stretch starts anywhere."""
+    rows, width = 1200, 2003
+    if elements:
+        mask = ShardMask.from_bits((rows, width), torch.rand(rows, width) < 0.5, 5, rows * width - 3)
+    else:
+        patterns = [(torch.rand(width) < share).nonzero().view(-1) for share in (0.5, 0.1)]
+        runs = [RowRun(0, 700, 0), RowRun(700, 720, 1), RowRun(720, 900, 2), RowRun(900, rows, 0)]
+        mask = ShardMask.from_patterns((rows, width), runs, [*patterns, None], 5, rows * width - 3)
+    assert mask.numel > 1 << 20
+    before = torch.get_num_threads()
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            full = torch.randn(mask.length).to(dtype)
+            expected = torch.empty(mask.numel)
+            kernels.torch_gather(mask, full, expected)
+            for level in LEVELS:
+                for threads in (1, 2, 5):
+                    torch.set_num_threads(threads)
+                    whole, out = guarded(mask.numel, torch.float32)
+                    kernels._extension_gather(mask, full, out, level)
+                    assert same_bits(out, expected) and edges_intact(whole)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 513), (300, 1030), (0, 5)], ids=str)
 @pytest.mark.parametrize("square", [False, True])
