@@ -26,11 +26,15 @@ def sum_of_squares(x: Tensor) -> Tensor:
             return kernels.column_sums(x, square=True)
         parts = [part.float().square().sum(0) for part in x.split(_BLOCK)]
         return torch.stack(parts).sum(0, dtype=torch.float64) if parts else x.new_zeros(x.shape[1], dtype=torch.float64)
-    whole = x.shape[0] // _BLOCK * _BLOCK
-    blocks = x[:whole].view(-1, _BLOCK, x.shape[1])
-    # A norm is one kernel that widens as it reads, where a square would be written to memory first.
-    total = torch.linalg.vector_norm(blocks, dim=1, dtype=torch.float32).double().square().sum(0)
-    return total + x[whole:].double().square().sum(0)
+    return _sum_by_norms(x)
+
+
+def _sum_by_norms(x: Tensor) -> Tensor:
+    """For CUDA: a norm is one kernel that widens as it reads, where a square would be written to memory first."""
+    blocks = x.shape[0] // _BLOCK
+    head, tail = x[: blocks * _BLOCK], x[blocks * _BLOCK :]
+    norms = torch.linalg.vector_norm(head.reshape(blocks, _BLOCK, x.shape[1]), dim=1, dtype=torch.float32)
+    return norms.double().square().sum(0) + tail.double().square().sum(0)
 
 
 @dataclass
@@ -97,7 +101,7 @@ class InputStatistics:
             x = args[0].detach()
             x = x.reshape(*x.shape[:2], -1)  # [s, b, I]; q and k norms see heads apart
             if self.mask is None:
-                total = sum_of_squares(x.view(-1, x.shape[-1]))
+                total = sum_of_squares(x.flatten(0, 1))
                 sums.squares += total
                 sums.means += total / (x.shape[0] * (self.session.mesh.tensor if scattered else 1))
                 return
