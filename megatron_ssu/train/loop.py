@@ -30,6 +30,7 @@ from megatron_ssu.session import Session
 from megatron_ssu.shield.file import Shield
 from megatron_ssu.shield.local import LocalShield
 from megatron_ssu.shield.optimizer import build_optimizer
+from megatron_ssu.shield.wgrad import attach
 from megatron_ssu.train.checkpoint import Checkpoints, Progress
 from megatron_ssu.train.faults import STATUS_NOT_FINITE, STATUS_RANK_LOST, SpikeWatch, TrainingStopped
 from megatron_ssu.train.identity import identity_of
@@ -91,6 +92,7 @@ class Trainer:
         self.session, self.run, self.mesh = session, session.run, session.mesh
         run = self.run
         self.local_shield = LocalShield(shield, session.layout)
+        attach(session.chunks, self.local_shield)
         self.ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, **_ddp_fields(run.parallel.ddp))
         self.chunks = [
             DistributedDataParallel(session.config, self.ddp_config, chunk, disable_bucketing=index > 0)

@@ -143,6 +143,8 @@ def train_steps(
     target: str | None = None,
     optimizer: dict[str, Any] | None = None,
     ddp: dict[str, Any] | None = None,
+    transformer: dict[str, Any] | None = None,
+    dense: bool = False,
 ) -> dict[str, Any]:
     """Train on random tokens; [loss, grad norm, lr] by step, optimizer state bytes and trainable elements of this rank."""
     run = run_config(
@@ -159,6 +161,7 @@ def train_steps(
             optimizer={**OPTIMIZER_DEFAULTS, "lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5, **(optimizer or {})},
         ),
     )
+    run.model.transformer.update(transformer or {})
     session = open_session(run)
     fingerprint = model_fingerprint(model)
     shield = load_shield(shield_file) if shield_file else Shield("none", "m", fingerprint, matrices={}, masks={})
@@ -169,7 +172,9 @@ def train_steps(
         with plain:
             trainer = loop.Trainer(session, shield)
     else:
-        trainer = loop.Trainer(session, shield)
+        attach = (lambda chunks, shield: 0) if dense else loop.attach
+        with mock.patch.object(loop, "attach", attach):
+            trainer = loop.Trainer(session, shield)
     batches = trainer.batches(RandomTokens(), 0)
     history = []
     for _ in range(steps):
