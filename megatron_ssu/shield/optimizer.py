@@ -15,7 +15,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
 from megatron_ssu import runtime
 from megatron_ssu.errors import UserError
@@ -140,6 +140,17 @@ class ShieldedDistributedOptimizer(DistributedOptimizer):
                 target.copy_(tensors[key])
             else:
                 mask.gather(tensors[key].contiguous().to(target.device), target)
+
+    def _init_optimizer_states_with_dummy_values(self) -> None:
+        if HAVE_APEX_OR_TE:
+            super()._init_optimizer_states_with_dummy_values()
+            return
+        # torch's AdamW counts steps per parameter: wholly frozen shards, which are empty, must count along.
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = torch.zeros_like(param)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
