@@ -3,7 +3,7 @@ import pytest
 from tests.dist.ranks import Ranks
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # every job leaves threads of its gloo groups behind: new processes for a new module
 def ranks():
     pool = Ranks(8)
     yield pool
