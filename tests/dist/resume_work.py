@@ -192,11 +192,11 @@ def compare_update_norms(run: RunConfig) -> tuple[dict[str, float], dict[str, fl
 def hang(run: RunConfig, guilty: int) -> str:
     """One rank sleeps where the others wait for it; what this rank's watchdog says."""
     said: list[str] = []
-    watchdog = Watchdog(2.0, beat=0.3, end=said.append)
+    watchdog = Watchdog(6.0, beat=0.5, end=said.append)
     with watchdog:
         watchdog.mark(3, "data")
         if torch.distributed.get_rank() == guilty:
-            time.sleep(6)
+            time.sleep(14)
         torch.distributed.all_reduce(torch.zeros(1))
         watchdog.mark(4, "data")
     return said[0] if said else ""
