@@ -3,7 +3,8 @@
 Every rank has a thread that writes a heartbeat into the job's store: where its main thread is (iteration, what it does,
 whether it waits for other ranks). A rank whose main thread gets no further within the limit, or meets the broken
 connection of a dead one, reads all heartbeats and names the rank whose heartbeat stopped, or, where all hearts beat, those
-that are late or do not wait for others.
+that are late or do not wait for others. The first verdict goes into the store and is every rank's: a rank that ended after
+it is not taken for the one that hung.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from megatron_ssu.train.faults import STATUS_RANK_LOST
 log = logging.getLogger(__name__)
 
 _BROKEN = ("onnection", "closed by peer", "imed out", "NCCL", "gloo", "Broken pipe", "imeout")
+_VERDICT = "verdict"
 _WAITING = ("distributed_c10d.py", "p2p_communication.py")  # files of a main thread that waits for other ranks
 
 
@@ -58,7 +60,7 @@ class Watchdog:
         self._beats = 0
         self._thread: threading.Thread | None = None
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._store = _own_store()
+        self._store = _own_store(self._rank)
 
     def __enter__(self) -> Watchdog:
         if self._world > 1 and self._store is not None:
@@ -79,8 +81,10 @@ class Watchdog:
         while not self._stop.wait(self._beat):
             try:
                 self._publish()
-                if time.monotonic() - self._marked > self._limit:
-                    line = f"no progress for {self._limit:.0f} s: {self.suspects()}"
+                line = self._verdict()
+                if line is None and time.monotonic() - self._marked > self._limit:
+                    line = self._agree(f"no progress for {self._limit:.0f} s: {self.suspects()}")
+                if line is not None:
                     if not self._stop.is_set():
                         self._end(line)
                     return
@@ -95,6 +99,16 @@ class Watchdog:
         beat = Heartbeat(socket.gethostname(), self._beats, self._iteration, self._doing, waiting, place)
         self._store.set(_key(self._rank), json.dumps(asdict(beat)))
 
+    def _verdict(self) -> str | None:
+        """What a rank found already."""
+        return self._store.get(_VERDICT).decode() if self._store.check([_VERDICT]) else None
+
+    def _agree(self, line: str) -> str:
+        """The first rank's line, for all."""
+        if self._store.add(f"{_VERDICT}-count", 1) == 1:
+            self._store.set(_VERDICT, line)
+        return self._store.get(_VERDICT).decode()
+
     def _where(self) -> tuple[bool, str]:
         """Does the main thread wait in a collective, and where is it?"""
         frame: Any = sys._current_frames().get(self._main)
@@ -108,11 +122,12 @@ class Watchdog:
         return waiting, place
 
     def suspects(self) -> str:
-        """Who holds the job up, in words; waits for two heartbeats to tell the dead from the living."""
+        """Who holds the job up, in words; waits for three heartbeats to tell the dead from the living."""
         before = self._read()
-        time.sleep(2.5 * self._beat)
-        if self._rank in before and self._thread is not None and threading.current_thread() is self._thread:
-            self._publish()
+        for _ in range(3):
+            time.sleep(self._beat)
+            if threading.current_thread() is self._thread:  # else it beats on by itself
+                self._publish()
         return describe(before, self._read(), self._world, self._rank)
 
     def lost(self, error: BaseException) -> str | None:
@@ -120,7 +135,7 @@ class Watchdog:
         if self._thread is None or not any(word in str(error) for word in _BROKEN):
             return None
         try:
-            said = self.suspects()
+            said = self._verdict() or self.suspects()
         except Exception as gone:  # the store died as well
             return f"lost the other ranks ({_short(error)}), and the job's store with them ({_short(gone)})"
         return f"lost the other ranks ({_short(error)}): {said}"
@@ -155,11 +170,13 @@ def _short(error: BaseException) -> str:
 
 
 def _key(rank: int) -> str:
-    return f"megatron-ssu/heartbeat/{rank}"
+    return f"heartbeat/{rank}"
 
 
-def _own_store() -> Any:
-    """A connection of our own to the job's store: the main thread may hold the common one while it waits."""
+def _own_store(rank: int) -> Any:
+    """A connection of our own to the job's store: the main thread may hold the common one while it waits.
+
+    Its keys carry the number of this watchdog in the job, counted by every rank alike: none reads another's."""
     store = dist.distributed_c10d._get_default_store()
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
@@ -169,7 +186,10 @@ def _own_store() -> Any:
     else:
         own = store if isinstance(store, dist.FileStore) else None
     run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return None if own is None else dist.PrefixStore(f"attempt-{run}", own)
+    if own is None:
+        return None
+    own = dist.PrefixStore(f"megatron-ssu/watchdog/{run}", own)
+    return dist.PrefixStore(str(own.add(f"number/{rank}", 1)), own)
 
 
 def _end(line: str) -> None:

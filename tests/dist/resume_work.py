@@ -190,13 +190,16 @@ def compare_update_norms(run: RunConfig) -> tuple[dict[str, float], dict[str, fl
 
 
 def hang(run: RunConfig, guilty: int) -> str:
-    """One rank sleeps where the others wait for it; what this rank's watchdog says."""
+    """One rank sleeps, until it is found out, where the others wait for it; what this rank's watchdog says."""
     said: list[str] = []
-    watchdog = Watchdog(6.0, beat=0.5, end=said.append)
+    watchdog = Watchdog(6.0, beat=1.5, end=said.append)
     with watchdog:
         watchdog.mark(3, "data")
         if torch.distributed.get_rank() == guilty:
-            time.sleep(14)
+            for _ in range(600):
+                if said:
+                    break
+                time.sleep(0.1)
         torch.distributed.all_reduce(torch.zeros(1))
         watchdog.mark(4, "data")
     return said[0] if said else ""
