@@ -6,7 +6,8 @@
     130      SIGINT
 
 A rank only votes; the votes are summed with the step's loss, so that all ranks stop after the same step, whichever of them
-was asked. A second SIGINT or SIGTERM ends the process at once, without a checkpoint.
+was asked. Another SIGINT or SIGTERM, more than REPEAT seconds later, ends the process at once, without a checkpoint: what
+comes sooner is the same request, sent to all processes of a job by SLURM and passed on by torchrun.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from megatron_ssu.errors import UserError
 
 REASONS = ("SIGTERM", "SIGINT", "SIGUSR1", "train.exit_after")
+REPEAT = 5.0
 STATUS = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 75, "train.exit_after": 75}
 
 
@@ -33,6 +35,7 @@ class StopRequests:
         begin = time.monotonic() if started is None else started
         self._deadline = None if exit_after is None else begin + exit_after
         self._before: dict[int, Any] = {}
+        self._first: dict[str, float] = {}
 
     def __enter__(self) -> StopRequests:
         for name in REASONS[:3]:
@@ -49,10 +52,11 @@ class StopRequests:
         self._before.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
+        name, now = signal.Signals(number).name, time.monotonic()
         self._seen.add(name)
-        if name != "SIGUSR1":
-            signal.signal(number, signal.SIG_DFL)  # the next one is obeyed at once
+        if name != "SIGUSR1" and now - self._first.setdefault(name, now) > REPEAT:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def votes(self) -> list[float]:
         """One number for each of REASONS: has this rank been asked to stop for it?"""
