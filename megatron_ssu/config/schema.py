@@ -219,6 +219,9 @@ class TrainSection:
     eval_batches: int = 8  # global batches an evaluation reads at most
     exit_after: str | float | None = None  # wall-clock budget, minutes or HH:MM:SS: then save and exit with status 75
     max_skipped: int = 10  # steps in a row with a NaN or infinite loss or gradient: skipped; one more ends the run
+    fused_adam: bool = (
+        True  # torch's fused AdamW where neither Transformer Engine's nor Apex's is there; false: its default
+    )
     spike_sigma: float = 6.0  # a loss that far above the mean of the last 128 is told; 0: none is
     phase: PhaseSection = field(default_factory=PhaseSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)

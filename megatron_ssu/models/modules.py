@@ -71,8 +71,11 @@ def with_output_norm(linear: type, norm: type) -> type:
             super().__init__(input_size, output_size, config=config, **kwargs)
             self.post_norm = norm(config=config, hidden_size=output_size, eps=config.layernorm_epsilon)
 
+        def linear_output(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return super().forward(x)
+
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            output, bias = super().forward(x)
+            output, bias = self.linear_output(x)
             return self.post_norm(output), bias
 
     return RowParallelLinearNorm

@@ -24,12 +24,21 @@ from megatron_ssu.shield.shards import ShardMask
 
 
 class ShieldedDistributedOptimizer(DistributedOptimizer):
-    """See the module docstring. `shield` tells the trainable elements; without frozen ones all is as in megatron."""
+    """See the module docstring. `shield` tells the trainable elements; without frozen ones all is as in megatron.
 
-    def __init__(self, *args: Any, shield: LocalShield, **kwargs: Any) -> None:
-        self.shield = shield
+    `fused_adam` lets torch's Adam, where megatron took that, update a tensor in one pass instead of a dozen.
+    """
+
+    def __init__(self, *args: Any, shield: LocalShield, fused_adam: bool = False, **kwargs: Any) -> None:
+        self.shield, self.fused_adam = shield, fused_adam
         self.masks: dict[torch.nn.Parameter, ShardMask] = {}  # model parameter -> trainable elements of its owned range
         super().__init__(*args, **kwargs)
+        self._choose_kernel()
+
+    def _choose_kernel(self) -> None:
+        if not self.is_stub_optimizer and isinstance(self.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            for group in self.optimizer.param_groups:
+                group["fused"] = self.fused_adam or None  # None: torch chooses
 
     def _build_model_and_main_param_groups(  # type: ignore[override]
         self, gbuf_ranges: list, param_gbuf_map: dict, opt_group_ranges: list, config: OptimizerConfig
@@ -154,10 +163,13 @@ class ShieldedDistributedOptimizer(DistributedOptimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        for state in self.optimizer.state.values():
+        self._choose_kernel()  # the loaded groups have their own
+        for param, state in self.optimizer.state.items():
             # Loading leaves one `step` tensor in all states, which would then advance once per parameter.
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
+                if self.fused_adam:
+                    state["step"] = state["step"].to(param.device)  # where the fused kernel counts
 
     def sharded_state_dict(self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any) -> Any:
         if is_loading and not self.is_stub_optimizer and len(self.optimizer.state) == 0:
@@ -173,7 +185,7 @@ UNSUPPORTED = {
 
 
 def build_optimizer(
-    config: OptimizerConfig, chunks: list[DistributedDataParallel], shield: LocalShield
+    config: OptimizerConfig, chunks: list[DistributedDataParallel], shield: LocalShield, *, fused_adam: bool = False
 ) -> MegatronOptimizer:
     """megatron's optimizer for the DDP-wrapped `chunks`, its distributed members shielded.
 
@@ -185,7 +197,7 @@ def build_optimizer(
     for key, why in UNSUPPORTED.items():
         if getattr(config, key):
             raise UserError(f"train.optimizer.{key}: not supported with a shield: {why}; leave it out")
-    with runtime.distributed_optimizer_class(ShieldedDistributedOptimizer, shield=shield):
+    with runtime.distributed_optimizer_class(ShieldedDistributedOptimizer, shield=shield, fused_adam=fused_adam):
         return get_megatron_optimizer(config, chunks)
 
 

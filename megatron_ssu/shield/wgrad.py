@@ -6,18 +6,22 @@ communication pattern, and the weight-gradient product of each logical matrix (q
 trainable input columns and is added into these columns of `weight.main_grad`.
 
 megatron's local linear layers do their product in `_forward_impl`, before the row-parallel reduction and behind the
-column-parallel input; `attach` puts the function of this module there, from outside the model. Frozen columns of
-`main_grad` then are not written, and nobody reads them.
+column-parallel input; `attach` puts the function of this module there, from outside the model. Transformer Engine's layers
+run as they are, with a weight that asks for no gradient, and an identity behind their output computes it in the backward
+pass. FP8 layers keep their own: an FP8 product of all columns takes no longer than one of half of them in bf16. Frozen
+columns of `main_grad` then are not written, and nobody reads them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.extensions import transformer_engine as engine
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
@@ -103,6 +107,52 @@ class _CompactLinear(torch.autograd.Function):
         return grad_input, _dummy(ctx.weight), None, None, None, None
 
 
+class _WeightGradient(torch.autograd.Function):
+    """Identity on a layer's output Y = X W^T; the weight gradient goes to `main_grad` in the backward pass."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, y: Tensor, x: Tensor, weight: Tensor, matrices: tuple[MatrixColumns, ...], split: str, group: Any
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.matrices, ctx.split, ctx.group = weight, matrices, split, group
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        whole = grad_output
+        if ctx.split == "input":
+            x = _gathered(x, ctx.group)[0]
+        elif ctx.split == "output":
+            whole = _gathered(grad_output, ctx.group)[0]
+        _add_gradients(ctx.weight, ctx.matrices, whole.flatten(0, -2), x.flatten(0, -2))
+        return grad_output, None, _dummy(ctx.weight), None, None, None
+
+
+def hold_weight_gradient(module: Any, matrices: tuple[MatrixColumns, ...], *, column: bool) -> None:
+    """Let a linear layer of any kind compute no gradient of its `weight`, and an identity behind it do so.
+
+    Under sequence parallelism the input of a `column`-parallel layer and the output of a row-parallel one are split along the
+    sequence: they are gathered for the product.
+    """
+    name = "linear_output" if hasattr(module, "linear_output") else "forward"  # without the norm that may follow
+    linear: Callable = getattr(module, name)
+    weight = module.weight
+    split = ("input" if column else "output") if module.sequence_parallel else "none"
+
+    def held(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight.requires_grad_(False)
+        try:
+            y, bias = linear(x)
+        finally:
+            weight.requires_grad_(True)
+        group = parallel_state.get_tensor_model_parallel_group()
+        return _WeightGradient.apply(y, x, weight, matrices, split, group), bias
+
+    setattr(module, name, held)
+
+
 def _gathered(x: Tensor, group: Any, *, wait: bool = True) -> tuple[Tensor, Any]:
     """All ranks' parts of the sequence: [s / TP, b, I] -> [s, b, I], and the handle of the exchange."""
     whole = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
@@ -126,16 +176,20 @@ def attach(chunks: Iterable[torch.nn.Module], shield: LocalShield) -> int:
     """Let the linear layers whose weights are shielded by column alone compute compact weight gradients.
 
     `chunks` are GPTModels; DDP must wrap them before the first backward pass (it makes `main_grad`). Returns the number of
-    layers. Layers of other kinds (Transformer Engine's) keep their dense gradient, which the optimizer gathers from.
+    layers. Layers of other kinds, and FP8 ones, keep their dense gradient, which the optimizer gathers from.
     """
     count = 0
     for chunk in chunks:
         for module in chunk.modules():
-            if isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and module.weight is not None:
-                matrices = _matrices(module.weight, shield)
-                if matrices:
-                    module._forward_impl = _forward_of(matrices)  # type: ignore[method-assign]
-                    count += 1
+            local = isinstance(module, (ColumnParallelLinear, RowParallelLinear))
+            held = engine.HAVE_TE and isinstance(module, engine.TELinear) and not module.config.fp8
+            weight: Any = module.weight if local or held else None
+            matrices = _matrices(weight, shield) if weight is not None else ()
+            if matrices and local:
+                module._forward_impl = _forward_of(matrices)  # type: ignore[method-assign]
+            elif matrices:
+                hold_weight_gradient(module, matrices, column=module.parallel_mode == "column")
+            count += bool(matrices)
     return count
 
 

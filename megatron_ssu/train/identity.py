@@ -57,6 +57,7 @@ def identity_of(run: RunConfig, shield: Shield) -> Identity:
         "data.text_key": run.data.text_key,
         "train.global_batch_size": run.train.global_batch_size,
         "train.seed": run.train.seed,
+        "train.fused_adam": run.train.fused_adam,
     }
     facts |= _section("model", run.model.transformer, _FREE_MODEL)
     facts |= _section("precision", run.precision.transformer, ())

@@ -98,7 +98,9 @@ class Trainer:
             DistributedDataParallel(session.config, self.ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(session.chunks)
         ]
-        self.optimizer = build_optimizer(self._optimizer_config(), self.chunks, self.local_shield)
+        self.optimizer = build_optimizer(
+            self._optimizer_config(), self.chunks, self.local_shield, fused_adam=run.train.fused_adam
+        )
         self.phases = Phases()
         self.mark: Callable[[str], None] = lambda doing: None  # told what the loop begins
         self.schedule = build_schedule(run, self.optimizer)

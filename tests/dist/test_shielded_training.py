@@ -90,12 +90,13 @@ def test_trainer_equals_an_oracle_in_plain_torch(kind, ranks, tmp_path):
         assert np.allclose(norms[:, 0], norms[:, 1], rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_an_empty_shield_gives_the_bits_of_stock_megatron(dtype, ranks, tmp_path):
+@pytest.mark.parametrize("dtype,fused_adam", [("fp32", False), ("bf16", False), ("fp32", True)])
+def test_an_empty_shield_gives_the_bits_of_stock_megatron(dtype, fused_adam, ranks, tmp_path):
     torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     model = make_model("olmo2", tmp_path / "model", torch_dtype)
+    options = {"dtype": dtype, "fused_adam": fused_adam}
     results = [
-        ranks.run(work.train_steps, 4, str(model), mesh(2), STEPS, dtype=dtype, stock=stock) for stock in (True, False)
+        ranks.run(work.train_steps, 4, str(model), mesh(2), STEPS, stock=stock, **options) for stock in (True, False)
     ]
     for stock, ours in zip(*results, strict=True):
         assert stock["history"] == ours["history"]

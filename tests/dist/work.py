@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
 from megatron_ssu.config.schema import (
@@ -27,6 +28,7 @@ from megatron_ssu.config.schema import (
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.hf_export import export_model
 from megatron_ssu.session import Session, open_session
+from megatron_ssu.shield import wgrad
 from megatron_ssu.shield.file import Shield, load_shield
 from megatron_ssu.shield.make import make_shield
 from megatron_ssu.shield.optimizer import state_bytes
@@ -132,6 +134,25 @@ class RandomTokens(torch.utils.data.Dataset):
         }
 
 
+def hold_all(chunks: Any, shield: Any) -> None:
+    """Compact gradients of local layers in the way of Transformer Engine's."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and module.weight is not None:
+                matrices = wgrad._matrices(module.weight, shield)
+                if matrices:
+                    column = isinstance(module, ColumnParallelLinear)
+                    wgrad.hold_weight_gradient(module, matrices, column=column)
+
+
+def stock_optimizer(config: Any, chunks: Any, shield: Any, *, fused_adam: bool) -> Any:
+    """megatron's own, untouched but for the kernel of torch's AdamW."""
+    optimizer = get_megatron_optimizer(config, chunks)
+    for group in optimizer.param_groups if fused_adam else ():
+        group["fused"] = True
+    return optimizer
+
+
 def train_steps(
     model: str,
     parallel: dict[str, Any],
@@ -144,7 +165,8 @@ def train_steps(
     optimizer: dict[str, Any] | None = None,
     ddp: dict[str, Any] | None = None,
     transformer: dict[str, Any] | None = None,
-    dense: bool = False,
+    gradient: str = "compact",
+    fused_adam: bool = True,
 ) -> dict[str, Any]:
     """Train on random tokens; [loss, grad norm, lr] by step, optimizer state bytes and trainable elements of this rank."""
     run = run_config(
@@ -155,8 +177,9 @@ def train_steps(
         data=DataSection(sequence_length=LENGTH, loader_workers=0),
         train=TrainSection(
             iterations=steps,
-            micro_batch_size=1,
+            micro_batch_size=2,
             global_batch_size=GLOBAL_BATCH,
+            fused_adam=fused_adam,
             schedule=ScheduleSection(warmup_fraction=0.1),
             optimizer={**OPTIMIZER_DEFAULTS, "lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5, **(optimizer or {})},
         ),
@@ -166,13 +189,10 @@ def train_steps(
     fingerprint = model_fingerprint(model)
     shield = load_shield(shield_file) if shield_file else Shield("none", "m", fingerprint, matrices={}, masks={})
     if stock:
-        plain = mock.patch.object(
-            loop, "build_optimizer", lambda config, chunks, _: get_megatron_optimizer(config, chunks)
-        )
-        with plain:
+        with mock.patch.object(loop, "build_optimizer", stock_optimizer):
             trainer = loop.Trainer(session, shield)
     else:
-        attach = (lambda chunks, shield: 0) if dense else loop.attach
+        attach = {"compact": loop.attach, "dense": lambda *_: 0, "held": hold_all}[gradient]
         with mock.patch.object(loop, "attach", attach):
             trainer = loop.Trainer(session, shield)
     batches = trainer.batches(RandomTokens(), 0)
