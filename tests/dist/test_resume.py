@@ -70,21 +70,22 @@ def test_same_mesh_gives_the_bits_of_the_quiet_run(parallel, dtype, options, ran
 def test_reshard_matrix(ranks, model, shield, tmp_path):
     quiet = {}
     for name, parallel in MESHES.items():
-        run = work.make_run(str(model), parallel, str(tmp_path / name))
+        run = work.make_run(str(model), parallel, str(tmp_path / name), micro_batch_size=2)
         quiet[name] = ranks.run(work.train_run, 4, run, shield)[0]["history"]
         folder = tmp_path / name / "checkpoints"
         (folder / "latest").write_text("4\n")
     for name in MESHES:
         for other, parallel in MESHES.items():
+            if other == name:  # to the bit: the test above
+                continue
             directory = tmp_path / f"{name}-{other}"
             shutil.copytree(tmp_path / name, directory)
-            run = work.make_run(str(model), parallel, str(directory))
+            run = work.make_run(str(model), parallel, str(directory), micro_batch_size=2)
             resumed = ranks.run(work.train_run, 4, run, shield)[0]["history"]
             assert sorted(resumed) == [5, 6, 7, 8]
             was, now = (np.array([h[i][:2] for i in sorted(resumed)]) for h in (quiet[name], resumed))
-            limit = 0 if name == other else 1e-6
-            assert (np.abs(was - now)[:, 0] <= limit * was[:, 0]).all(), (name, other)
-            assert np.allclose(was[:, 1], now[:, 1], rtol=10 * limit, atol=0), (name, other)
+            assert (np.abs(was - now)[:, 0] <= 1e-6 * was[:, 0]).all(), (name, other)
+            assert np.allclose(was[:, 1], now[:, 1], rtol=1e-5, atol=0), (name, other)
 
 
 @pytest.mark.parametrize("frozen", ["stage", "all"])
