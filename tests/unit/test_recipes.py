@@ -1,0 +1,106 @@
+"""Every mesh in examples/slurm/README.md is one that the recipes' models can be trained on."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ssu.config.load import load_run
+from megatron_ssu.config.validate import validate_mesh, validate_run
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "slurm"
+README = (FOLDER / "README.md").read_text()
+RECOMPUTE = re.findall(r"`(model\.recompute_[^`]*)`", README)
+
+_COMMON = {"hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False, "max_position_embeddings": 4096}
+_OLMO2 = {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "rms_norm_eps": 1e-6, "rope_theta": 500000}
+_LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
+
+
+def shape(layers: int, hidden: int, heads: int, groups: int, middle: int, vocab: int) -> dict[str, int]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "intermediate_size": middle,
+        "vocab_size": vocab,
+    }
+
+
+# As published in the models' config.json.
+MODELS: dict[str, dict[str, Any]] = {
+    "olmo2-7b": {**_COMMON, **_OLMO2, **shape(32, 4096, 32, 32, 11008, 100352)},
+    "olmo2-13b": {**_COMMON, **_OLMO2, **shape(40, 5120, 40, 40, 13824, 100352)},
+    "olmo2-32b": {**_COMMON, **_OLMO2, **shape(64, 5120, 40, 8, 27648, 100352)},
+    "llama2-13b": {**_COMMON, **_LLAMA, **shape(40, 5120, 40, 40, 13824, 32000)},
+}
+
+
+def rows() -> list[tuple[str, int, list[int], int, int, int, list[str]]]:
+    """(recipe, nodes, mesh, micro batch, batch, GB, overrides) of every row of the README's tables."""
+    found, recipe = [], ""
+    for line in README.splitlines():
+        if heading := re.match(r"### .*`(\S+)\.yaml`", line):
+            recipe = heading[1]
+        if row := re.match(r"\| (\d+) \| ([\dx ]+) \| (\d+) \| (\d+) \| (\d+) \| (?:`(.*)` )?\|$", line):
+            mesh = [int(size) for size in row[2].split(" x ")]
+            found.append((recipe, int(row[1]), mesh, int(row[3]), int(row[4]), int(row[5]), (row[6] or "").split()))
+    return found
+
+
+def gigabytes(hf: dict[str, Any], tensor: int, pipeline: int, data: int, ratio: float) -> float:
+    """bf16 weights, fp32 gradients, and main weights and two moments of trainable elements, of a rank."""
+    hidden, head = hf["hidden_size"], hf["hidden_size"] // hf["num_attention_heads"]
+    attention = 2 * hidden * hidden + 2 * hidden * head * hf["num_key_value_heads"]
+    linear = hf["num_hidden_layers"] * (attention + 3 * hidden * hf["intermediate_size"])
+    both_ends = 2 * hf["vocab_size"] * hidden
+    share = tensor * pipeline
+    return (6 * (linear + both_ends) + 12 * ((1 - ratio) * linear + both_ends) / data) / share / 1e9
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the data that the recipes name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("source-chats", "target", "source-valid", "target-valid"):
+        (tmp_path / "data" / f"{name}.jsonl").touch()
+    return tmp_path
+
+
+def test_every_recipe_has_its_meshes():
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(MODELS)
+    for recipe in MODELS:
+        assert [row[1] for row in rows() if row[0] == recipe] == [1, 2, 4, 16, 16]
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row[0]}-{row[1]}x8-batch{row[4]}")
+def test_mesh_fits_its_model(world, row):
+    recipe, nodes, (tensor, pipeline, virtual, data), micro, batch, memory, overrides = row
+    run = load_run(FOLDER / f"{recipe}.yaml", overrides)
+    directory = world / run.model.path
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(MODELS[recipe]))
+    validate_run(run, 8 * nodes, MODELS[recipe])
+    assert validate_mesh(run, 8 * nodes) == data
+    assert (run.parallel.tensor, run.parallel.pipeline, run.parallel.virtual_pipeline or 1) == (
+        tensor,
+        pipeline,
+        virtual,
+    )
+    assert (run.train.micro_batch_size, run.train.global_batch_size) == (micro, batch)
+    assert run.train.iterations * batch * run.data.sequence_length == pytest.approx(200e6, rel=1e-3)
+    assert memory == round(gigabytes(MODELS[recipe], tensor, pipeline, data, run.shield.ratio)) < 60
+    assert tensor <= 8, "tensor parallelism stays within a node"
+
+
+def test_recompute_goes_with_every_recipe(world):
+    assert len(RECOMPUTE) == 1
+    for recipe, hf in MODELS.items():
+        run = load_run(FOLDER / f"{recipe}.yaml", RECOMPUTE[0].split())
+        validate_run(run, 8, hf)
