@@ -22,7 +22,6 @@ from megatron_ssu.config.coerce import field_default, show
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.validate_train import (
     at_least,
-    needs_calibration,
     parse_size,
     parse_split,
     validate_checkpoint,
@@ -255,6 +254,8 @@ def validate_model(run: RunConfig, hf: dict[str, Any], *, training: bool = True)
     _layers(run, sizes["num_hidden_layers"])
     _recompute(run, sizes["num_hidden_layers"])
     _lengths(run, sizes["max_position_embeddings"], training)
+    if training:
+        _fp8_shapes(run, sizes)
     transformer_config(run, family, hf, Dims.from_hf(hf))  # what is left, megatron-core itself refuses
 
 
@@ -359,26 +360,40 @@ def _recompute(run: RunConfig, layers: int) -> None:
 
 
 def _lengths(run: RunConfig, positions: int, training: bool) -> None:
+    if not training:  # calibration rows are cut to the model's positions, and padded
+        return
     length, tensor, context = run.data.sequence_length, run.parallel.tensor, run.parallel.context
-    checked = {}
-    if training:
-        at_least("data.sequence_length", length, 1)
-        if length > positions:
+    at_least("data.sequence_length", length, 1)
+    if length > positions:
+        raise UserError(
+            f"data.sequence_length: {length} is longer than the model's {positions} positions "
+            f"(max_position_embeddings in config.json); {positions} or less would do"
+        )
+    sequence = run.parallel.sequence_parallel
+    step = (tensor if sequence else 1) * (2 * context if context > 1 else 1)
+    if length % step:
+        what = f"sequence parallel over {tensor} (tensor)" if sequence else "context parallel"
+        raise UserError(
+            f"data.sequence_length: {length} is no multiple of {step}, which {what} needs; "
+            f"{max(length // step, 1) * step} would do"
+        )
+
+
+def _fp8_shapes(run: RunConfig, sizes: dict[str, int]) -> None:
+    """FP8 products take multiples of 16 alone."""
+    if not run.precision.transformer.get("fp8"):
+        return
+    tensor, context = run.parallel.tensor, run.parallel.context
+    for name in ("hidden_size", "intermediate_size"):
+        if sizes[name] // tensor % 16:
             raise UserError(
-                f"data.sequence_length: {length} is longer than the model's {positions} positions "
-                f"(max_position_embeddings in config.json); {positions} or less would do"
+                f"precision.fp8: {sizes[name]} ({name} in config.json) over {tensor} (tensor) is no multiple of 16, which FP8 "
+                "needs; lower parallel.tensor_model_parallel_size, or leave precision.fp8 out"
             )
-        checked["data.sequence_length"] = length
-    if needs_calibration(run):  # the calibration length is cut to the model's own
-        checked["shield.calibration.sequence_length"] = min(run.shield.calibration.sequence_length, positions)
-    step = (tensor if run.parallel.sequence_parallel else 1) * (2 * context if context > 1 else 1)
-    for key, value in checked.items():
-        if value % step:
-            what = (
-                "sequence parallel over " + f"{tensor} (tensor)"
-                if run.parallel.sequence_parallel
-                else "context parallel"
-            )
-            raise UserError(
-                f"{key}: {value} is no multiple of {step}, which {what} needs; {max(value // step, 1) * step} would do"
-            )
+    parts = context * (tensor if run.parallel.sequence_parallel else 1)
+    tokens = run.data.sequence_length * run.train.micro_batch_size // parts
+    if tokens % 16:
+        raise UserError(
+            f"precision.fp8: {tokens} tokens a rank and micro-batch are no multiple of 16, which FP8 needs; change "
+            "data.sequence_length or train.micro_batch_size"
+        )

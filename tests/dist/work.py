@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
+from megatron_ssu import runtime
 from megatron_ssu.config.schema import (
     OPTIMIZER_DEFAULTS,
     CalibrationSection,
@@ -59,11 +60,12 @@ def run_config(
     )
 
 
-def logits(model: str, parallel: dict[str, Any], ids: torch.Tensor) -> torch.Tensor | None:
+def logits(model: str, parallel: dict[str, Any], ids: torch.Tensor, dtype: str = "fp32") -> torch.Tensor | None:
     """Logits [b, s, V], unpadded, on the first rank of the last stage."""
-    session = open_session(run_config(model, parallel))
+    session = open_session(run_config(model, parallel, dtype))
     batch, length = ids.shape
-    positions = torch.arange(length).expand(batch, -1)
+    ids = ids.to(runtime.device())
+    positions = torch.arange(length, device=ids.device).expand(batch, -1)
     for chunk in session.chunks:
         chunk.eval()
 
@@ -165,6 +167,7 @@ def train_steps(
     optimizer: dict[str, Any] | None = None,
     ddp: dict[str, Any] | None = None,
     transformer: dict[str, Any] | None = None,
+    precision: dict[str, Any] | None = None,
     gradient: str = "compact",
     fused_adam: bool = True,
 ) -> dict[str, Any]:
@@ -185,6 +188,7 @@ def train_steps(
         ),
     )
     run.model.transformer.update(transformer or {})
+    run.precision.transformer.update(precision or {})
     session = open_session(run)
     fingerprint = model_fingerprint(model)
     shield = load_shield(shield_file) if shield_file else Shield("none", "m", fingerprint, matrices={}, masks={})

@@ -130,7 +130,6 @@ BAD: list[tuple[int, list[str], dict[str, Any], list[str]]] = [
     (1, ["data.sequence_length=513"], {}, ["data.sequence_length", "513", "512 or less"]),
     (1, ["data.sequence_length=0"], {}, ["data.sequence_length", "at least 1"]),
     (4, [f"{TP}=4", "parallel.sequence_parallel=true", "data.sequence_length=30"], {}, ["data.sequence_length", "30", "4 (tensor)", "28 would do"]),
-    (4, [f"{TP}=4", "parallel.sequence_parallel=true", "shield.calibration.sequence_length=30"], {}, ["shield.calibration.sequence_length", "28 would do"]),
     (1, ["model.recompute_granularity=full"], {}, ["model.recompute_method", "uniform or block"]),
     (1, ["model.recompute_granularity=full", "model.recompute_method=block", "model.recompute_num_layers=9"], {}, ["model.recompute_num_layers", "9", "1 to 8"]),
     (1, ["model.recompute_granularity=selective", "model.recompute_modules=[mpl]"], {}, ["model.recompute_modules", "'mpl'", "core_attn, mlp"]),
@@ -248,6 +247,9 @@ def test_what_a_gpu_allows(world: Path, monkeypatch: pytest.MonkeyPatch) -> None
     validate.validate_precision(run)
     run = load_run("run.yaml", [*overrides, "data.sequence_length=34"])
     with pytest.raises(UserError, match="34 is no multiple of 4"):
+        validate_model(run, LLAMA)
+    run = load_run("run.yaml", ["precision.fp8=hybrid", "data.sequence_length=24"])
+    with pytest.raises(UserError, match=r"precision\.fp8: .* no multiple of 16"):
         validate_model(run, LLAMA)
     run = load_run("run.yaml", ["precision.fp8=hybrid", "precision.dtype=fp32"])
     with pytest.raises(UserError, match=r"precision\.fp8: 'hybrid' needs precision\.dtype: bf16"):

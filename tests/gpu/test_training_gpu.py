@@ -1,0 +1,134 @@
+"""One GPU: logits against transformers, frozen bits in bf16 and FP8, gradients and masks against the CPU's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ssu import runtime
+from megatron_ssu.models.build import has_transformer_engine
+from megatron_ssu.session import open_session
+from megatron_ssu.shield.file import load_shield
+from megatron_ssu.shield.local import LocalShield
+from megatron_ssu.shield.verify import verify
+from tests.dist import work
+from tests.dist.test_shielded_training import random_shield
+from tests.models import make_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+needs_engine = pytest.mark.skipif(
+    not torch.cuda.is_available() or not has_transformer_engine(), reason="needs Transformer Engine"
+)
+# What tensor cores and Transformer Engine's kernels take: multiples of 16, heads of 64.
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+}
+FP8 = {
+    "delayed": {"fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 4, "fp8_amax_compute_algo": "max"},
+    "tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+}
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    runtime.start_processes()
+    yield
+    runtime.stop_processes()
+
+
+@pytest.fixture
+def model(request, tmp_path):
+    return make_model(getattr(request, "param", "olmo2"), tmp_path / "model", torch.bfloat16, **SIZES)
+
+
+@pytest.mark.parametrize("model", ["olmo2", "llama", "llama-tied", "llama3"], indirect=True)
+def test_logits_are_those_of_transformers(model):
+    """As near to fp32 as transformers' own bf16 is."""
+    import transformers
+
+    ids = torch.randint(0, 100, (2, 64), generator=torch.Generator().manual_seed(0))
+
+    def reference(dtype):
+        net = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="eager")
+        with torch.no_grad():
+            return net(ids).logits.float().log_softmax(-1)
+
+    exact, rounded = reference(torch.float32), reference(torch.bfloat16)
+    found = work.logits(str(model), work.mesh(), ids, "bf16").float().cpu().log_softmax(-1)
+    assert (found - exact).abs().mean() < 2 * (rounded - exact).abs().mean()
+
+
+@pytest.mark.parametrize("precision", [None, *FP8], ids=str)
+@pytest.mark.parametrize("granularity,share", [("column", 0.99), ("row", 0.99), ("element", 0.9)])
+def test_no_frozen_bit_moves_and_the_rest_does(granularity, share, precision, model, tmp_path):
+    if precision and not has_transformer_engine():
+        pytest.skip("needs Transformer Engine")
+    shield = random_shield(model, tmp_path / "shield.safetensors", granularity)
+    options = {"dtype": "bf16", "shield_file": str(shield), "target": str(tmp_path / "adapted")}
+    found = work.train_steps(str(model), work.mesh(), 20, precision=FP8.get(precision), **options)
+    assert all(np.isfinite(loss) for loss, _, _ in found["history"])
+    assert found["history"][-1][0] < found["history"][0][0] + 0.5
+    assert found["state_bytes"] == pytest.approx(12 * (found["owned"] - found["frozen"]), rel=0.01)
+    report = verify(model, tmp_path / "adapted", shield)
+    assert report.ok
+    totals = report.totals(granularity)
+    assert totals["frozen"] > 0 and totals["moved_trainable"] > share * totals["trainable"]
+
+
+@pytest.mark.parametrize("precision", [None, *FP8], ids=str)
+def test_an_empty_shield_is_stock_megatron(precision, model):
+    if precision and not has_transformer_engine():
+        pytest.skip("needs Transformer Engine")
+    options = {"dtype": "bf16", "precision": FP8.get(precision), "fused_adam": False}
+    stock, ours = (work.train_steps(str(model), work.mesh(), 5, stock=stock, **options) for stock in (True, False))
+    assert stock["history"] == ours["history"]
+    assert all(torch.equal(a, b) for a, b in zip(stock["weights"], ours["weights"], strict=True))
+
+
+def test_compact_gradients_follow_the_dense_path(model, tmp_path):
+    shield = random_shield(model, tmp_path / "shield.safetensors")
+    options = {"dtype": "bf16", "shield_file": str(shield)}
+    dense, compact = (
+        np.array(work.train_steps(str(model), work.mesh(), 10, gradient=gradient, **options)["history"])
+        for gradient in ("dense", "compact")
+    )
+    assert np.allclose(dense[:, 0], compact[:, 0], rtol=5e-3)
+    assert np.allclose(dense[:, 1], compact[:, 1], rtol=5e-2)
+
+
+@needs_engine
+def test_every_linear_layer_takes_part(model, tmp_path):
+    from megatron_ssu.shield import wgrad
+
+    session = open_session(work.run_config(str(model), work.mesh(), "bf16"))
+    shield = LocalShield(load_shield(random_shield(model, tmp_path / "s.safetensors")), session.layout)
+    assert wgrad.attach(session.chunks, shield) == 4 * session.source.dims.layers
+
+
+def test_masks_on_the_gpu_are_those_on_the_cpu(model, tmp_path):
+    shield = load_shield(random_shield(model, tmp_path / "s.safetensors"))
+    session = open_session(work.run_config(str(model), work.mesh(), "bf16"))
+    local = LocalShield(shield, session.layout)
+    compared = 0
+    for item in session.layout:
+        mask = local.mask(item.param, 5, item.param.numel() - 3)
+        if mask is None:
+            continue
+        values = torch.arange(mask.length, dtype=torch.float32)
+        assert mask.device.type == "cuda"
+        assert torch.equal(mask.compact(values.cuda()).cpu(), mask.to("cpu").compact(values))
+        compared += 1
+    assert compared > 10
+
+
+def test_the_kernel_of_adam_can_be_chosen(model):
+    histories = [
+        work.train_steps(str(model), work.mesh(), 3, dtype="bf16", fused_adam=fused)["history"]
+        for fused in (True, False)
+    ]
+    assert np.allclose(*map(np.array, histories), rtol=1e-2)
