@@ -33,7 +33,7 @@ OVERRIDES = "section.key=value: goes before what the run file says, such as shie
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `megatron-ssu` and `python -m megatron_ssu`; ends the process with the exit status."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     first = int(os.environ.get("RANK", "0")) == 0
     for kind in (UserWarning, FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=kind)  # those of libraries; ours are logged
@@ -60,6 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     runtime.stop_processes()
     sys.exit(status)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand before and after options; argparse takes those before only."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    wrong = [r for r in rest if r.startswith("-") or "=" not in r or not hasattr(options, "overrides")]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,6 +109,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--adapted", required=True, metavar="DIR", help="the model after")
     command.add_argument("--shield", required=True, metavar="FILE", help="the shield that it was trained under")
     command.add_argument("--json", metavar="FILE", help="write the report there as well")
+    command = add_run(
+        "estimate",
+        _estimate,
+        "Tell memory, work and time of a run before it is submitted",
+        "Reads config.json, no weights; the shield file where it is there, else shield.ratio.",
+    )
+    command.add_argument("--world-size", type=int, metavar="N", help="ranks (default: one replica's)")
+    command.add_argument("--gpu", metavar="NAME", help="a100, h100, h200, b200: does it fit, and how long is a step")
+    command.add_argument("--efficiency", type=float, default=0.6, help="share of the peak that products reach (0.6)")
+    command.add_argument(
+        "--local-layers", action="store_true", help="count megatron-core's own layers, not Transformer Engine's"
+    )
+    command.add_argument("--json", metavar="FILE", help="write the figures there as well")
     _add_shield_tools(add)
     return parser
 
@@ -216,6 +241,13 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
     if options.json:
         Path(options.json).write_text(json.dumps(report.to_dict(), indent=1) + "\n")
     return 0 if report.ok else 1
+
+
+def _estimate(options: argparse.Namespace, console: Console) -> int:
+    from megatron_ssu import commands
+
+    commands.estimate(_load(options), options, console)
+    return 0
 
 
 def _inspect(options: argparse.Namespace, console: Console) -> int:

@@ -18,6 +18,7 @@ from rich.console import Console
 from megatron_ssu import runtime
 from megatron_ssu.config.load import save_run
 from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.config.validate import read_hf_config
 from megatron_ssu.config.validate_train import parse_size
 from megatron_ssu.data.datasets import build_train_valid, build_valid
 from megatron_ssu.data.sources import Prefixes, prepare_run
@@ -130,6 +131,28 @@ def export(run: RunConfig, target: Path, iteration: int | None, console: Console
     session = open_session(run, source, load=False)
     checkpoints.load_weights(found, session)
     _export(session, target, console)
+
+
+def estimate(run: RunConfig, options: argparse.Namespace, console: Console) -> None:
+    """Print memory, work and time of a run on options.world_size ranks; with options.json write them as JSON."""
+    from megatron_ssu.estimate.count import estimate as count
+    from megatron_ssu.estimate.count import smallest_world
+    from megatron_ssu.estimate.gpus import gpu_named
+    from megatron_ssu.estimate.report import render, to_dict
+
+    gpu = gpu_named(options.gpu) if options.gpu else None
+    if not 0 < options.efficiency <= 1:
+        raise UserError(f"--efficiency: {options.efficiency} must be above 0 and at most 1; 0.6 is usual")
+    world = smallest_world(run) if options.world_size is None else options.world_size
+    if world < 1:
+        raise UserError(f"--world-size: {world} must be 1 or more")
+    hf = read_hf_config(run.model.path)
+    path = make.shield_path(run)
+    shield = load_shield(path) if run.shield.method != "none" and path.exists() else None
+    found = count(run, hf, world, shield=shield, engine=not options.local_layers)
+    render(found, gpu, console, options.efficiency)
+    if options.json:
+        _write_text(Path(options.json), json.dumps(to_dict(found, gpu, options.efficiency), indent=1) + "\n")
 
 
 def inspect(options: argparse.Namespace, console: Console) -> None:

@@ -64,7 +64,7 @@ def validate_train(run: RunConfig, dp: int) -> None:
     at_least("train.spike_sigma", train.spike_sigma, 0)
     at_least("train.phase.number", train.phase.number, 1)
     seconds(train.exit_after)
-    _batches(run, dp)
+    validate_batches(run, dp)
     _schedule(run)
     _optimizer(run)
     _seed("train.seed", train.seed)
@@ -75,7 +75,8 @@ def validate_train(run: RunConfig, dp: int) -> None:
     validate_checkpoint(run)
 
 
-def _batches(run: RunConfig, dp: int) -> None:
+def validate_batches(run: RunConfig, dp: int) -> None:
+    """Micro, global batch and virtual stages against `dp` data-parallel ranks."""
     micro, total = run.train.micro_batch_size, run.train.global_batch_size
     step = micro * dp
     if total % step:

@@ -1,0 +1,110 @@
+"""What a layer keeps for its backward pass, in bytes.
+
+Counted tensor by tensor, after Korthikanti et al. 2022 (arXiv 2205.05198), for what this project's layers are made of: RMSNorm,
+rotary positions, grouped queries, gated MLP, no biases, no dropout. Per token, with h hidden, q and k widths of query and key
+projection, f of the MLP, T tensor-parallel ranks, S = T under sequence parallelism and 1 without, e bytes an element:
+
+    linear layers' inputs   e (h/S + q/T + h/S + f/T)
+    norms                   local: 8 w + 4 (input and result in fp32), Transformer Engine: e w + 4; w = h/S
+    q/k norms (OLMo-2)      8 (q + k)/T + 8
+    gated activation        local: 4 e f/T, fused: 2 e f/T
+    attention               local: 3 e q/T and, for s positions, (4 + e)/T a s (4/T a s in fp32) and s for the causal mask
+                            flash: e (q + 2 k + q + k)/T + 4 a/T; its result is counted as the projection's input
+    rotary positions        4 e d, once for all sequences of a micro-batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ssu.models.family import Dims, padded_vocab
+
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch on a rank."""
+
+    sequences: int
+    length: int  # tokens of a sequence on this rank: context-parallel ranks share them out
+    tensor: int
+    sequence_parallel: bool
+    itemsize: int  # bytes of an element
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+    @property
+    def split(self) -> int:
+        """Ranks that share out what tensor parallelism alone replicates."""
+        return self.tensor if self.sequence_parallel else 1
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that a layer keeps of one micro-batch, and those that its recomputation brings back for a while."""
+
+    stored: float
+    recomputed: float = 0.0
+
+
+def layer_kept(
+    dims: Dims, batch: Batch, *, output_norms: bool, engine: bool, recompute: Recompute, modules: Sequence[str] = ()
+) -> Kept:
+    """Of one layer. `output_norms`: OLMo-2's order, with q and k norms; `engine`: Transformer Engine with flash attention."""
+    parts = _parts(dims, batch, output_norms, engine)
+    whole = sum(parts.values())
+    if recompute == "full":
+        return Kept(batch.itemsize * dims.hidden * batch.tokens / batch.split, whole)
+    if recompute == "none":
+        return Kept(whole)
+    gone = kept = 0.0
+    if "core_attn" in modules:
+        gone += parts["attention"]
+        # Its inputs stay: q, k, and v as a part of what the projection gave.
+        widths = 2 * dims.heads + 3 * dims.groups
+        kept += batch.itemsize * widths * dims.head / batch.tensor * batch.tokens
+    if "mlp" in modules:
+        gone += parts["mlp"]  # its input stays: the tensor that fc1 reads
+        gone += parts["norms"] / 2 if output_norms else 0.0  # the norm behind it is a part of it
+    return Kept(whole - gone + kept, gone)
+
+
+def _parts(dims: Dims, batch: Batch, output_norms: bool, engine: bool) -> dict[str, float]:
+    e, t, tokens = batch.itemsize, batch.tensor, batch.tokens
+    query, key = dims.heads * dims.head / t, dims.groups * dims.head / t
+    hidden, ffn = dims.hidden / batch.split, dims.ffn / t
+    norm = (e if engine else 8) * hidden + 4
+    if engine:
+        attention = (e * (2 * query + 3 * key) + 4 * dims.heads / t) * tokens
+    else:
+        scores = (4 if e == 4 else 4 + e) * dims.heads / t * batch.length
+        attention = (3 * e * query + scores) * tokens + batch.length**2
+    extra = 8 * (query + key) + 8 if output_norms else 0.0
+    return {
+        "norms": 2 * norm * tokens,
+        "qk_norms": extra * tokens,
+        "linear inputs": e * (hidden + query + hidden) * tokens,
+        "rotary": 4 * e * dims.head * batch.length,
+        "attention": attention,
+        "mlp": ((2 if engine else 4) * e * ffn + e * ffn) * tokens,
+    }
+
+
+def head_kept(dims: Dims, batch: Batch, divisible_by: int, *, engine: bool) -> float:
+    """Final norm, the head's input, and the cross entropy's softmax in fp32, [tokens, V / T]."""
+    vocabulary = padded_vocab(dims.vocab, divisible_by) / batch.tensor
+    norm = (batch.itemsize if engine else 8) * dims.hidden / batch.split + 4
+    return (norm + batch.itemsize * dims.hidden / batch.split + 4 * vocabulary) * batch.tokens
+
+
+def in_flight(stage: int, stages: int, virtual: int, micro_batches: int) -> int:
+    """Micro-batches of a chunk that a stage holds at most between forward and backward: 1F1B, interleaved with `virtual`."""
+    warm_up = stages - stage - 1
+    if virtual > 1:
+        warm_up = 2 * warm_up + (virtual - 1) * stages
+    return min(warm_up + 1, micro_batches * virtual)

@@ -1,0 +1,298 @@
+"""Memory, work and time of a run before it is submitted: from the run file and config.json, without a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.config.validate import NEEDS_CUDA, validate_mesh, validate_model
+from megatron_ssu.config.validate_train import at_least, validate_batches
+from megatron_ssu.errors import UserError
+from megatron_ssu.estimate import steps
+from megatron_ssu.estimate.activations import Batch, Kept, Recompute, head_kept, in_flight, layer_kept
+from megatron_ssu.estimate.gpus import Gpu
+from megatron_ssu.estimate.weights import (
+    Formats,
+    Parameter,
+    StateBytes,
+    edge_parameters,
+    layer_parameters,
+    state_bytes,
+)
+from megatron_ssu.models.build import transformer_config
+from megatron_ssu.models.family import Dims, Family, family_of
+from megatron_ssu.shield.file import Shield
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One rank of a pipeline stage; bytes."""
+
+    layers: int
+    parameters: int
+    trainable: int
+    state: StateBytes
+    activations: int  # of all micro-batches in flight
+    recomputed: int  # brought back for a while
+
+    @property
+    def total(self) -> int:
+        return self.state.total + self.activations + self.recomputed
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """See the module docstring. `recompute`: bytes of activations on the fullest stage by setting."""
+
+    model: str
+    world: int
+    mesh: steps.Mesh
+    parameters: int  # of the whole model
+    frozen: int
+    linear_ratio: float  # frozen share of the linear layers' weights
+    stages: tuple[Stage, ...]
+    recompute: dict[str, int]
+    tokens: int  # a step
+    work: steps.Work
+    traffic: steps.Traffic
+    optimizer_bytes: int  # read and written by the optimizer of a rank
+    fp8: bool
+
+    @property
+    def fullest(self) -> int:
+        """The stage that needs most memory."""
+        return max(range(len(self.stages)), key=lambda i: self.stages[i].total)
+
+    def time(self, gpu: Gpu, math: float = steps.MATH) -> steps.StepTime:
+        return steps.step_time(self.work, self.traffic, self.optimizer_bytes, self.mesh, gpu, fp8=self.fp8, math=math)
+
+
+def smallest_world(run: RunConfig) -> int:
+    """Ranks of one replica."""
+    return run.parallel.tensor * run.parallel.pipeline * run.parallel.context
+
+
+def estimate(run: RunConfig, hf: dict[str, Any], world: int, *, shield: Shield | None = None, engine: bool) -> Estimate:
+    """`hf`: the model's config.json. `shield`: the run's, where it is planned already; else shield.ratio of every linear
+    weight counts as frozen. `engine`: Transformer Engine's layers with flash attention, as on GPUs; else megatron-core's own.
+
+    Raises:
+        UserError: mesh, model or batch would be refused on `world` ranks.
+    """
+    here = _as_checked_here(run)
+    data = validate_mesh(here, world)
+    for name in ("iterations", "micro_batch_size", "global_batch_size"):
+        at_least(f"train.{name}", getattr(run.train, name), 1)
+    validate_batches(run, data)
+    validate_model(here, hf)
+    if not 0 <= run.shield.ratio <= 1:
+        raise UserError(f"shield.ratio: {run.shield.ratio} must be from 0 to 1; 0.5 is usual")
+    if run.parallel.context > 1:
+        raise UserError("parallel.context_parallel_size: estimate does not count context parallelism; set it to 1")
+    family, dims = family_of(hf), Dims.from_hf(hf)
+    return _Counter(run, family, dims, data, shield, engine, transformer_config(here, family, hf, dims)).count()
+
+
+def _as_checked_here(run: RunConfig) -> RunConfig:
+    """The run without what only a GPU machine can check."""
+    run = deepcopy(run)
+    for section, fields in (
+        ("precision", run.precision.transformer),
+        ("model", run.model.transformer),
+        ("parallel", run.parallel.transformer),
+        ("parallel.ddp", run.parallel.ddp),
+    ):
+        for name in list(fields):
+            cuda = any(fnmatch(f"{section}.{name}", pattern) for pattern in NEEDS_CUDA)
+            if cuda or section == "precision" or name == "attention_backend":
+                del fields[name]
+    return run
+
+
+class _Counter:
+    """The pieces of an estimate."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        family: Family,
+        dims: Dims,
+        data: int,
+        shield: Shield | None,
+        engine: bool,
+        config: TransformerConfig,
+    ) -> None:
+        self.run, self.family, self.dims, self.engine, self.config = run, family, dims, engine, config
+        parallel, train = run.parallel, run.train
+        self.mesh = steps.Mesh(
+            parallel.tensor,
+            parallel.pipeline,
+            parallel.virtual_pipeline or 1,
+            data,
+            train.global_batch_size // (train.micro_batch_size * data),
+            bool(parallel.ddp.get("overlap_grad_reduce")),
+        )
+        self.frozen = _frozen_shares(run, self.family, self.dims, shield)
+        self.granularity = shield.granularity if shield is not None else run.shield.granularity
+        weight = 2 if run.precision.dtype == "bf16" else 4
+        self.formats = Formats(weight, 4 if parallel.ddp.get("grad_reduce_in_fp32", True) else weight)
+        self.batch = Batch(
+            train.micro_batch_size, run.data.sequence_length, parallel.tensor, parallel.sequence_parallel, weight
+        )
+
+    def count(self) -> Estimate:
+        mesh = self.mesh
+        stages = tuple(self.stage(rank) for rank in range(mesh.pipeline))
+        fullest = max(range(len(stages)), key=lambda i: stages[i].total)
+        matrices = list(self.family.matrices(self.dims))
+        elements = sum(m.elements for m in matrices)
+        frozen = sum(m.elements * self.frozen.get(m.name, 0.0) for m in matrices)
+        linear = [m for m in matrices if m.scored]
+        linear_frozen = sum(m.elements * self.frozen.get(m.name, 0.0) for m in linear)
+        tokens = self.run.train.global_batch_size * self.run.data.sequence_length
+        kinds: tuple[Recompute, ...] = ("none", "selective", "full")
+        busiest = max((self.work(rank) for rank in range(mesh.pipeline)), key=lambda w: w.total)
+        state = stages[fullest].state
+        # Gradients are read for the norm, scaled, and read by Adam, which reads and writes main weights and moments.
+        optimizer = 4 * state.gradient_copies + 2 * state.optimizer + state.weights / mesh.data
+        return Estimate(
+            Path(self.run.model.path).resolve().name,
+            mesh.world,
+            mesh,
+            elements,
+            round(frozen),
+            linear_frozen / sum(m.elements for m in linear),
+            stages,
+            {kind: sum(self.activations(fullest, kind)) for kind in kinds},
+            tokens,
+            busiest,
+            self.traffic(fullest),
+            round(optimizer),
+            bool(self.run.precision.transformer.get("fp8")),
+        )
+
+    def layers(self, rank: int) -> list[int]:
+        """Numbers of the layers of a stage, with all its virtual stages."""
+        found: list[int] = []
+        for chunk in [None] if self.mesh.virtual == 1 else list(range(self.mesh.virtual)):
+            first = get_transformer_layer_offset(self.config, vp_stage=chunk, pp_rank=rank)
+            count = get_num_layers_to_build(self.config, vp_stage=chunk, pp_rank=rank)
+            found += range(first, first + count)
+        return found
+
+    def parameters(self, rank: int) -> list[Parameter]:
+        """Of a rank of this stage."""
+        mesh = self.mesh
+        found = [
+            p
+            for layer in self.layers(rank)
+            for p in layer_parameters(self.family, self.dims, layer, mesh.tensor, self.frozen)
+        ]
+        return found + list(
+            edge_parameters(
+                self.family,
+                self.dims,
+                mesh.tensor,
+                self.run.model.make_vocab_size_divisible_by,
+                self.frozen,
+                first=rank == 0,
+                last=rank == mesh.pipeline - 1,
+            )
+        )
+
+    def stage(self, rank: int) -> Stage:
+        parameters = self.parameters(rank)
+        stored, recomputed = self.activations(rank, self.recompute())
+        return Stage(
+            len(self.layers(rank)),
+            sum(p.elements for p in parameters),
+            round(sum(p.trainable for p in parameters)),
+            state_bytes(parameters, self.formats, self.mesh.data),
+            stored,
+            recomputed,
+        )
+
+    def recompute(self) -> Recompute:
+        return self.run.model.transformer.get("recompute_granularity") or "none"
+
+    def activations(self, rank: int, recompute: Recompute) -> tuple[int, int]:
+        """Bytes stored by all micro-batches in flight, and those recomputed at a time."""
+        mesh, fields = self.mesh, self.run.model.transformer
+        layers, together = len(self.layers(rank)), 1
+        whole, kept = self.kept("none"), self.kept(recompute)
+        stored = kept.stored * layers
+        if recompute == "full":
+            count = fields.get("recompute_num_layers") or 1
+            if fields.get("recompute_method") == "block":  # so many are recomputed one by one, the others keep all
+                count = min(count, layers)
+                stored = kept.stored * count + whole.stored * (layers - count)
+            else:  # so many are recomputed together
+                stored, together = kept.stored * ceil(layers / count), count
+        stored *= in_flight(rank, mesh.pipeline, mesh.virtual, mesh.micro_batches) / mesh.virtual
+        if rank == mesh.pipeline - 1:
+            stored += head_kept(self.dims, self.batch, self.run.model.make_vocab_size_divisible_by, engine=self.engine)
+        return round(stored), round(kept.recomputed * together)
+
+    def kept(self, recompute: Recompute) -> Kept:
+        return layer_kept(
+            self.dims,
+            self.batch,
+            output_norms=any("q_norm" in entry.kinds for entry in self.family.layer),
+            engine=self.engine,
+            recompute=recompute,
+            modules=self.run.model.transformer.get("recompute_modules") or ("core_attn",),
+        )
+
+    def work(self, rank: int) -> steps.Work:
+        mesh, dims = self.mesh, self.dims
+        tokens = self.batch.tokens * mesh.micro_batches
+        linear = [p for p in self.parameters(rank) if p.linear]
+        heads = 0.0
+        if rank == mesh.pipeline - 1:
+            heads = dims.vocab * dims.hidden / mesh.tensor
+        forward = 2 * tokens * sum(p.elements for p in linear)
+        full = 3 * forward + 6 * tokens * heads
+        compact = self.granularity == "column" and not self.run.precision.transformer.get("fp8")
+        saved = 2 * tokens * sum(p.frozen for p in linear) if compact else 0.0
+        # Two products of s x s by head, of which flash attention leaves out the masked half; the backward pass has five.
+        attention = 4 * tokens * dims.heads * dims.head / mesh.tensor * self.batch.length * len(self.layers(rank))
+        attention *= 0.5 if self.engine else 1.0
+        again = forward + attention if self.recompute() == "full" else 0.0
+        return steps.Work(full - saved, attention * 3.5, again, full)
+
+    def traffic(self, rank: int) -> steps.Traffic:
+        """All-reduces count twice what an all-gather or reduce-scatter does."""
+        mesh, batch = self.mesh, self.batch
+        hidden = batch.tokens * self.dims.hidden * batch.itemsize
+        tensor = 0.0
+        if mesh.tensor > 1:
+            once = hidden * (mesh.tensor - 1) / mesh.tensor
+            # Two blocks a layer, each with an all-reduce forward and one backward; sequence parallelism gathers its
+            # inputs once more for the weight gradients.
+            times = 4 * 2 + (2 if batch.sequence_parallel else 0)
+            tensor = once * times * len(self.layers(rank)) * mesh.micro_batches
+        pipeline = 0.0
+        if mesh.pipeline > 1:
+            pipeline = 2 * hidden / batch.split * mesh.virtual * mesh.micro_batches
+        elements = sum(p.elements for p in self.parameters(rank))
+        share = (mesh.data - 1) / mesh.data
+        data = share * elements * (self.formats.gradient + self.formats.weight)
+        return steps.Traffic(tensor, pipeline, data)
+
+
+def _frozen_shares(run: RunConfig, family: Family, dims: Dims, shield: Shield | None) -> Mapping[str, float]:
+    if run.shield.method == "none":
+        return {}
+    if shield is not None:
+        return {m.name: shield.counts[m.name] / m.elements for m in shield.matrices.values()}
+    return {m.name: run.shield.ratio for m in family.linear_matrices(dims)}

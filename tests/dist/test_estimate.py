@@ -1,0 +1,79 @@
+"""Estimates against the bytes of the tensors that are really there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from megatron_ssu.estimate.count import estimate
+from megatron_ssu.shield.file import load_shield
+from tests.dist import estimate_work as work
+from tests.dist.test_shielded_training import random_shield
+from tests.dist.work import mesh
+from tests.models import make_model
+
+SIZES = {"hidden_size": 128, "intermediate_size": 320, "max_position_embeddings": 128}
+LENGTH = 96
+MESHES = {
+    "TP1": (1, mesh()),
+    "DP4": (4, mesh()),
+    "TP2": (2, mesh(2)),
+    "TP2+SP, DP2": (4, mesh(2, sequence=True)),
+    "PP2": (2, mesh(1, 2)),
+    "PP2xVPP2": (2, mesh(1, 2, 2)),
+    "TP2xPP2xDP2": (8, mesh(2, 2)),
+}
+RECOMPUTE = {
+    "none": {},
+    "core_attn": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "core_attn+mlp": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
+    "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    return {
+        (kind, dtype): make_model(kind, folder / f"{kind}-{dtype}", dtypes[dtype], **SIZES)
+        for kind in ("olmo2", "llama", "llama-tied")
+        for dtype in dtypes
+    }
+
+
+@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("kind,dtype,shielded", [("olmo2", "bf16", True), ("llama-tied", "fp32", True), ("llama", "bf16", False)])
+def test_state_is_what_the_ranks_hold(name, kind, dtype, shielded, ranks, models, tmp_path):
+    world, parallel = MESHES[name]
+    model = models[kind, dtype]
+    file = random_shield(model, tmp_path / "shield.safetensors") if shielded else None
+    run = work.make_run(str(model), parallel, dtype, {}, LENGTH)
+    found = ranks.run(work.state, world, run, str(file) if file else None)
+    hf = json.loads((model / "config.json").read_text())
+    run.shield.method = "ssu" if shielded else "none"
+    expected = estimate(run, hf, world, shield=load_shield(file) if file else None, engine=False)
+    by_stage = world // len(expected.stages)
+    for number, stage in enumerate(expected.stages):
+        ranks_of_stage = found[number * by_stage : (number + 1) * by_stage]
+        assert {r["parameters"] for r in ranks_of_stage} == {stage.parameters}
+        for key in ("weights", "gradients"):
+            assert ranks_of_stage[0][key] == pytest.approx(getattr(stage.state, key), rel=0.05), key
+        for key in ("optimizer", "gradient_copies"):  # shared out among the data-parallel ranks
+            mean = sum(r[key] for r in ranks_of_stage) / by_stage
+            assert mean == pytest.approx(getattr(stage.state, key), rel=0.05), key
+
+
+@pytest.mark.parametrize("kind,dtype", [("olmo2", "bf16"), ("llama", "fp32"), ("llama", "bf16")])
+def test_activations_are_what_autograd_keeps(kind, dtype, ranks, models):
+    model = models[kind, dtype]
+    hf = json.loads((model / "config.json").read_text())
+    for world, parallel in ((1, mesh()), (2, mesh(2)), (2, mesh(2, sequence=True))):
+        for name, transformer in RECOMPUTE.items():
+            run = work.make_run(str(model), parallel, dtype, transformer, LENGTH)
+            found = ranks.run(work.activations, world, run)
+            expected = estimate(run, hf, world, engine=False).stages[0].activations
+            assert found[0] == pytest.approx(expected, rel=0.05), (parallel, name)
