@@ -95,17 +95,17 @@ def train_run(run: RunConfig, console: Console) -> Progress:
         return Progress(run.train.iterations, run.train.iterations * run.train.global_batch_size)
     runtime.on_rank_zero(lambda: _begin_directory(run))
     runtime.on_all_ranks(lambda: _log(run))
+    checkpoints = Checkpoints(run.checkpoint.directory)
+    latest = runtime.on_rank_zero(checkpoints.latest) if run.checkpoint.resume else None
     tokenizer = runtime.on_all_ranks(
         lambda: load_tokenizer(run.model.path, trust_remote_code=run.model.trust_remote_code)
     )
     prefixes = runtime.on_rank_zero(lambda: prepare_run(run, tokenizer, console)[0])
     session = open_session(run, source)
-    shield = method_named(run.shield.method).shield(session)
-    checkpoints = Checkpoints(run.checkpoint.directory)
+    shield = method_named(run.shield.method).shield(session, begun=latest is not None)
     trainer = Trainer(session, shield)
     datasets = runtime.on_all_ranks(lambda: _datasets(run, session, prefixes, tokenizer))
     progress = Progress(phase=run.train.phase.number)
-    latest = runtime.on_rank_zero(checkpoints.latest) if run.checkpoint.resume else None
     if latest is not None:
         progress = checkpoints.load(latest, session, identity_of(run, shield), trainer.optimizer)
         trainer.resume(progress)

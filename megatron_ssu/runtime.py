@@ -326,6 +326,15 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     return verdict[1]
 
 
+def gathered(value: T) -> list[T]:
+    """Every rank's `value`, in the order of ranks; collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def on_all_ranks(work: Callable[[], T]) -> T:
     """Run `work` on every rank; if any rank raises a UserError all raise the first one (by rank), so none waits for it."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -335,9 +344,7 @@ def on_all_ranks(work: Callable[[], T]) -> T:
         result = work()
     except UserError as error:
         message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    first = next((m for m in messages if m is not None), None)
+    first = next((m for m in gathered(message) if m is not None), None)
     if first is not None:
         raise agreed_error(first)
     return result  # type: ignore[return-value]

@@ -125,7 +125,7 @@ def _check_inputs(paths: list[Path], prefix: Path, workers: int, overwrite: bool
             raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     existing = [f for f in (bin_path(prefix), idx_path(prefix), meta_path(prefix)) if f.exists()]
     if existing and not overwrite:
-        raise UserError(f"{existing[0]}: exists already; remove it, choose another output or ask to overwrite")
+        raise UserError(f"{existing[0]}: exists already; remove it, choose another output or ask for --overwrite")
     return sum(p.stat().st_size for p in paths)
 
 

@@ -2,7 +2,8 @@
 
 A method is one class in one file, registered by `@register`. The trainer calls
 
-    shield(session)   once, on all ranks, before DDP wraps the model: the shield of the run
+    shield(session, begun)   once, on all ranks, before DDP wraps the model: the shield of the run; `begun` where a
+                             checkpoint is there to go on from: then the shield is the one that it was trained under
 
 and knows nothing else of methods. True means frozen.
 """
@@ -20,8 +21,9 @@ from megatron_ssu.shield.file import Shield
 class Method(Protocol):
     """See the module docstring."""
 
-    def shield(self, session: Session) -> Shield:
-        """The shield that training starts with. Collective; raises UserError on all ranks alike."""
+    def shield(self, session: Session, *, begun: bool) -> Shield:
+        """The shield that training starts with. Collective; raises UserError on all ranks alike, also where the shield of
+        a run that has begun would come out another, and replaces nothing then."""
         ...
 
 

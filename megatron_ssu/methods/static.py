@@ -13,14 +13,14 @@ from megatron_ssu.shield.make import make_shield
 class SourceShieldedUpdates:
     """Source-Shielded Updates (arXiv 2512.04844): score on source samples, freeze the best columns of every matrix."""
 
-    def shield(self, session: Session) -> Shield:
-        return make_shield(session)
+    def shield(self, session: Session, *, begun: bool) -> Shield:
+        return make_shield(session, begun=begun)
 
 
 @register("none")
 class FullFineTuning:
     """Everything trains."""
 
-    def shield(self, session: Session) -> Shield:
+    def shield(self, session: Session, *, begun: bool) -> Shield:
         source = session.source
         return Shield("none", source.name, model_fingerprint(source.path), matrices={}, masks={})

@@ -10,6 +10,7 @@ from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.data.chat import Calibration, load_calibration
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.errors import UserError
+from megatron_ssu.models.family import Dims
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.scoring import base
 from megatron_ssu.scoring.calibrate import score_model
@@ -35,8 +36,8 @@ def wanted_scores(run: RunConfig) -> list[str]:
     return sorted({n for n in names if n not in base.DRAWN})
 
 
-def load_samples(run: RunConfig, longest: int) -> Calibration | None:
-    """The packed calibration samples of a run file, at most `longest` tokens a row; None where no score needs any."""
+def load_samples(run: RunConfig, dims: Dims) -> Calibration | None:
+    """The packed calibration samples of a run file, rows no longer than the model's; None where no score needs any."""
     needed = [n for n in wanted_scores(run) if base.needs_calibration([n])]
     if not needed and run.shield.norms != "half":
         return None
@@ -49,9 +50,15 @@ def load_samples(run: RunConfig, longest: int) -> Calibration | None:
         section.path,
         tokenizer,
         samples=section.samples,
-        sequence_length=min(section.sequence_length, longest),
+        sequence_length=min(section.sequence_length, dims.positions),
         seed=section.seed,
     )
+    largest = int(calibration.tokens.max())
+    if largest >= dims.vocab:
+        raise UserError(
+            f"{run.model.path}: the tokenizer makes token {largest} of {section.path}, config.json's vocab_size is "
+            f"{dims.vocab}; take the model's own tokenizer"
+        )
     if calibration.note and runtime.is_rank_zero():
         log.warning("%s", calibration.note)
     return calibration
@@ -65,7 +72,7 @@ def make_scores(session: Session) -> Scores | None:
     """
     run = session.run
     base.check_names([run.shield.score, *run.shield.also_score])
-    calibration = runtime.on_all_ranks(lambda: load_samples(run, session.source.dims.positions))
+    calibration = runtime.on_all_ranks(lambda: load_samples(run, session.source.dims))
     return _score(session, calibration)
 
 
@@ -130,19 +137,21 @@ def special_token_rows(run: RunConfig, source: Source) -> dict[str, tuple[tuple[
     return {m.name: (m.shape, rows) for m in matrices if m.kind in ("embedding", "head") and rows}
 
 
-def make_shield(session: Session) -> Shield:
+def make_shield(session: Session, *, begun: bool = False) -> Shield:
     """The run's shield: `shield.file` when given, else planned into the run directory, scored first where that is missing.
 
-    Collective; every rank opens the file. Raises UserError when a given file is damaged or for another model.
+    Collective; every rank opens the file. Raises UserError when a given file is damaged or for another model, or when the
+    run has `begun` and its scores or shield would come out others.
     """
     run, source = session.run, session.source
     runtime.on_rank_zero(lambda: check_options(plan_options(run)))
-    if run.shield.file is None:
+    planned = begun and runtime.on_rank_zero(lambda: shield_path(run).exists() and not scores_path(run).exists())
+    if run.shield.file is None and not planned:
         base.check_names([run.shield.score, *run.shield.also_score])
-        calibration = runtime.on_all_ranks(lambda: load_samples(run, source.dims.positions))
-        usable = runtime.on_rank_zero(lambda: _scores_are_usable(run, source, calibration))
+        calibration = runtime.on_all_ranks(lambda: load_samples(run, source.dims))
+        usable = runtime.on_rank_zero(lambda: _scores_are_usable(run, source, calibration, begun))
         scores = None if usable else _score(session, calibration)
-        runtime.on_rank_zero(lambda: write_plan(run, source, scores or Scores.load(scores_path(run))))
+        runtime.on_rank_zero(lambda: write_plan(run, source, scores or Scores.load(scores_path(run)), begun=begun))
 
     def load() -> Shield:
         shield = load_shield(shield_path(run), check=True)
@@ -152,17 +161,30 @@ def make_shield(session: Session) -> Shield:
     return runtime.on_all_ranks(load)
 
 
-def write_plan(run: RunConfig, source: Source, scores: Scores) -> Shield:
-    """Plan and write the shield file; one that says the same is left as it is."""
-    shield, path = plan(run, source, scores), shield_path(run)
+def write_plan(run: RunConfig, source: Source, scores: Scores, *, begun: bool = False) -> Shield:
+    """Plan and write the shield file; one that says the same is left as it is, and that of a run that has begun."""
+    wanted, path = run.shield.score, shield_path(run)
+    if wanted not in (*base.DRAWN, *scores.scores):
+        raise UserError(
+            f"{scores_path(run)}: has no score {wanted}, only {', '.join(scores.scores)}; run `score` with "
+            f"shield.score={wanted}"
+        )
+    shield = plan(run, source, scores)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or load_shield(path).digest() != shield.digest():
-        shield.save(path, overwrite=True)
+    if path.exists() and load_shield(path).digest() == shield.digest():
+        return shield
+    if path.exists() and begun:
+        raise UserError(
+            f"{path}: the run began under this shield, and the shield section asks for another now; change it back, or "
+            "start in another checkpoint.directory"
+        )
+    shield.save(path, overwrite=True)
     return shield
 
 
-def _scores_are_usable(run: RunConfig, source: Source, calibration: Calibration | None) -> bool:
-    """Whether the scores file is there and fits model and calibration data; one that the user named must."""
+def _scores_are_usable(run: RunConfig, source: Source, calibration: Calibration | None, begun: bool) -> bool:
+    """Whether the scores file is there and fits model and calibration data; one that the user named must, and that of a run
+    that has begun."""
     path = scores_path(run)
     if not path.exists() and run.shield.scores is None:
         return False
@@ -179,6 +201,10 @@ def _scores_are_usable(run: RunConfig, source: Source, calibration: Calibration 
         why = "was made with other calibration samples"
     if why is not None and run.shield.scores is not None:
         raise UserError(f"{path}: {why}; run `score` again or leave shield.scores out")
+    if why is not None and begun:
+        raise UserError(
+            f"{path}: {why}, and the run has begun with it; change that back, or start in another checkpoint.directory"
+        )
     return why is None
 
 

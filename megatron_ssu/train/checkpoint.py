@@ -3,8 +3,9 @@
     <checkpoint.directory>/checkpoints/iter_0000500/     one checkpoint
     <checkpoint.directory>/checkpoints/latest            the number of the newest complete one
 
-A checkpoint is written under a `.part` name and renamed when every rank has finished; `latest` moves after that. Written
-in the background, the training goes on meanwhile: a thread writes a copy of the state, taken at the time of the save.
+Beside megatron's files a checkpoint has `digests.json`. It is written under a `.part` name and renamed when every rank has
+finished; `latest` moves after that. Written in the background, the training goes on meanwhile: a thread writes a copy of the
+state, taken at the time of the save.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from megatron_ssu import runtime
 from megatron_ssu.errors import UserError
 from megatron_ssu.session import Session
 from megatron_ssu.train import state as states
+from megatron_ssu.train.digests import Digests, check_digests, digest_files, write_digests, written_by
 from megatron_ssu.train.identity import Identity
 from megatron_ssu.train.state import one_line, read_common, read_sharded
 
@@ -62,6 +64,7 @@ class _Pending:
     saver: _Saver
     thread: threading.Thread | None = None
     errors: list[BaseException] = field(default_factory=list)
+    digests: Digests = field(default_factory=dict)  # of the files that this rank wrote
 
 
 class _Saver(TorchDistSaveShardedStrategy):
@@ -164,21 +167,24 @@ class Checkpoints:
             request = dist_checkpointing.save(state, str(part), saver, async_sharded_save=True)
         assert request is not None
         pending = _Pending(iteration, part, request, saver, errors=errors)
-        if request.async_fn is not None:
-            arguments = list(request.async_fn_args)
-            arguments[1] = request.preload_fn()
+        if request.async_fn is None:
+            return pending
+        arguments = list(request.async_fn_args)
+        arguments[1] = request.preload_fn()
+        rank = torch.distributed.get_rank()
 
-            def write() -> None:
-                try:
-                    request.async_fn(*arguments)
-                except BaseException as error:  # a thread's error is raised where the save is finished
-                    pending.errors.append(error)
+        def write() -> None:
+            try:
+                request.async_fn(*arguments)
+                pending.digests = digest_files(written_by(part, rank))
+            except BaseException as error:  # a thread's error is raised where the save is finished
+                pending.errors.append(error)
 
-            if self.background:
-                pending.thread = threading.Thread(target=write, name=f"checkpoint-{iteration}", daemon=True)
-                pending.thread.start()
-            else:
-                write()
+        if self.background:
+            pending.thread = threading.Thread(target=write, name=f"checkpoint-{iteration}", daemon=True)
+            pending.thread.start()
+        else:
+            write()
         return pending
 
     @property
@@ -218,7 +224,8 @@ class Checkpoints:
         try:
             runtime.on_all_ranks(wrote)
             runtime.on_all_ranks(gathered)
-            runtime.on_rank_zero(lambda: self._publish(pending.part, final, pending.iteration))
+            digests = runtime.gathered(pending.digests)
+            runtime.on_rank_zero(lambda: self._publish(pending.part, final, pending.iteration, digests))
         except UserError:
             if runtime.is_rank_zero():
                 shutil.rmtree(pending.part, ignore_errors=True)
@@ -234,9 +241,10 @@ class Checkpoints:
         )
         return UserError(f"{part}: cannot be written: {reason}; {kept}; make room and start again")
 
-    def _publish(self, part: Path, final: Path, iteration: int) -> None:
+    def _publish(self, part: Path, final: Path, iteration: int, digests: list[Digests]) -> None:
         try:
             save_config(CheckpointingConfig("torch_dist", 1), str(part))
+            write_digests(part, digests)
             for file in (*part.iterdir(), part):
                 _to_disk(file)
             if final.exists():  # of a later time that was gone back from; `latest` names another one
@@ -270,7 +278,7 @@ class Checkpoints:
             UserError: the checkpoint is damaged, or belongs to another run.
         """
         path, phase = self.path(iteration), session.run.train.phase
-        common = runtime.on_all_ranks(lambda: read_common(path))
+        common = runtime.on_all_ranks(lambda: _checked(path))
         progress = Progress(**common["progress"])
         if phase.number < progress.phase:
             raise UserError(
@@ -300,8 +308,16 @@ class Checkpoints:
     def load_weights(self, iteration: int, session: Session) -> None:
         """Load the model's weights alone; collective."""
         path = self.path(iteration)
-        runtime.on_all_ranks(lambda: read_common(path))
+        runtime.on_all_ranks(lambda: _checked(path))
         states.load_model(session, read_sharded(states.model_state(session), path))
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    """A checkpoint's common part, when this rank's share of its files is whole. Raises UserError."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint; `latest` beside it names the newest")
+    check_digests(path, torch.distributed.get_rank(), torch.distributed.get_world_size())
+    return read_common(path)
 
 
 def _copy_cpu_tensors(state: dict[str, Any]) -> None:

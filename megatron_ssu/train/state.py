@@ -108,8 +108,6 @@ def set_rng(row: torch.Tensor) -> None:
 
 def read_common(path: Path) -> dict[str, Any]:
     """The part of a checkpoint that all ranks share. Raises UserError where it is missing or damaged."""
-    if not path.is_dir():
-        raise UserError(f"{path}: no such checkpoint; `latest` beside it names the newest")
     try:
         common = dist_checkpointing.load_common_state_dict(str(path))
     except Exception as error:  # megatron and torch raise many kinds for damaged files

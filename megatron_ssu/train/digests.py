@@ -1,0 +1,74 @@
+"""Digests of a checkpoint's files, so that damage on disk is noticed before anything is loaded.
+
+`digests.json` in a checkpoint maps each file's name to its size in bytes and sha256. Every rank digests the files that it
+wrote; when a checkpoint is loaded the ranks share its files out and compare.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_ssu.errors import UserError
+
+DIGESTS = "digests.json"
+_CHUNK = 1 << 22
+
+Digests = dict[str, dict[str, Any]]  # file name -> {"bytes": size, "sha256": hex}
+
+
+def digest_files(files: Iterable[Path]) -> Digests:
+    """Raises OSError where a file cannot be read."""
+    return {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+
+
+def written_by(folder: Path, rank: int) -> list[Path]:
+    """The shards that a rank wrote."""
+    return sorted(folder.glob(f"__{rank}_*.distcp"))
+
+
+def write_digests(folder: Path, shards: Iterable[Digests]) -> None:
+    """`shards`: what the ranks found; the files beside them are digested here. Raises OSError."""
+    found = {name: facts for part in shards for name, facts in part.items()}
+    found |= digest_files(file for file in sorted(folder.iterdir()) if file.name not in (DIGESTS, *found))
+    (folder / DIGESTS).write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+
+
+def check_digests(folder: Path, rank: int, world: int) -> None:
+    """Compare this rank's share of the files with their digests.
+
+    Raises:
+        UserError: a file is missing, cut or altered.
+    """
+    listed = folder / DIGESTS
+    try:
+        expected: Digests = json.loads(listed.read_text())
+        for name in sorted(expected)[rank::world]:
+            _compare(folder / name, expected[name])
+    except FileNotFoundError as error:
+        raise _damaged(Path(error.filename), "missing") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(listed, f"cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _compare(file: Path, expected: dict[str, Any]) -> None:
+    size = file.stat().st_size
+    if size != expected["bytes"]:
+        raise _damaged(file, f"{size} bytes, {expected['bytes']} were written")
+    if _sha256(file) != expected["sha256"]:
+        raise _damaged(file, "its content is not what was written")
+
+
+def _damaged(file: Path, what: str) -> UserError:
+    return UserError(f"{file}: damaged checkpoint: {what}; write an older one's number into `latest`")
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

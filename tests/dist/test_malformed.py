@@ -1,0 +1,412 @@
+"""Malformed inputs through the command line: exit status 2, one line that says what is wrong, nothing changed on disk."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_ssu import cli
+from megatron_ssu.train.digests import write_digests
+from tests.models import make_model
+from tests.unit.data_makers import make_hf_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = """\
+model: {path: hf}
+shield: {calibration: {path: chats.jsonl, samples: 8, sequence_length: 32}}
+data: {train: text.jsonl, source_valid: valid.jsonl, target_valid: valid.jsonl, sequence_length: 16, loader_workers: 0}
+train: {iterations: 2, global_batch_size: 2, eval_batches: 1, optimizer: {lr: 1e-3}}
+precision: {dtype: fp32}
+checkpoint: {directory: run, interval: 1}
+"""
+Damage = Callable[[Path], object]
+
+
+def main(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    return ended.value.code
+
+
+def make_world(folder: Path) -> Path:
+    """A model, data, a run that has ended with two checkpoints, and its export; the working directory."""
+    os.chdir(folder)
+    make_model("olmo2", folder / "hf", vocab_size=321, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    make_hf_tokenizer(folder / "hf")
+    make_model("olmo2", folder / "other", seed=1, vocab_size=321, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    make_hf_tokenizer(folder / "other")
+    chats = [
+        {"messages": [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": "Answer " * (i + 3)}]}
+        for i in range(12)
+    ]
+    texts = [{"text": f"Line {i} of the text. " * 5} for i in range(30)]
+    for name, lines in (("chats", chats), ("text", texts), ("valid", texts[:9])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with gzip.open(folder / "text.jsonl.gz", "wt") as file:
+        file.write((folder / "text.jsonl").read_text())
+    (folder / "run.yaml").write_text(RUN)
+    assert main("train", "run.yaml") == 0
+    assert main("export", "run.yaml", "--output", "adapted") == 0
+    assert main("prepare", "--model", "hf", "--output", "ready", "text.jsonl") == 0
+    shutil.copytree(folder / "run", folder / "begun")  # a run that is not at its end
+    (folder / "begun" / "checkpoints" / "latest").write_text("1\n")
+    shutil.rmtree(folder / "begun" / "checkpoints" / "iter_0000002")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    before = Path.cwd()
+    yield make_world(tmp_path_factory.mktemp("good"))
+    os.chdir(before)
+
+
+@pytest.fixture
+def world(good, tmp_path, monkeypatch):
+    """A copy of the good world to damage, as the working directory."""
+    folder = tmp_path / "world"
+    shutil.copytree(good, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def state(folder: Path) -> dict[str, str]:
+    """Digest of every file; logs, which tell of every start, left out."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and "logs" not in p.relative_to(folder).parts)
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+# ---- ways to damage
+
+
+def text(name: str, content: str) -> Damage:
+    return lambda world: (world / name).write_text(content)
+
+
+def replace(name: str, old: str, new: str) -> Damage:
+    def work(world: Path) -> None:
+        content = (world / name).read_text()
+        assert old in content
+        (world / name).write_text(content.replace(old, new, 1))
+
+    return work
+
+
+def one(world: Path, pattern: str) -> Path:
+    found = sorted(p for p in world.glob(pattern) if p.is_file())
+    assert found, pattern
+    return max(found, key=lambda p: p.stat().st_size)
+
+
+def cut(pattern: str, keep: float = 0.6) -> Damage:
+    def work(world: Path) -> None:
+        file = one(world, pattern)
+        os.truncate(file, int(file.stat().st_size * keep))
+
+    return work
+
+
+def flip(pattern: str, at: float = 0.9) -> Damage:
+    def work(world: Path) -> None:
+        file = one(world, pattern)
+        content = bytearray(file.read_bytes())
+        content[int(len(content) * at)] ^= 0x10
+        file.write_bytes(content)
+
+    return work
+
+
+def gone(pattern: str) -> Damage:
+    return lambda world: one(world, pattern).unlink()
+
+
+def garbage(pattern: str) -> Damage:
+    return lambda world: one(world, pattern).write_bytes(b"\x00\xff no such thing \x80" * 40)
+
+
+def config(**changes: object) -> Damage:
+    def work(world: Path) -> None:
+        file = world / "hf" / "config.json"
+        values = json.loads(file.read_text())
+        for key, value in changes.items():
+            values.pop(key, None) if value is None else values.__setitem__(key, value)
+        file.write_text(json.dumps(values))
+
+    return work
+
+
+def tensors(change: Callable[[dict], object], name: str = "hf/model.safetensors") -> Damage:
+    def work(world: Path) -> None:
+        loaded = load_file(world / name)
+        change(loaded)
+        save_file(loaded, world / name, metadata={"format": "pt"})
+
+    return work
+
+
+def sharded(change: Callable[[Path], object]) -> Damage:
+    """The model in two files with an index, then changed."""
+
+    def work(world: Path) -> None:
+        loaded = load_file(world / "hf/model.safetensors")
+        names = sorted(loaded)
+        weight_map = {}
+        for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+            file = f"model-{number:05d}-of-00002.safetensors"
+            save_file({n: loaded[n] for n in part}, world / "hf" / file, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(part, file))
+        (world / "hf/model.safetensors").unlink()
+        (world / "hf/model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        change(world / "hf")
+
+    return work
+
+
+class _Evil:
+    """Makes a file when it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch evil-was-here",)
+
+
+def evil(pattern: str) -> Damage:
+    return lambda world: one(world, pattern).write_bytes(pickle.dumps(_Evil()))
+
+
+def evil_torch(pattern: str) -> Damage:
+    return lambda world: torch.save({"state": _Evil()}, one(world, pattern))
+
+
+def resealed(damage: Damage) -> Damage:
+    """The checkpoint's digests are those of the damaged files: what else is there to notice it?"""
+
+    def work(world: Path) -> None:
+        damage(world)
+        write_digests(world / ITER, [])
+
+    return work
+
+
+def both(*damages: Damage) -> Damage:
+    return lambda world: [damage(world) for damage in damages]
+
+
+def line(name: str, number: int, content: bytes) -> Damage:
+    """Line `number` of a text file becomes `content`."""
+
+    def work(world: Path) -> None:
+        lines = (world / name).read_bytes().splitlines()
+        lines[number - 1] = content
+        (world / name).write_bytes(b"\n".join(lines) + b"\n")
+
+    return work
+
+
+def nothing(world: Path) -> None:
+    pass
+
+
+# ---- the table
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    damage: Damage
+    command: str
+    words: tuple[str, ...]  # that the line has
+
+
+FRESH = "train run.yaml checkpoint.directory=new"
+RESUME = "train run.yaml checkpoint.directory=begun"
+SCORE = "score run.yaml checkpoint.directory=new"
+PLAN = "plan run.yaml checkpoint.directory=new shield.scores=run/scores.safetensors"
+SHIELDED = "train run.yaml checkpoint.directory=new shield.file=run/shield.safetensors"
+VERIFY = "verify --source hf --adapted adapted --shield run/shield.safetensors"
+ITER = "begun/checkpoints/iter_0000001"
+
+
+def row(name: str, damage: Damage, command: str, *words: str) -> Row:
+    return Row(name, damage, command, words)
+
+
+ROWS = [
+    # run files
+    row("no run file", nothing, "train missing.yaml", "missing.yaml"),
+    row("run file is a folder", nothing, "train hf", "hf"),
+    row("run file is not YAML", text("run.yaml", "model: {path: hf\n"), FRESH, "run.yaml", "YAML"),
+    row("run file is a list", text("run.yaml", "- a\n- b\n"), FRESH, "run.yaml"),
+    row("run file is empty", text("run.yaml", ""), FRESH, "run.yaml"),
+    row("run file is binary", garbage("run.yaml"), FRESH, "run.yaml"),
+    row("duplicate key", text("run.yaml", RUN + "precision: {dtype: bf16}\n"), FRESH, "run.yaml", "precision"),
+    row("unknown section", text("run.yaml", RUN + "optimiser: {lr: 1}\n"), FRESH, "optimiser"),
+    row("unknown key", nothing, FRESH + " train.iteration=5", "train.iteration: unknown key", "'iterations'"),
+    row("wrong type", nothing, FRESH + " train.iterations=many", "train.iterations", "many"),
+    row("override without a value", nothing, FRESH + " train.iterations=", "train.iterations"),
+    row("zero iterations", nothing, FRESH + " train.iterations=0", "train.iterations"),
+    row("ratio above one", nothing, FRESH + " shield.ratio=1.5", "shield.ratio", "1.5"),
+    row("unknown method", nothing, FRESH + " shield.method=sus", "shield.method", "sus"),
+    row("unknown score", nothing, FRESH + " shield.score=wander", "shield.score", "wander"),
+    row("unknown granularity", nothing, FRESH + " shield.granularity=colum", "shield.granularity", "colum"),
+    row("impossible mesh", nothing, FRESH + " parallel.tensor_model_parallel_size=2", "2 (tensor)", "world size"),
+    row("impossible batch", nothing, FRESH + " train.micro_batch_size=3", "train.global_batch_size"),
+    row("sequence too long", nothing, FRESH + " data.sequence_length=4096", "data.sequence_length", "4096"),
+    row("FP8 without a GPU", nothing, FRESH + " precision.fp8=hybrid precision.dtype=bf16", "precision.fp8", "CUDA"),
+    row("context parallel without a GPU", nothing, FRESH + " parallel.context_parallel_size=2", "parallel"),
+    row("bf16 from fp32", nothing, FRESH + " precision.dtype=bf16", "F32", "precision.dtype=fp32"),
+    row("no directory to write", text("file", ""), "train run.yaml checkpoint.directory=file/new", "checkpoint.directory"),
+    row("export exists", nothing, FRESH + " checkpoint.export=adapted", "checkpoint.export", "adapted"),
+    # Hugging Face directories
+    row("no model", nothing, FRESH + " model.path=allenai/OLMo-2", "model.path", "allenai/OLMo-2"),
+    row("no config", gone("hf/config.json"), FRESH, "config.json", "missing"),
+    row("broken config", cut("hf/config.json"), FRESH, "config.json", "JSON"),
+    row("config is a list", text("hf/config.json", "[]"), FRESH, "config.json"),
+    row("unknown family", config(model_type="mamba"), FRESH, "mamba", "llama"),
+    row("config lacks a size", config(hidden_size=None), FRESH, "config.json", "hidden_size"),
+    row("config of another size", config(intermediate_size=64), FRESH, "mlp.", "config.json"),
+    row("config has more layers", config(num_hidden_layers=3), FRESH, "model.layers.2."),
+    row("unsupported rope", config(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}), FRESH, "rope"),
+    row("no weights", gone("hf/model.safetensors"), FRESH, "model.safetensors"),
+    row("weights are pickles", lambda w: (w / "hf/model.safetensors").rename(w / "hf/pytorch_model.bin"), FRESH, "safetensors"),
+    row("weights cut short", cut("hf/model.safetensors"), FRESH, "model.safetensors", "truncated"),
+    row("weights' header damaged", flip("hf/model.safetensors", 0.0001), FRESH, "model.safetensors"),
+    row("a shard is missing", sharded(lambda d: (d / "model-00002-of-00002.safetensors").unlink()), FRESH, "model-00002-of-00002"),
+    row("a shard is cut", sharded(lambda d: os.truncate(d / "model-00001-of-00002.safetensors", 5000)), FRESH, "model-00001-of-00002"),
+    row("the index is broken", sharded(lambda d: (d / "model.safetensors.index.json").write_text("{")), FRESH, "index.json"),
+    row("the index leads out", sharded(lambda d: (d / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../x"}}))), FRESH, "index.json", "../x"),
+    row("a tensor is missing", tensors(lambda t: t.pop("model.norm.weight")), FRESH, "model.norm.weight", "missing"),
+    row("a tensor too many", tensors(lambda t: t.update({"model.extra.weight": torch.zeros(2)})), FRESH, "model.extra.weight"),
+    row("a tensor of another shape", tensors(lambda t: t.update({"model.norm.weight": torch.zeros(7)})), FRESH, "model.norm.weight", "[7]"),
+    row("a tensor of another type", tensors(lambda t: t.update({"model.norm.weight": torch.zeros(32, dtype=torch.int32)})), FRESH, "model.norm.weight", "I32"),
+    row("weights that are no numbers", tensors(lambda t: t["model.layers.1.mlp.up_proj.weight"].fill_(float("nan"))), SCORE, "layers.1"),
+    row("no tokenizer", both(gone("hf/tokenizer.json"), gone("hf/tokenizer_config.json")), FRESH, "hf", "tokenizer"),
+    row("broken tokenizer", cut("hf/tokenizer.json"), FRESH, "tokenizer"),
+    row("tokenizer larger than the model", both(config(vocab_size=100), tensors(lambda t: t.update({n: t[n][:100].clone() for n in ("lm_head.weight", "model.embed_tokens.weight")}))), FRESH, "vocab"),
+    # data
+    row("no data file", nothing, FRESH + " data.train=none.jsonl", "data.train", "none.jsonl"),
+    row("empty data file", text("text.jsonl", ""), FRESH, "text.jsonl"),
+    row("broken JSON", line("text.jsonl", 7, b'{"text": "a'), FRESH, "text.jsonl:7"),
+    row("no text", line("text.jsonl", 5, b'{"body": "a"}'), FRESH, "text.jsonl:5", "text"),
+    row("text is a number", line("text.jsonl", 4, b'{"text": 4}'), FRESH, "text.jsonl:4"),
+    row("not UTF-8", line("text.jsonl", 9, b'{"text": "\xff\xfe"}'), FRESH, "text.jsonl:9", "UTF-8"),
+    row("broken gzip", cut("text.jsonl.gz"), FRESH + " data.train=text.jsonl.gz", "text.jsonl.gz"),
+    row("no gzip", lambda w: (w / "text.jsonl.gz").write_text("plain"), FRESH + " data.train=text.jsonl.gz", "text.jsonl.gz"),
+    row("no zstd", text("text.jsonl.zst", "plain"), FRESH + " data.train=text.jsonl.zst", "text.jsonl.zst"),
+    row("half a dataset", gone("ready.idx"), FRESH + " data.train=ready", "ready"),
+    row("index cut short", cut("ready.idx"), FRESH + " data.train=ready", "ready.idx"),
+    row("index of something else", garbage("ready.idx"), FRESH + " data.train=ready", "ready.idx"),
+    row("tokens cut short", cut("ready.bin"), FRESH + " data.train=ready", "ready.bin"),
+    row("prepare over what is there", nothing, "prepare --model hf --output ready text.jsonl", "ready", "--overwrite"),
+    row("prepare without a model", nothing, "prepare --output x text.jsonl", "--model", "--output"),
+    row("prepare a missing file", nothing, "prepare --model hf --output x none.jsonl", "none.jsonl"),
+    # calibration
+    row("no calibration", nothing, FRESH + " shield.calibration.path=none.jsonl", "shield.calibration.path", "none.jsonl"),
+    row("empty calibration", text("chats.jsonl", ""), SCORE, "chats.jsonl"),
+    row("chat of an unknown kind", line("chats.jsonl", 3, b'{"dialogue": []}'), SCORE + " shield.calibration.samples=12", "chats.jsonl:3"),
+    row("chat that the template refuses", line("chats.jsonl", 2, b'{"messages": [{"role": "pope", "content": "x"}]}'), SCORE + " shield.calibration.samples=12", "chats.jsonl:2"),
+    row("template is missing", lambda w: make_hf_tokenizer(w / "hf", template=None) and (w / "hf/chat_template.jinja").unlink(missing_ok=True), SCORE, "template"),
+    # scores and shields
+    row("no scores", nothing, "plan run.yaml checkpoint.directory=new", "scores"),
+    row("scores cut", cut("run/scores.safetensors"), PLAN, "run/scores.safetensors"),
+    row("scores altered", flip("run/scores.safetensors"), PLAN, "run/scores.safetensors"),
+    row("scores of another model", nothing, PLAN + " model.path=other", "hf", "other"),
+    row("scores are a pickle", evil("run/scores.safetensors"), PLAN, "run/scores.safetensors"),
+    row("scores lack the score", nothing, PLAN + " shield.score=fisher", "fisher", "run/scores.safetensors"),
+    row("shield cut", cut("run/shield.safetensors"), SHIELDED, "run/shield.safetensors"),
+    row("shield altered", flip("run/shield.safetensors"), SHIELDED, "run/shield.safetensors"),
+    row("shield of another model", nothing, SHIELDED + " model.path=other", "hf", "other"),
+    row("shield is a model", lambda w: shutil.copy(w / "hf/model.safetensors", w / "run/shield.safetensors"), SHIELDED, "run/shield.safetensors"),
+    row("no shield", nothing, "inspect none.safetensors", "none.safetensors"),
+    row("compose over what is there", nothing, "compose union run/shield.safetensors run/shield.safetensors --output adapted/config.json", "adapted/config.json"),
+    row("compose one", nothing, "compose union run/shield.safetensors --output x", "two"),
+    # checkpoints
+    row("latest names nothing", text("begun/checkpoints/latest", "7\n"), RESUME, "latest", "7"),
+    row("latest is no number", text("begun/checkpoints/latest", "newest\n"), RESUME, "latest"),
+    row("a shard cut", cut(f"{ITER}/*.distcp"), RESUME, "iter_0000001"),
+    row("a shard missing", gone(f"{ITER}/*.distcp"), RESUME, "iter_0000001"),
+    row("a shard altered", flip(f"{ITER}/*.distcp", 0.5), RESUME, "iter_0000001"),
+    row("metadata cut", cut(f"{ITER}/.metadata"), RESUME, "iter_0000001"),
+    row("metadata missing", gone(f"{ITER}/.metadata"), RESUME, "iter_0000001"),
+    row("metadata that acts", resealed(evil(f"{ITER}/.metadata")), RESUME, "iter_0000001"),
+    row("common part cut", cut(f"{ITER}/common.pt"), RESUME, "iter_0000001"),
+    row("common part missing", gone(f"{ITER}/common.pt"), RESUME, "iter_0000001"),
+    row("common part that acts", resealed(evil_torch(f"{ITER}/common.pt")), RESUME, "iter_0000001"),
+    row("a shard cut, digests made anew", resealed(cut(f"{ITER}/*.distcp")), RESUME, "iter_0000001"),
+    row("metadata cut, digests made anew", resealed(cut(f"{ITER}/.metadata")), RESUME, "iter_0000001"),
+    row("common part cut, digests made anew", resealed(cut(f"{ITER}/common.pt")), RESUME, "iter_0000001"),
+    row("digests missing", gone(f"{ITER}/digests.json"), RESUME, "digests.json", "missing"),
+    row("digests are no JSON", garbage(f"{ITER}/digests.json"), RESUME, "digests.json"),
+    row("changed shield", nothing, RESUME + " shield.ratio=0.25", "begun/shield.safetensors", "change it back"),
+    row("changed calibration", nothing, RESUME + " shield.calibration.samples=5", "begun/scores.safetensors", "begun"),
+    row("changed seed", nothing, RESUME + " train.seed=7", "train.seed was 1234"),
+    row("changed data", nothing, RESUME + " data.train=valid.jsonl", "data.train"),
+    row("changed model", nothing, RESUME + " model.path=other", "other"),
+    row("changed learning", nothing, RESUME + " train.optimizer.weight_decay=0.5", "train.optimizer.weight_decay was"),
+    row("no checkpoint to export", nothing, "export run.yaml checkpoint.directory=new --output out", "checkpoint"),
+    row("no such iteration", nothing, "export run.yaml --iteration 9 --output out", "9"),
+    row("export over what is there", nothing, "export run.yaml --output hf", "hf", "exists"),
+    # verify
+    row("verify without a model", nothing, VERIFY.replace("adapted --", "none --"), "none"),
+    row("verify a cut model", cut("adapted/model.safetensors"), VERIFY, "adapted/model.safetensors"),
+    row("verify the wrong source", nothing, VERIFY.replace("--source hf", "--source other"), "other"),
+    row("verify another model", tensors(lambda t: t.pop("lm_head.weight"), "adapted/model.safetensors"), VERIFY, "lm_head.weight"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_one_line_and_nothing_changed(row, world, capsys):
+    row.damage(world)
+    before = state(world)
+    capsys.readouterr()
+    status = main(*row.command.split())
+    printed = capsys.readouterr()
+    said = printed.err.strip("\n")
+    assert status == 2, (printed.out + printed.err)[-2000:]
+    assert said.startswith("megatron-ssu: ") and "\n" not in said, printed.err[-3000:]
+    missing = [word for word in row.words if word not in said]
+    assert not missing, f"{missing} not in: {said}"
+    assert "Traceback" not in printed.out and not (world / "evil-was-here").exists()
+    after = state(world)
+    assert {n: d for n, d in after.items() if n in before} == before, "something was overwritten"
+    left = sorted(set(after) - set(before))
+    # Datasets and scores that were complete before the mistake showed, and the run file, are kept.
+    kept = ("begun/data/", "new/run.yaml", "new/data/", "new/scores.safetensors", "new/shield.safetensors", "new/metrics.jsonl")
+    assert not [n for n in left if not n.startswith(kept)], left
+    assert not [n for n in left if ".part" in n or ".tmp" in n], left
+
+
+def test_the_table_is_long_enough():
+    assert len(ROWS) >= 60 and len({row.name for row in ROWS}) == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    "damage,overrides,word",
+    [
+        (cut("text.jsonl.gz"), ("data.train=text.jsonl.gz",), "text.jsonl.gz"),
+        (cut(f"{ITER}/*.distcp"), ("checkpoint.directory=begun",), "iter_0000001"),
+    ],
+    ids=["data", "checkpoint"],
+)
+def test_ranks_end_alike(damage, overrides, word, world):
+    """Under torchrun: the line once, every rank with status 2, no rank waits for another."""
+    damage(world)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "megatron_ssu", "train", "run.yaml", "checkpoint.directory=new", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=world)
+    lines = [text for text in done.stderr.splitlines() if text.startswith("megatron-ssu")]
+    assert len(lines) == 1 and word in lines[0], done.stderr[-3000:]
+    assert done.returncode != 0 and done.stderr.count("exitcode  : 2") + done.stderr.count("exitcode : 2") >= 1
