@@ -5,8 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 
-from megatron_ssu.train.signals import StopRequests
+import pytest
+
+from megatron_ssu.errors import UserError
+from megatron_ssu.train.signals import REASONS, STATUS, StopRequests, seconds, verdict
 
 PATIENT = """
 import os, signal, time
@@ -36,3 +40,29 @@ def test_usr1_may_come_any_time():
             signal.raise_signal(signal.SIGUSR1)
         assert requests.votes() == [0.0, 0.0, 1.0, 0.0]
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_the_budget_counts_from_the_start_it_is_given():
+    with StopRequests(5.0, time.monotonic() - 6.0) as late, StopRequests(5.0) as early:
+        assert verdict(late.votes()) == "train.exit_after"
+        assert verdict(early.votes()) is None
+
+
+def test_one_rank_is_enough_and_being_ended_goes_before_going_on():
+    votes = [[0.0, 0.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]]
+    assert verdict([sum(v) for v in zip(*votes, strict=True)]) == "SIGTERM"
+    assert set(STATUS) == set(REASONS)
+
+
+@pytest.mark.parametrize(
+    "budget,expected",
+    [(110, 6600), (0.5, 30), ("90", 5400), ("01:50:00", 6600), ("2-00:00:30", 172830), (" 0:01:00 ", 60), (None, None)],
+)
+def test_budgets(budget, expected):
+    assert seconds(budget) == expected
+
+
+@pytest.mark.parametrize("budget", [0, -5, "1:2", "soon", "00:00:00", float("nan"), float("inf"), True])
+def test_budgets_that_are_no_time(budget):
+    with pytest.raises(UserError, match=r"train\.exit_after: .* is no time"):
+        seconds(budget)

@@ -1,11 +1,8 @@
-"""What a run watches: requests to stop, losses that jump, ranks that stop, what a checkpoint is compared with."""
+"""What a run watches: losses that jump, ranks that stop, what a checkpoint is compared with."""
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import time
 
 import pytest
 import torch
@@ -15,56 +12,12 @@ from megatron_ssu.models.family import Dims, family_of
 from megatron_ssu.train.faults import SpikeWatch
 from megatron_ssu.train.flops import flops_per_token, peak_flops
 from megatron_ssu.train.identity import Identity
-from megatron_ssu.train.signals import REASONS, STATUS, StopRequests, seconds, verdict
 from megatron_ssu.train.watchdog import Heartbeat, describe
 from tests.models import make_model
 
 
 def heartbeat(beat=1, iteration=7, waiting=True, place="loop.py:9"):
     return Heartbeat("node3", beat, iteration, "forward-backward", waiting, place)
-
-
-def test_a_signal_is_a_vote_and_the_second_is_obeyed():
-    before = signal.getsignal(signal.SIGTERM)
-    with StopRequests() as requests:
-        assert verdict(requests.votes()) is None
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert verdict(requests.votes()) == "SIGTERM"
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_usr1_may_come_again():
-    with StopRequests() as requests:
-        for _ in range(3):
-            os.kill(os.getpid(), signal.SIGUSR1)
-        assert verdict(requests.votes()) == "SIGUSR1"
-
-
-def test_the_budget_counts_from_the_start_it_is_given():
-    with StopRequests(5.0, time.monotonic() - 6.0) as late, StopRequests(5.0) as early:
-        assert verdict(late.votes()) == "train.exit_after"
-        assert verdict(early.votes()) is None
-
-
-def test_one_rank_is_enough_and_being_ended_goes_before_going_on():
-    votes = [[0.0, 0.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]]
-    assert verdict([sum(v) for v in zip(*votes, strict=True)]) == "SIGTERM"
-    assert set(STATUS) == set(REASONS)
-
-
-@pytest.mark.parametrize(
-    "budget,expected",
-    [(110, 6600), (0.5, 30), ("90", 5400), ("01:50:00", 6600), ("2-00:00:30", 172830), (" 0:01:00 ", 60), (None, None)],
-)
-def test_budgets(budget, expected):
-    assert seconds(budget) == expected
-
-
-@pytest.mark.parametrize("budget", [0, -5, "1:2", "soon", "00:00:00", float("nan"), float("inf"), True])
-def test_budgets_that_are_no_time(budget):
-    with pytest.raises(UserError, match=r"train\.exit_after: .* is no time"):
-        seconds(budget)
 
 
 def test_a_jump_is_told_once_there_is_something_to_compare_with():
