@@ -62,6 +62,7 @@ class Estimate:
     linear_ratio: float  # frozen share of the linear layers' weights
     stages: tuple[Stage, ...]
     recompute: dict[str, int]
+    sequences: int  # a step
     tokens: int  # a step
     work: steps.Work
     traffic: steps.Traffic
@@ -174,6 +175,7 @@ class _Counter:
             linear_frozen / sum(m.elements for m in linear),
             stages,
             {kind: sum(self.activations(fullest, kind)) for kind in kinds},
+            self.run.train.global_batch_size,
             tokens,
             busiest,
             self.traffic(fullest),
