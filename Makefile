@@ -11,8 +11,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 TYPED := megatron_ssu
 export OMP_NUM_THREADS ?= 1
-# Random kills that a run survives in the kill test; each costs about 20 seconds.
-export MEGATRON_SSU_KILLS ?= 3
+# Random kills that a run survives in the kill test; each costs about 4 seconds.
+export MEGATRON_SSU_KILLS ?= 15
 
 .PHONY: demo test test-fast test-slurm lint format bench clean
 

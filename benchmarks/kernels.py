@@ -1,6 +1,6 @@
 """Gather, scatter and column sums: bytes a second against a memory copy on the same machine, in the same run.
 
-    python benchmarks/kernels.py --mib 64 256 --ratio 0.5 --out runs/kernels.json
+    python benchmarks/kernels.py --mib 64 256 --ratio 0.5 --json runs/kernels.json
 
 How bytes are counted. A copy of n bytes counts 2n: read and written. A gather counts the cache lines (64 bytes; on CUDA
 sectors of 32) of the shard that hold a trainable element, and the compact float32 output written. A scatter counts
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="write the JSON here")
+    parser.add_argument("--json", type=Path, help="write the figures there as well")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     console = Console(width=150)
@@ -174,10 +174,10 @@ def main() -> None:
     ]
     heads = ["what", "kernel", "torch", "copy", "kernel GB/s", "copy GB/s", "share of copy", "torch's share"]
     show(console, f"ratio {args.ratio}, width {args.width}, {args.rounds} rounds", heads, rows)
-    if args.out:
-        settings = {k: v for k, v in vars(args).items() if k != "out"} | {"backend": kernels.backend(args.device)}
-        write_json(args.out, settings, results)
-        console.print(f"written: {args.out}")
+    if args.json:
+        settings = {k: v for k, v in vars(args).items() if k != "json"} | {"backend": kernels.backend(args.device)}
+        write_json(args.json, settings, results)
+        console.print(f"written: {args.json}")
 
 
 if __name__ == "__main__":

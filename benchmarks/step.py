@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from common import show, write_json
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from rich.console import Console
 
 from megatron_ssu import runtime
@@ -41,7 +42,7 @@ from megatron_ssu.config.schema import (
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.session import open_session, open_source
 from megatron_ssu.shield.file import Mask, Shield
-from megatron_ssu.shield.optimizer import state_bytes
+from megatron_ssu.shield.optimizer import ShieldedDistributedOptimizer, state_bytes
 from megatron_ssu.shield.shards import ShardMask
 from megatron_ssu.train import loop
 from megatron_ssu.train.flops import flops_per_token, peak_flops
@@ -197,11 +198,21 @@ def bookkeeping(seconds: dict[str, float]) -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
+def stock_clip(optimizer: Any, norm: float) -> None:
+    """megatron's own."""
+    for member in optimizer.chained_optimizers:
+        clip_grad_by_total_norm_fp32(member.get_parameters(), max_norm=member.config.clip_grad, total_norm=norm)
+
+
 def timed_step(trainer: loop.Trainer, data: Any) -> dict[str, float]:
     """Seconds of one step by phase."""
     timers = trainer.session.config.timers = Timers()
     trainer.phases.take()
-    with bookkeeping(timers.seconds):
+    clip = (
+        loop.clip if isinstance(trainer.optimizer.chained_optimizers[0], ShieldedDistributedOptimizer) else stock_clip
+    )
+    with bookkeeping(timers.seconds), mock.patch.object(loop, "clip", clip):
         begin = now()
         trainer.step(data)
         spent = {"step": now() - begin}
@@ -249,8 +260,7 @@ def measure(options: argparse.Namespace, model: Path, peaks: dict[str, int]) -> 
 
 def ask_peak(variant: str, model: Path) -> int:
     """`peak` of a child process."""
-    given = [a for a in sys.argv[1:] if not a.startswith("--json")]
-    command = [sys.executable, __file__, *given, "--peak", variant, str(model)]
+    command = [sys.executable, __file__, *sys.argv[1:], "--peak", variant, str(model)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

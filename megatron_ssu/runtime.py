@@ -94,6 +94,31 @@ def install_cpu_backend() -> None:
     random = tensor_parallel.random
     random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+    _skip_exchange_of_one()
+
+
+def _skip_exchange_of_one() -> None:
+    """A data-parallel group of one has nothing to reduce or to gather; NCCL knows, gloo copies the whole buffer."""
+    from megatron.core.distributed import param_and_grad_buffer as module
+
+    class Done:
+        def wait(self) -> None:
+            pass
+
+    def alone(group: Any) -> bool:
+        return group is not None and group.size() == 1
+
+    def unless_alone(stock: Callable) -> Callable:
+        return lambda *args, **kwargs: None if alone(kwargs.get("group")) else stock(*args, **kwargs)
+
+    coalescing = module._coalescing_manager
+
+    def manager(group: Any, async_ops: bool) -> Any:
+        return nullcontext(Done()) if alone(group) else coalescing(group, async_ops=async_ops)
+
+    module._coalescing_manager = manager
+    module.dist_all_gather_func = unless_alone(module.dist_all_gather_func)
+    module.dist_reduce_scatter_func = unless_alone(module.dist_reduce_scatter_func)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from megatron.core.num_microbatches_calculator import (
     unset_num_microbatches_calculator,
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -259,11 +258,13 @@ def prepare_step(optimizer: MegatronOptimizer) -> float:
 
 @torch.no_grad()
 def clip(optimizer: MegatronOptimizer, norm: float) -> None:
-    """Scale gradients of norm `norm` down to train.optimizer.clip_grad."""
+    """Scale gradients of norm `norm` down to train.optimizer.clip_grad: megatron's formula, in place and in one pass."""
     for member in getattr(optimizer, "chained_optimizers", [optimizer]):
         parameters = [] if getattr(member, "is_stub_optimizer", False) else member.get_parameters()
-        if parameters and member.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=member.config.clip_grad, total_norm=norm)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        coefficient = member.config.clip_grad / (norm + 1e-6)
+        if grads and 0 < coefficient < 1:
+            torch._foreach_mul_(grads, coefficient)
 
 
 @dataclass
