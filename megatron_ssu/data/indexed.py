@@ -59,16 +59,22 @@ def source_kind(path: str | Path) -> Literal["jsonl", "indexed"]:
     raise UserError(f"{path}: neither a JSONL file nor the prefix of an indexed dataset ({path}.bin, {path}.idx)")
 
 
-def prepared_prefix(run_data_dir: Path, source_path: str | Path, tokenizer_digest: str, text_key: str) -> Path:
+def prepared_prefix(
+    run_data_dir: Path,
+    source_path: str | Path,
+    tokenizer_digest: str,
+    text_key: str,
+    chat_template: str | dict[str, str] | None = None,
+) -> Path:
     """The prefix under which a run keeps the tokenized `source_path`.
 
-    The same for every command that asks: the source's stem and a digest of its content, the tokenizer and the text key.
+    The same for every command that asks: the source's stem and a digest of its content, tokenizer, text key and chat template.
     Raises UserError when the source cannot be read.
     """
     name = Path(source_path).name
     while Path(name).suffix in _SUFFIXES:
         name = Path(name).stem
-    key = json.dumps([_FORMAT, source_digest(source_path), tokenizer_digest, text_key])
+    key = json.dumps([_FORMAT, source_digest(source_path), tokenizer_digest, text_key, chat_template])
     return Path(run_data_dir) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 

@@ -82,4 +82,4 @@ def prepare_run(
 
 def _prepared(run: RunConfig, path: str, tokenizer: Tokenizer) -> Path:
     folder = Path(run.checkpoint.directory) / "data"
-    return prepared_prefix(folder, path, tokenizer.digest, run.data.text_key)
+    return prepared_prefix(folder, path, tokenizer.digest, run.data.text_key, chat_template=tokenizer.chat_template)

@@ -75,7 +75,12 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return False
+        return bool(self.chat_template)
+
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """Jinja source, or several by name; None without one."""
+        return None
 
     def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """`messages` in the model's chat format. Raises UserError where it has none; its errors pass through."""
@@ -136,8 +141,8 @@ class _HuggingFaceTokenizer(Tokenizer):
         return str(self._hf.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     @property
-    def has_chat_template(self) -> bool:
-        return bool(self._hf.chat_template)
+    def chat_template(self) -> str | dict[str, str] | None:
+        return self._hf.chat_template
 
     def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         if not self.has_chat_template:
@@ -160,7 +165,7 @@ class _HuggingFaceTokenizer(Tokenizer):
         marks = special | {i for i, content in added.items() if content.strip()}
         in_content = set(self.encode_rendered(_SAMPLE_TEXT)) - special
         found = {i for text in self._sample_renderings() for i in self.encode_rendered(text)} & marks - in_content
-        templates = self._hf.chat_template
+        templates = self.chat_template or ""
         source = "\n".join(templates.values()) if isinstance(templates, dict) else templates
         found |= {i for i, content in added.items() if i in marks and content in source}
         return sorted(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -195,13 +197,26 @@ def _open_metrics(path: Path, start: int) -> Any:
     return path.open("a", encoding="utf-8")
 
 
+def check_installed(run: RunConfig) -> None:
+    """Raises UserError where the run asks for Weights & Biases and the package is not there."""
+    if run.log.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UserError("log.wandb_project: the package wandb is not installed; install it, or leave it out")
+
+
 def _open_wandb(run: RunConfig, directory: Path) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("log.wandb_project: the package wandb is not installed; install it, or leave it out") from error
+    """Raises UserError where Weights & Biases does not start."""
+    import wandb
+
     name = directory.resolve().name
-    return wandb.init(project=run.log.wandb_project, name=name, id=name, resume="allow", dir=str(directory))
+    try:
+        return wandb.init(
+            project=run.log.wandb_project, name=name, id=name, resume="allow", dir=str(directory), config=asdict(run)
+        )
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"log.wandb_project: Weights & Biases does not start ({' '.join(str(error).split())}); "
+            "run `wandb login`, or set WANDB_MODE=offline"
+        ) from error
 
 
 def _memory() -> dict[str, float]:

@@ -311,6 +311,7 @@ def test_prepared_prefix_depends_on_content_tokenizer_and_key(tmp_path: Path) ->
     assert name.parent == tmp_path and name.name.startswith("text-") and len(name.name) == len("text-") + 12
     assert prepared_prefix(tmp_path, copy, "d", "text") == name
     assert len({name, *(prepared_prefix(tmp_path, source, d, k) for d, k in (("e", "text"), ("d", "body")))}) == 3
+    assert prepared_prefix(tmp_path, source, "d", "text", chat_template="{{ messages }}") != name
     copy.write_bytes(gzip.compress(b"other"))
     assert prepared_prefix(tmp_path, copy, "d", "text") != name
 
