@@ -1,6 +1,6 @@
 """Predicted step time and traffic of full fine-tuning and SSU on 8 to 1024 GPUs: a model, not a measurement.
 
-python benchmarks/scaling.py [--model 13B] [--gpu h100] [--batch 1024] [--length 4096] [--measured STEP.json] [--json FILE]
+python benchmarks/scaling.py [--model 13B] [--gpu h100] [--batch 1024] [--length 4096] [--compact] [--json FILE]
 
 Counts are `megatron-ssu estimate`'s: bytes and FLOPs from the model's shapes, traffic from the mesh, seconds from the GPU's
 data sheet. For every number of GPUs the fastest mesh is taken that fits into 85 % of the memory. --measured takes the share
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1024, help="sequences a step")
     parser.add_argument("--length", type=int, default=4096, help="tokens a sequence")
     parser.add_argument("--measured", type=Path, help="JSON of step.py from such a GPU")
+    what_if = "SSU as if ranks exchanged gradients and weights of trainable elements only (they exchange all)"
+    parser.add_argument("--compact", action="store_true", help=what_if)
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()
     gpu = gpu_named(options.gpu)
@@ -134,6 +136,9 @@ def fastest(options: argparse.Namespace, method: str, world: int, gpu: Gpu, math
             found = estimate(run, hf, world, engine=True)
         except UserError:  # a mesh that this model or batch cannot have
             continue
+        if options.compact:
+            share = 1 - found.frozen / found.parameters
+            found = replace(found, traffic=replace(found.traffic, data=share * found.traffic.data))
         fits = found.stages[found.fullest].total < ROOM * gpu.memory_gb * 1e9
         if fits and (best is None or found.time(gpu, math).total < best.time(gpu, math).total):
             best = found

@@ -249,9 +249,10 @@ def test_interrupt_leaves_nothing(tmp_path: Path, model: Path, number: int, work
     source = write_jsonl(tmp_path / "text.jsonl", [" ".join(TEXTS) * 20] * 6000)
     script = tmp_path / "main.py"
     script.write_text(
-        "import sys\n"
+        "import signal, sys\n"
         "from megatron_ssu.data.prepare import prepare\n"
         "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background inherit it ignored\n"
         "    prepare([sys.argv[1]], sys.argv[2], sys.argv[3], workers=int(sys.argv[4]), small_input=0)\n"
     )
     out = tmp_path / "folder" / "out"
