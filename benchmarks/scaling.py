@@ -139,7 +139,7 @@ def fastest(options: argparse.Namespace, method: str, world: int, gpu: Gpu, math
         if options.compact:
             share = 1 - found.frozen / found.parameters
             found = replace(found, traffic=replace(found.traffic, data=share * found.traffic.data))
-        fits = found.stages[found.fullest].total < ROOM * gpu.memory_gb * 1e9
+        fits = found.stages[found.fullest].peak < ROOM * gpu.memory_gb * 1e9
         if fits and (best is None or found.time(gpu, math).total < best.time(gpu, math).total):
             best = found
     return best
@@ -156,7 +156,7 @@ def row(world: int, plain: Estimate, shielded: Estimate, gpu: Gpu, math: float) 
         f"{own.total:.2f}",
         f"{own.total / full.total:.3f}",
         f"{shielded.tokens / own.total:,.0f}",
-        f"{shielded.stages[shielded.fullest].total / 2**30:.0f}",
+        f"{shielded.stages[shielded.fullest].peak / 2**30:.0f}",
         f"{traffic.tensor / 1e9:.0f}/{traffic.pipeline / 1e9:.0f}/{traffic.data / 1e9:.0f}",
         f"{1 - own.products / own.total:.0%}",
     ]

@@ -46,8 +46,9 @@ class Stage:
     recomputed: int  # brought back for a while
 
     @property
-    def total(self) -> int:
-        return self.state.total + self.activations + self.recomputed
+    def peak(self) -> int:
+        """Activations are gone when the optimizer copies gradients."""
+        return self.state.lasting + max(self.activations + self.recomputed, self.state.gradient_copies)
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Estimate:
     @property
     def fullest(self) -> int:
         """The stage that needs most memory."""
-        return max(range(len(self.stages)), key=lambda i: self.stages[i].total)
+        return max(range(len(self.stages)), key=lambda i: self.stages[i].peak)
 
     def time(self, gpu: Gpu, math: float = steps.MATH) -> steps.StepTime:
         return steps.step_time(self.work, self.traffic, self.optimizer_bytes, self.mesh, gpu, fp8=self.fp8, math=math)
@@ -154,7 +155,7 @@ class _Counter:
     def count(self) -> Estimate:
         mesh = self.mesh
         stages = tuple(self.stage(rank) for rank in range(mesh.pipeline))
-        fullest = max(range(len(stages)), key=lambda i: stages[i].total)
+        fullest = max(range(len(stages)), key=lambda i: stages[i].peak)
         matrices = list(self.family.matrices(self.dims))
         elements = sum(m.elements for m in matrices)
         frozen = sum(m.elements * self.frozen.get(m.name, 0.0) for m in matrices)

@@ -18,11 +18,13 @@ GIB = 2**30
 def to_dict(found: Estimate, gpu: Gpu | None, math: float = steps.MATH) -> dict[str, Any]:
     """For JSON; bytes, FLOPs and seconds."""
     result = asdict(found)
+    for stage, told in zip(found.stages, result["stages"], strict=True):
+        told["peak"] = stage.peak
     if gpu is not None:
         time = found.time(gpu, math)
         result["gpu"] = asdict(gpu)
         result["seconds"] = {**asdict(time), "step": time.total}
-        result["fits"] = found.stages[found.fullest].total < gpu.memory_gb * 1e9
+        result["fits"] = found.stages[found.fullest].peak < gpu.memory_gb * 1e9
     return result
 
 
@@ -49,13 +51,13 @@ def render(found: Estimate, gpu: Gpu | None, console: Console, math: float = ste
         "copies",
         "activations",
         "recomputed",
-        "in all",
+        "peak",
     ):
         table.add_column(column, justify="right", no_wrap=True)
     for number, stage in enumerate(found.stages):
         state = stage.state
         sizes = (state.weights, state.gradients, state.optimizer, state.gradient_copies, stage.activations)
-        cells = [f"{size / GIB:.2f}" for size in (*sizes, stage.recomputed, stage.total)]
+        cells = [f"{size / GIB:.2f}" for size in (*sizes, stage.recomputed, stage.peak)]
         table.add_row(str(number), str(stage.layers), *cells, style="bold" if number == found.fullest else "")
     console.print(table)
     kinds = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in found.recompute.items())
@@ -71,7 +73,7 @@ def render(found: Estimate, gpu: Gpu | None, console: Console, math: float = ste
     )
     if gpu is None:
         return
-    need, have = found.stages[found.fullest].total, gpu.memory_gb * 1e9
+    need, have = found.stages[found.fullest].peak, gpu.memory_gb * 1e9
     say(
         f"{gpu.name}: {'fits' if need < have else 'does not fit'}: {need / GIB:.1f} of {have / GIB:.1f} GiB, without the "
         "libraries' own (some GiB) and fragmentation"

@@ -42,8 +42,8 @@ class StateBytes:
     gradient_copies: int  # fp32 copies of trainable gradients while the optimizer works
 
     @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.gradient_copies
+    def lasting(self) -> int:
+        return self.weights + self.gradients + self.optimizer
 
 
 def layer_parameters(

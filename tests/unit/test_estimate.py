@@ -81,6 +81,15 @@ def test_full_fine_tuning_freezes_nothing(run):
     assert found.stages[0].state.gradient_copies == 0
 
 
+def test_gradients_are_copied_when_activations_are_gone(run):
+    stage = estimate(run(OLMO2_13B, "data.sequence_length=4096"), OLMO2_13B, 1, engine=True).stages[0]
+    assert stage.activations > stage.state.gradient_copies > 0
+    assert stage.peak == stage.state.lasting + stage.activations
+    stage = estimate(run(OLMO2_13B, "data.sequence_length=256"), OLMO2_13B, 1, engine=True).stages[0]
+    assert stage.activations < stage.state.gradient_copies
+    assert stage.peak == stage.state.lasting + stage.state.gradient_copies
+
+
 def test_element_and_fp8_shields_save_no_product(run):
     for override in ("shield.granularity=element", "precision.fp8=hybrid"):
         found = estimate(run(OLMO2_13B, override), OLMO2_13B, 1, engine=True)
