@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
 from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing import parent_process
+from pathlib import Path
 
 from megatron_ssu.data.chat import encode_chat, is_chat
 from megatron_ssu.data.jsonl import BadLine, parse_object, text_of
@@ -72,6 +74,16 @@ def encode_batch(job: EncodeJob, batch: Batch) -> Encoded:
         else:
             result.documents.append([*ids, job.end])
     return result
+
+
+def encode_file(job: EncodeJob, path: Path) -> None:
+    """`encode_batch` from and to a pickle file, which holds the Encoded afterwards.
+
+    What goes through the pipes that all processes share stays below PIPE_BUF so: a process that is killed while it
+    writes a longer message leaves half of it there, for which the reader waits forever.
+    """
+    batch: Batch = pickle.loads(path.read_bytes())
+    path.write_bytes(pickle.dumps(encode_batch(job, batch)))
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str], numbers: list[int]) -> list[list[int]]:

@@ -7,16 +7,18 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from types import FrameType
 
@@ -25,7 +27,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from megatron_ssu.data.encode import Batch, Encoded, EncodeJob, encode_batch, start_process
+from megatron_ssu.data.encode import Batch, Encoded, EncodeJob, encode_batch, encode_file, start_process
 from megatron_ssu.data.indexed import bin_path, check_prefix, idx_path, meta_path, prepared_prefix
 from megatron_ssu.data.jsonl import LineReader, source_digest
 from megatron_ssu.data.tokenizer import Tokenizer, load_tokenizer, one_line
@@ -36,6 +38,7 @@ __all__ = ["PrepareReport", "Terminated", "check_prefix", "prepare", "prepared_p
 logger = logging.getLogger(__name__)
 
 _BATCH_LINES, _BATCH_BYTES = 256, 1 << 19
+_Submit = Callable[[Batch], Callable[[], Encoded]]  # the result is asked for later, in the order of the lines
 _SMALL_INPUT = 4 << 20  # below it starting processes takes longer than tokenizing
 
 
@@ -88,7 +91,7 @@ def prepare(
     with _terminate_as_exception(), _workspace(prefix) as folder:
         try:
             builder = IndexedDatasetBuilder(str(folder / "data.bin"), DType.optimal_dtype(tokenizer.vocab_size))
-            with builder.data_file, _pool(1 if total < small_input else workers) as submit:
+            with builder.data_file, _pool(1 if total < small_input else workers, job, folder) as submit:
                 show = console if progress and console is not None and console.is_terminal else None
                 report = _run(paths, prefix, job, submit, max(2, 2 * workers), builder, show, total)
                 builder.finalize(str(folder / "data.idx"))
@@ -133,7 +136,7 @@ def _run(
     paths: list[Path],
     prefix: Path,
     job: EncodeJob,
-    submit: Callable[[EncodeJob, Batch], Future[Encoded]],
+    submit: _Submit,
     in_flight: int,
     builder: IndexedDatasetBuilder,
     console: Console | None,
@@ -144,12 +147,12 @@ def _run(
     with _progress(console, total) as advance:
         for path in paths:
             reader, lines = LineReader(path), 0
-            pending: deque[Future[Encoded]] = deque()
+            pending: deque[Callable[[], Encoded]] = deque()
             batches = _batches(reader)
             while True:
                 for batch in batches:
                     lines += len(batch)
-                    pending.append(submit(job, batch))
+                    pending.append(submit(batch))
                     if len(pending) >= in_flight:
                         break
                 if not pending:
@@ -186,9 +189,9 @@ def _batches(reader: LineReader) -> Iterator[Batch]:
         yield batch
 
 
-def _result(future: Future[Encoded], path: Path) -> Encoded:
+def _result(pending: Callable[[], Encoded], path: Path) -> Encoded:
     try:
-        return future.result()
+        return pending()
     except BrokenProcessPool:
         raise
     except RuntimeError as error:
@@ -205,27 +208,33 @@ def _complain(path: Path, encoded: Encoded, job: EncodeJob, *, logged: int) -> N
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[Callable[[EncodeJob, Batch], Future[Encoded]]]:
-    """A `submit` that works in `workers` processes, or at once in this one when that is 1."""
+def _pool(workers: int, job: EncodeJob, folder: Path) -> Iterator[_Submit]:
+    """A `submit` that works in `workers` processes, by files in `folder`, or in this process when that is 1."""
     if workers == 1:
-        yield _submit_here
+        yield lambda batch: lambda: encode_batch(job, batch)
         return
     # spawn: forking a process that runs threads, as torch's and the tokenizer's, may hang the child
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=start_process)
+    names = (folder / f"batch-{n}" for n in count())
+
+    def submit(batch: Batch) -> Callable[[], Encoded]:
+        name = next(names)
+        name.write_bytes(pickle.dumps(batch))
+        future = executor.submit(encode_file, job, name)
+
+        def result() -> Encoded:
+            future.result()
+            encoded: Encoded = pickle.loads(name.read_bytes())
+            name.unlink()
+            return encoded
+
+        return result
+
     try:
-        yield lambda job, batch: executor.submit(encode_batch, job, batch)
+        yield submit
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
-
-
-def _submit_here(job: EncodeJob, batch: Batch) -> Future[Encoded]:
-    future: Future[Encoded] = Future()
-    try:
-        future.set_result(encode_batch(job, batch))
-    except RuntimeError as error:
-        future.set_exception(error)
-    return future
 
 
 @contextmanager
