@@ -16,12 +16,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does, before torch allocates
-
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from megatron_ssu.host_memory import configure_host_memory
+
+configure_host_memory()  # as the command line does
 
 PACKAGES = ("megatron-ssu", "torch", "megatron-core", "transformers", "transformer-engine", "numpy")
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from megatron_ssu import __version__
 from megatron_ssu.errors import UserError
+from megatron_ssu.host_memory import configure_host_memory
 from megatron_ssu.train.faults import STATUS_RANK_LOST, TrainingStopped
 
 EPILOG = """\
@@ -34,8 +35,7 @@ OVERRIDES = "section.key=value: goes before what the run file says, such as shie
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `megatron-ssu` and `python -m megatron_ssu`; ends the process with the exit status."""
     options = _parse(arguments)
-    # torch reads it once: huge pages for large tensors on the CPU, which are otherwise mapped anew page by page.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    configure_host_memory()
     first = int(os.environ.get("RANK", "0")) == 0
     for kind in (UserWarning, FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=kind)  # those of libraries; ours are logged
