@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 # Random kills that a run survives in the kill test; each costs about 4 seconds.
 export MEGATRON_SSU_KILLS ?= 15
 
-.PHONY: demo test test-fast test-slurm lint format bench clean
+.PHONY: demo test test-fast test-slurm lint format clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo/run.py --output demo_out

@@ -21,9 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ssu.host_memory import configure_host_memory
-
-configure_host_memory()  # as the command line does
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does, before torch allocates
 
 PACKAGES = ("megatron-ssu", "torch", "megatron-core", "transformers", "transformer-engine", "numpy")
 

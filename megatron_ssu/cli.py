@@ -14,7 +14,6 @@ from rich.console import Console
 
 from megatron_ssu import __version__
 from megatron_ssu.errors import UserError
-from megatron_ssu.host_memory import configure_host_memory
 from megatron_ssu.train.faults import STATUS_RANK_LOST, TrainingStopped
 
 EPILOG = """\
@@ -26,8 +25,9 @@ a run, from a Hugging Face model to an adapted one:
 score, train and export run alone, or on every rank of
   torchrun --nproc-per-node 8 -m megatron_ssu train run.yaml parallel.tensor_model_parallel_size=2
 
-exit status: 0 done; 1 verify found a frozen weight that moved; 2 bad input, told in one line; 3 too many steps skipped;
-  4 a rank was lost; 75, 130, 143 stopped with a checkpoint by SIGUSR1 or train.exit_after, SIGINT, SIGTERM: start again
+exit status: 0 done; 1 verify found a frozen weight that moved, or a bug; 2 bad input or a checkpoint that could not be
+  written, told in one line; 3 too many steps skipped; 4 a rank was lost or hangs; 75, 130, 143 training was stopped, with a
+  checkpoint, by SIGUSR1 or train.exit_after, SIGINT, SIGTERM: start again
 """
 OVERRIDES = "section.key=value: goes before what the run file says, such as shield.ratio=0.25"
 
@@ -35,7 +35,8 @@ OVERRIDES = "section.key=value: goes before what the run file says, such as shie
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `megatron-ssu` and `python -m megatron_ssu`; ends the process with the exit status."""
     options = _parse(arguments)
-    configure_host_memory()
+    # torch reads it once: huge pages for large tensors on the CPU, which are otherwise mapped anew page by page.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     first = int(os.environ.get("RANK", "0")) == 0
     for kind in (UserWarning, FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=kind)  # those of libraries; ours are logged
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         status = options.command(options, console)
     except UserError as error:
-        if first or not error.agreed:
+        if first or (not error.agreed and _joined()):
             rank = "" if first else f" (rank {os.environ['RANK']})"
             print(f"megatron-ssu{rank}: {error}", file=sys.stderr)
         status = 2
@@ -62,6 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     runtime.stop_processes()
     sys.exit(status)
+
+
+def _joined() -> bool:
+    """Is this rank in the job's process group? Before, all ranks read the same arguments and meet the same errors."""
+    from torch import distributed
+
+    return distributed.is_initialized()
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -164,10 +172,12 @@ def _add_prepare(add: Callable) -> None:
     command.add_argument("inputs", nargs="+", metavar="RUN.yaml|FILE", help="the run file, or JSONL files")
     command.add_argument("--model", metavar="DIR", help="directory with the tokenizer")
     command.add_argument("--output", metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
-    command.add_argument("--workers", type=int, default=2, metavar="N", help="tokenizer processes (default 2)")
-    command.add_argument("--text-key", default="text", metavar="KEY", help="key of the text (default text)")
+    command.add_argument("--workers", type=int, metavar="N", help="tokenizer processes (default 2)")
+    command.add_argument("--text-key", metavar="KEY", help="key of the text (default text)")
     command.add_argument("--skip-bad-lines", action="store_true", help="skip and count bad lines instead of stopping")
     command.add_argument("--overwrite", action="store_true", help="replace PREFIX.bin and PREFIX.idx")
+    command.add_argument("--trust-remote-code", action="store_true", help="run the tokenizer's own code, if it has any")
+    command.set_defaults(overrides=[])
 
 
 def _load(options: argparse.Namespace):
@@ -211,17 +221,26 @@ def _prepare(options: argparse.Namespace, console: Console) -> int:
         from megatron_ssu import commands
         from megatron_ssu.config.load import load_run
 
-        run = load_run(options.inputs[0], options.inputs[1:])
+        for name in ("workers", "text_key", "overwrite", "trust_remote_code"):
+            if getattr(options, name) not in (None, False):
+                raise UserError(
+                    f"prepare: --{name.replace('_', '-')} goes with --model and --output; a run file has data.workers, "
+                    "data.text_key and model.trust_remote_code, and makes datasets of changed files anew"
+                )
+        run = load_run(options.inputs[0], options.inputs[1:] + options.overrides)
         commands.prepare(run, console, skip_bad_lines=options.skip_bad_lines)
         return 0
+    if options.overrides:
+        raise UserError(f"prepare: {options.overrides[0]} goes with a run file, not with --model and --output")
     from megatron_ssu.data.prepare import prepare
 
     report = prepare(
         options.inputs,
         options.output,
         options.model,
-        workers=options.workers,
-        text_key=options.text_key,
+        trust_remote_code=options.trust_remote_code,
+        workers=2 if options.workers is None else options.workers,
+        text_key="text" if options.text_key is None else options.text_key,
         skip_bad_lines=options.skip_bad_lines,
         overwrite=options.overwrite,
         console=console,

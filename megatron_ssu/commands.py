@@ -19,8 +19,9 @@ from megatron_ssu import runtime
 from megatron_ssu.config.load import save_run
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.validate import read_hf_config
-from megatron_ssu.config.validate_train import parse_size
+from megatron_ssu.config.validate_train import parse_size, validate_data
 from megatron_ssu.data.datasets import build_train_valid, build_valid
+from megatron_ssu.data.indexed import check_prefix
 from megatron_ssu.data.sources import Prefixes, prepare_run
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.errors import UserError
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 def score(run: RunConfig, console: Console) -> None:
     """Write the scores file of a run file."""
     source = _start(run, training=False)
+    runtime.on_rank_zero(lambda: _refuse_begun(run, make.scores_path(run)))
     session = open_session(run, source)
     scores = make.make_scores(session)
     if scores is not None:
@@ -61,7 +63,8 @@ def plan(run: RunConfig, console: Console) -> Shield:
     path = make.scores_path(run)
     if not path.exists():
         raise UserError(f"{path}: no scores there; run `megatron-ssu score` first, or name a file with shield.scores")
-    shield = make.write_plan(run, source, Scores.load(path))
+    _refuse_begun(run, make.shield_path(run))
+    shield = make.write_plan(run, source, Scores.load(path), replace=True)
     linear = shield.realised()["linear"]
     console.print(
         f"{make.shield_path(run)}: {linear['ratio']:.4f} of {linear['elements']:,} weights frozen by {shield.granularity}, "
@@ -72,8 +75,18 @@ def plan(run: RunConfig, console: Console) -> Shield:
     return shield
 
 
+def _refuse_begun(run: RunConfig, path: Path) -> None:
+    """Raises UserError where `path` is what a run that has checkpoints was trained under."""
+    begun = Checkpoints(run.checkpoint.directory).latest() is not None
+    if begun and path.exists() and path.parent == Path(run.checkpoint.directory):
+        raise UserError(
+            f"{path}: the run in {path.parent} has begun under it and needs it; choose another checkpoint.directory"
+        )
+
+
 def prepare(run: RunConfig, console: Console, *, skip_bad_lines: bool) -> None:
     """Tokenize what the run file names and is not tokenized yet."""
+    validate_data(run)
     tokenizer = load_tokenizer(run.model.path, trust_remote_code=run.model.trust_remote_code)
     prefixes, reports = prepare_run(run, tokenizer, console, skip_bad_lines=skip_bad_lines)
     for report in reports:
@@ -96,7 +109,7 @@ def train_run(run: RunConfig, console: Console) -> Progress:
     runtime.on_rank_zero(lambda: _begin_directory(run))
     runtime.on_all_ranks(lambda: _log(run))
     checkpoints = Checkpoints(run.checkpoint.directory)
-    latest = runtime.on_rank_zero(checkpoints.latest) if run.checkpoint.resume else None
+    latest = runtime.on_rank_zero(lambda: _newest(run, checkpoints))
     tokenizer = runtime.on_all_ranks(
         lambda: load_tokenizer(run.model.path, trust_remote_code=run.model.trust_remote_code)
     )
@@ -107,7 +120,9 @@ def train_run(run: RunConfig, console: Console) -> Progress:
     datasets = runtime.on_all_ranks(lambda: _datasets(run, session, prefixes, tokenizer))
     progress = Progress(phase=run.train.phase.number)
     if latest is not None:
-        progress = checkpoints.load(latest, session, identity_of(run, shield), trainer.optimizer)
+        progress = checkpoints.load(
+            latest, session, identity_of(run, shield, datasets.train_digests), trainer.optimizer
+        )
         trainer.resume(progress)
     runtime.on_rank_zero(lambda: save_run(run, Path(run.checkpoint.directory) / "run.yaml"))
     telemetry = _telemetry(session, console, progress)
@@ -119,6 +134,17 @@ def train_run(run: RunConfig, console: Console) -> Progress:
     if run.checkpoint.export:
         _export(session, Path(run.checkpoint.export), console)
     return progress
+
+
+def _newest(run: RunConfig, checkpoints: Checkpoints) -> int | None:
+    """The checkpoint to go on from. Raises UserError where there is one and the run is not to go on from it."""
+    latest = checkpoints.latest()
+    if latest is not None and not run.checkpoint.resume:
+        raise UserError(
+            f"checkpoint.resume: false, and {checkpoints.path(latest)} is there; choose another checkpoint.directory, "
+            "or remove the checkpoints"
+        )
+    return latest
 
 
 def export(run: RunConfig, target: Path, iteration: int | None, console: Console) -> None:
@@ -250,7 +276,7 @@ def _datasets(run: RunConfig, session: Session, prefixes: Prefixes, tokenizer) -
     }
     if from_split is not None:
         watched["target_valid_loss"] = from_split
-    return Datasets(trained, watched)
+    return Datasets(trained, watched, [check_prefix(prefix).index_digest for prefix, _ in prefixes.train])
 
 
 def _names(kind: str, paths: dict[str, Path]) -> list[tuple[str, Path]]:

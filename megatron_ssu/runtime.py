@@ -52,6 +52,7 @@ def _to_cpu(factory: Callable) -> Callable:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("device") is not None and str(kwargs["device"]).startswith("cuda"):
             kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)  # on the way to a GPU
         return factory(*args, **kwargs)
 
     return wrapper

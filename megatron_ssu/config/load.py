@@ -53,6 +53,15 @@ ALIASES = {
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without numbers to the base 60, which YAML 1.2 has dropped: 11:50:00 is text."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)
+        number = kind is yaml.ScalarNode and tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        return self.DEFAULT_SCALAR_TAG if number and ":" in value else tag
+
+
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read the run file at `path`; each override is `section.key=value` with a YAML value, `section.key=` means null.
 
@@ -139,7 +148,7 @@ class _Source:
         text = self._read()
         loader = None
         try:
-            loader = yaml.SafeLoader(text)
+            loader = _Loader(text)
             node = loader.get_single_node()
             if node is None:
                 raise UserError(f"{self.path}: is empty; a run file needs at least model.path and checkpoint.directory")
@@ -204,8 +213,8 @@ class _Source:
             raise UserError(f"command line: {show(text)}: write an override as section.key=value")
         try:
             self.overridden.add(keys)
-            value = yaml.safe_load(written) if written.strip() else None
-            self._walk(yaml.compose(written, yaml.SafeLoader) or yaml.ScalarNode("", ""), keys, set(), set())
+            value = yaml.load(written, _Loader) if written.strip() else None
+            self._walk(yaml.compose(written, _Loader) or yaml.ScalarNode("", ""), keys, set(), set())
         except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"command line: {dotted}: {show(written)} is not a YAML value; put it in quotes") from error
         parent: Any = tree

@@ -148,7 +148,9 @@ class ShieldSection:
     """Which weights stay as they are."""
 
     method: str = "ssu"  # a registered method: ssu, none
-    file: str | None = None  # a shield made before; null: <checkpoint.directory>/shield.safetensors, planned if missing
+    file: str | None = (
+        None  # a shield made before; null: <checkpoint.directory>/shield.safetensors, planned if it is missing
+    )
     scores: str | None = None  # scores made before; null: <checkpoint.directory>/scores.safetensors, made if missing
     score: str = "wanda"
     granularity: str = "column"
@@ -185,7 +187,7 @@ class DataSection:
     text_key: str = "text"
     seed: int = 1234
     workers: int = 2  # tokenizer processes of `prepare`
-    loader_workers: int = 2  # data loader processes a rank
+    loader_workers: int = 2  # data loader processes a rank; shared by its virtual stages, at least one each; 0: none
 
 
 @dataclass
@@ -218,7 +220,7 @@ class TrainSection:
     eval_interval: int = 100  # iterations between evaluations; 0: at start and end only
     eval_batches: int = 8  # global batches an evaluation reads at most
     exit_after: str | float | None = None  # wall-clock budget, minutes or HH:MM:SS: then save and exit with status 75
-    max_skipped: int = 10  # steps in a row with a NaN or infinite loss or gradient: skipped; one more ends the run
+    max_skipped: int = 10  # steps in a row with a NaN or infinite loss or gradient: skipped; so many end the run
     fused_adam: bool = (
         True  # torch's fused AdamW where neither Transformer Engine's nor Apex's is there; false: its default
     )
@@ -242,7 +244,7 @@ class CheckpointSection:
     interval: int = 500  # iterations between checkpoints; 0: at the end only
     keep: int | None = None  # newest checkpoints kept; null: all
     async_save: bool = False  # write in the background while training goes on; takes memory for a copy of the state
-    resume: bool = True  # go on from the newest checkpoint in `directory`
+    resume: bool = True  # go on from the newest checkpoint in `directory`; false: refuse a directory that has one
     export: str | None = None  # write a Hugging Face directory here when the run ends
     max_shard_size: str | int = "5GB"  # of an exported safetensors file; KB, MB, GB, KiB, MiB, GiB or bytes
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+import atexit
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sized
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +62,7 @@ def iterate(
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
         generator=torch.Generator(),  # of its own: the loader draws a seed, which must not move the run's
+        worker_init_fn=_signals_are_the_parents() if loader_workers else None,
     )
     return _raise_errors(loader)
 
@@ -67,6 +72,27 @@ def _raise_errors(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
         if isinstance(batch, str):
             raise UserError(batch)
         yield batch
+
+
+def _signals_are_the_parents() -> Callable[[int], None]:
+    """What a loader process does first: leave signals to its rank, which is sent them as well.
+
+    torchrun and SLURM signal all processes of a rank; a loader process that went would take the rank with it, before its
+    checkpoint. SIGTERM counts once the rank itself ends: that is how Python ends the processes that are left.
+    """
+    ending = multiprocessing.Event()
+    atexit.register(ending.set)
+
+    def terminate(number: int, frame: Any) -> None:
+        if ending.is_set():
+            os._exit(0)
+
+    def begin(worker: int) -> None:
+        for number in (signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, terminate)
+
+    return begin
 
 
 class _Order:

@@ -278,7 +278,8 @@ def _workspace(prefix: Path) -> Iterator[Path]:
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         for stale in prefix.parent.glob(f".{glob.escape(prefix.name)}.{glob.escape(host)}-*.tmp"):
-            if not _alive(stale.name.rsplit("-", 1)[-1].removesuffix(".tmp")):
+            pid = stale.name.rsplit("-", 1)[-1].removesuffix(".tmp")
+            if pid == str(os.getpid()) or not _alive(pid):  # our own: of a container before this one
                 shutil.rmtree(stale, ignore_errors=True)  # left by a process that was killed outright
         folder.mkdir()
     except OSError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_ssu.config.schema import DataSource, RunConfig
-from megatron_ssu.data.indexed import bin_path, check_prefix, prepared_prefix, source_kind
+from megatron_ssu.data.indexed import check_prefix, idx_path, prepared_prefix, source_kind
 from megatron_ssu.data.prepare import PrepareReport, prepare
 from megatron_ssu.data.tokenizer import Tokenizer
 from megatron_ssu.errors import UserError
@@ -51,7 +51,7 @@ def prepare_run(
             check_prefix(path, tokenizer_digest=tokenizer.digest)
             return Path(path)
         prefix = _prepared(run, path, tokenizer)
-        if not bin_path(prefix).exists():
+        if not idx_path(prefix).exists():  # the last of its files to get its name
             try:
                 prefix.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -67,6 +67,7 @@ def prepare_run(
                     workers=run.data.workers,
                     text_key=run.data.text_key,
                     skip_bad_lines=skip_bad_lines,
+                    overwrite=True,
                     console=console,
                 )
             )

@@ -106,21 +106,24 @@ def _prepare(target: Path, partial: Path) -> None:
 
 
 def _finish(writer: _Writer, files: dict[str, list[Tensor]], source: Path, target: Path, partial: Path) -> None:
+    def rest() -> None:
+        if len(files) > 1:
+            total = sum(t.nbytes for part in files.values() for t in part)
+            weight_map = {t.name: name for name, part in files.items() for t in part}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        for pattern in CARRIED:
+            for file in source.glob(pattern):
+                if not file.name.endswith(".index.json"):
+                    shutil.copyfile(file, partial / file.name)
+        if target.exists():
+            target.rmdir()
+        os.replace(partial, target)
+
+    writer.attempt(rest)
     if writer.error is not None:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{target}: cannot be written: {writer.error.strerror}; nothing was left behind")
-    if len(files) > 1:
-        total = sum(t.nbytes for part in files.values() for t in part)
-        weight_map = {t.name: name for name, part in files.items() for t in part}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    for pattern in CARRIED:
-        for file in source.glob(pattern):
-            if not file.name.endswith(".index.json"):
-                shutil.copyfile(file, partial / file.name)
-    if target.exists():
-        target.rmdir()
-    os.replace(partial, target)
 
 
 class _Writer:
@@ -143,14 +146,14 @@ class _Writer:
             offset += tensor.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._try(lambda: self._open(name, struct.pack("<Q", len(text)) + text))
+        self.attempt(lambda: self._open(name, struct.pack("<Q", len(text)) + text))
 
     def _open(self, name: str, head: bytes) -> None:
         self.file = open(self.folder / name, "wb")  # noqa: SIM115
         self.file.write(head)
 
     def write(self, tensor: torch.Tensor) -> None:
-        self._try(lambda: self.file.write(tensor.contiguous().view(torch.uint8).numpy().data))
+        self.attempt(lambda: self.file.write(tensor.contiguous().view(torch.uint8).numpy().data))
 
     def end(self) -> None:
         def close() -> None:
@@ -158,9 +161,9 @@ class _Writer:
             os.fsync(self.file.fileno())
             self.file.close()
 
-        self._try(close)
+        self.attempt(close)
 
-    def _try(self, work: Any) -> None:
+    def attempt(self, work: Any) -> None:
         if self.error is None:
             try:
                 work()

@@ -148,7 +148,8 @@ def make_shield(session: Session, *, begun: bool = False) -> Shield:
     planned = begun and runtime.on_rank_zero(lambda: shield_path(run).exists() and not scores_path(run).exists())
     if run.shield.file is None and not planned:
         base.check_names([run.shield.score, *run.shield.also_score])
-        calibration = runtime.on_all_ranks(lambda: load_samples(run, source.dims))
+        scored = run.shield.calibration.path is None and runtime.on_rank_zero(scores_path(run).exists)
+        calibration = None if scored else runtime.on_all_ranks(lambda: load_samples(run, source.dims))
         usable = runtime.on_rank_zero(lambda: _scores_are_usable(run, source, calibration, begun))
         scores = None if usable else _score(session, calibration)
         runtime.on_rank_zero(lambda: write_plan(run, source, scores or Scores.load(scores_path(run)), begun=begun))
@@ -161,8 +162,11 @@ def make_shield(session: Session, *, begun: bool = False) -> Shield:
     return runtime.on_all_ranks(load)
 
 
-def write_plan(run: RunConfig, source: Source, scores: Scores, *, begun: bool = False) -> Shield:
-    """Plan and write the shield file; one that says the same is left as it is, and that of a run that has begun."""
+def write_plan(run: RunConfig, source: Source, scores: Scores, *, replace: bool = False, begun: bool = False) -> Shield:
+    """Plan and write the shield file; one that says the same is left as it is.
+
+    Raises UserError where it says otherwise, unless it may be `replace`d, and for scores that do not fit.
+    """
     wanted, path = run.shield.score, shield_path(run)
     if wanted not in (*base.DRAWN, *scores.scores):
         raise UserError(
@@ -173,11 +177,11 @@ def write_plan(run: RunConfig, source: Source, scores: Scores, *, begun: bool = 
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and load_shield(path).digest() == shield.digest():
         return shield
-    if path.exists() and begun:
-        raise UserError(
-            f"{path}: the run began under this shield, and the shield section asks for another now; change it back, or "
-            "start in another checkpoint.directory"
-        )
+    if path.exists() and not replace:
+        which, advice = "the run began under this shield", "start in another checkpoint.directory"
+        if not begun:
+            which, advice = "is there already", "name it with shield.file to train under it, or remove it"
+        raise UserError(f"{path}: {which}, and the shield section asks for another now; change it back, or {advice}")
     shield.save(path, overwrite=True)
     return shield
 
@@ -205,6 +209,8 @@ def _scores_are_usable(run: RunConfig, source: Source, calibration: Calibration 
         raise UserError(
             f"{path}: {why}, and the run has begun with it; change that back, or start in another checkpoint.directory"
         )
+    if why is not None:
+        log.warning("%s: %s; scoring anew", path, why)
     return why is None
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,16 @@ class Identity:
             raise UserError(f"{path}: {key} was {_show(was)} in this checkpoint and is {_show(now)} now; {advice}")
 
 
-def identity_of(run: RunConfig, shield: Shield) -> Identity:
-    """The facts of a run under a shield."""
+def identity_of(run: RunConfig, shield: Shield, train_digests: Sequence[str]) -> Identity:
+    """The facts of a run under a shield, on training data whose indexed datasets have these digests."""
     facts: dict[str, Any] = {
         "model.path (its weights' fingerprint)": shield.fingerprint,
         "model.make_vocab_size_divisible_by": run.model.make_vocab_size_divisible_by,
         "shield.method": shield.method,
         "shield.file (its digest)": shield.digest(),
         "precision.dtype": run.precision.dtype,
-        "data.train": [asdict(source) for source in train_sources(run)],
+        "data.train (its weights)": [source.weight for source in train_sources(run)],
+        "data.train (its documents' digests)": [digest[:16] for digest in train_digests],
         "data.split": run.data.split,
         "data.seed": run.data.seed,
         "data.sequence_length": run.data.sequence_length,

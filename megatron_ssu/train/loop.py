@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -21,6 +22,7 @@ from megatron.core.num_microbatches_calculator import (
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megatron_ssu import runtime
@@ -43,16 +45,24 @@ Batch = dict[str, Tensor]
 
 
 def language_model_loss(loss: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean over the real tokens of a micro-batch: loss [b, s] fp32, mask [b, s]; and [sum, tokens] to report."""
+    """Mean over the real tokens of a micro-batch: loss [b, s] fp32, mask [b, s]; and [sum, tokens] to report.
+
+    Under context parallelism it is this rank's share of that mean: the ranks' shares add up to it.
+    """
     total, tokens = (loss.float() * mask).sum(), mask.sum()
     report = torch.stack([total.detach().double(), tokens.double()])
+    group = parallel_state.get_context_parallel_group()
+    if group.size() > 1:
+        tokens = tokens.clone()
+        dist.all_reduce(tokens, group=group)
     return total / tokens.clamp(min=1), {"loss": report}
 
 
 def forward_step(iterator: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
-    """megatron's forward step: one micro-batch through one model chunk."""
+    """megatron's forward step: one micro-batch, or this rank's part of its sequences, through one model chunk."""
     where = runtime.device()
     batch = {key: value.to(where, non_blocking=True) for key, value in next(iterator).items()}
+    batch = get_batch_on_this_cp_rank(batch)
     output = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, lambda loss: language_model_loss(loss, batch["loss_mask"])
 
@@ -209,7 +219,7 @@ class Trainer:
 
     def batches(self, dataset: Any, consumed: int) -> Iterator[Batch] | list[Iterator[Batch]]:
         """Training batches from sample `consumed` on."""
-        return self._iterators(dataset, consumed, workers=self.run.data.loader_workers)
+        return self._iterators(dataset, consumed, workers=-(-self.run.data.loader_workers // self.mesh.chunks))
 
     def _iterators(self, dataset: Any, consumed: int, *, workers: int, **options: Any) -> Any:
         def one() -> Iterator[Batch]:
@@ -273,6 +283,7 @@ class Datasets:
 
     train: Any
     watched: dict[str, Any] = field(default_factory=dict)
+    train_digests: list[str] = field(default_factory=list)  # of the indexed datasets in `train`
 
 
 class Loop:
@@ -285,7 +296,7 @@ class Loop:
         self.telemetry, self.progress = telemetry, progress
         checkpoint = self.run.checkpoint
         self.checkpoints = Checkpoints(checkpoint.directory, checkpoint.keep, background=checkpoint.async_save)
-        self.identity = identity_of(self.run, shield)
+        self.identity = identity_of(self.run, shield, datasets.train_digests)
         self.spikes = SpikeWatch(self.run.train.spike_sigma)
         self.stop: str | None = None
         self.saved = progress.iteration if progress.iteration else None
@@ -367,7 +378,7 @@ class Loop:
         self.spent()
 
     def save(self) -> None:
-        """Save, unless what is there is this already. A run of skipped steps is no good checkpoint and none is made."""
+        """Save, unless what is there is this already."""
         trainer, progress = self.trainer, self.progress
         if self.saved == progress.iteration:
             return

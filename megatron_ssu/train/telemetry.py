@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -163,8 +164,11 @@ class Telemetry:
             self.say(f"evaluation {iteration:>5} | {told}")
 
     def _write(self, iteration: int, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"iteration": iteration, **record}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"iteration": iteration, **record}) + "\n")
+            self._file.flush()
+        except OSError as error:  # no reason to lose the run; the checkpoint will say so too
+            self.warn(f"metrics.jsonl: iteration {iteration} cannot be written: {error.strerror}")
         numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
         if self._writer is not None:
             for key, value in numbers.items():
@@ -185,16 +189,19 @@ class Telemetry:
 
 def _open_metrics(path: Path, start: int) -> Any:
     """metrics.jsonl for appending, without records after iteration `start`: those steps are done again."""
-    if path.exists():
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError, TypeError, KeyError):  # a line that a killed process left unfinished
-                if json.loads(line)["iteration"] <= start:
-                    kept.append(line + "\n")
-        part = path.with_name(path.name + ".part")
-        part.write_text("".join(kept if start else []), encoding="utf-8")
-        os.replace(part, path)
-    return path.open("a", encoding="utf-8")
+    try:
+        if path.exists():
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError, TypeError, KeyError):  # a line that a killed process left unfinished
+                    if json.loads(line)["iteration"] <= start:
+                        kept.append(line + "\n")
+            part = path.with_name(path.name + ".part")
+            part.write_text("".join(kept if start else []), encoding="utf-8")
+            os.replace(part, path)
+        return path.open("a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def check_installed(run: RunConfig) -> None:
@@ -207,10 +214,17 @@ def _open_wandb(run: RunConfig, directory: Path) -> Any:
     """Raises UserError where Weights & Biases does not start."""
     import wandb
 
-    name = directory.resolve().name
+    place = directory.resolve()
+    name = place.name
+    identity = f"{name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"  # others may have the same name
     try:
         return wandb.init(
-            project=run.log.wandb_project, name=name, id=name, resume="allow", dir=str(directory), config=asdict(run)
+            project=run.log.wandb_project,
+            name=name,
+            id=identity,
+            resume="allow",
+            dir=str(directory),
+            config=asdict(run),
         )
     except wandb.errors.Error as error:
         raise UserError(

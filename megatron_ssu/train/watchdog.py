@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _BROKEN = ("onnection", "closed by peer", "imed out", "NCCL", "gloo", "Broken pipe", "imeout")
 _VERDICT = "verdict"
+_STORE_TRIES = 3  # failures in a row
 _WAITING = ("distributed_c10d.py", "p2p_communication.py")  # files of a main thread that waits for other ranks
 
 
@@ -78,6 +79,7 @@ class Watchdog:
         self._marked, self._iteration, self._doing = time.monotonic(), iteration, doing
 
     def _watch(self) -> None:
+        failures = 0
         while not self._stop.wait(self._beat):
             try:
                 self._publish()
@@ -88,10 +90,13 @@ class Watchdog:
                     if not self._stop.is_set():
                         self._end(line)
                     return
-            except Exception as error:  # the store went away with the rank that held it
-                if not self._stop.is_set():
-                    log.warning("watchdog: the job's store does not answer: %s", error)
-                return
+                failures = 0
+            except Exception as error:  # busy; or it went away with the rank that held it
+                failures += 1
+                if failures == _STORE_TRIES or self._stop.is_set():
+                    if not self._stop.is_set():
+                        log.warning("watchdog: the job's store does not answer: %s", error)
+                    return
 
     def _publish(self) -> None:
         waiting, place = self._where()

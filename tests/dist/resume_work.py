@@ -90,7 +90,7 @@ def train_run(
     checkpoints, progress = Checkpoints(run.checkpoint.directory), Progress(phase=run.train.phase.number)
     latest = runtime.on_rank_zero(checkpoints.latest)
     if latest is not None:
-        progress = checkpoints.load(latest, session, identity_of(run, shield), trainer.optimizer)
+        progress = checkpoints.load(latest, session, identity_of(run, shield, []), trainer.optimizer)
         trainer.resume(progress)
     text, history, stopped = io.StringIO(), {}, None
     Path(run.checkpoint.directory).mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ import torch
 from tests.dist import resume_work as work
 from tests.dist.work import GLOBAL_BATCH, mesh
 from tests.models import make_model
+from tests.unit.data_makers import make_hf_tokenizer, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +53,38 @@ def test_too_many_skipped_steps_stop_the_run(ranks, model, tmp_path):
         assert status == 3 and max(answer["history"]) == 7
         assert "3 steps in a row" in message and "samples 48 to 55" in message and "iter_0000006" in message
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "6\n"
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_signal_to_all_processes_of_a_rank_leaves_a_checkpoint(again, tmp_path):
+    """torchrun and SLURM signal a rank's loader processes too; none may take the rank with it, or stay."""
+    model = make_model("llama", tmp_path / "model", num_hidden_layers=2, vocab_size=321)
+    make_hf_tokenizer(model)
+    write_jsonl(tmp_path / "text.jsonl", ["Some words that are said again and again. " * 20] * 300)
+    run = {
+        "model.path": model, "shield.method": "none", "data.train": tmp_path / "text.jsonl", "data.sequence_length": 16,
+        "data.loader_workers": 2, "train.iterations": 100000, "train.global_batch_size": 2, "precision.dtype": "fp32",
+        "checkpoint.directory": tmp_path / "run",
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(f"model: {{path: {model}}}\ncheckpoint: {{directory: x}}\n")
+    command = [sys.executable, "-m", "megatron_ssu", "train", "run.yaml", *(f"{k}={v}" for k, v in run.items())]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        for _ in range(1 + again):
+            os.killpg(process.pid, signal.SIGTERM)
+        said = process.communicate(timeout=60)[1].decode()
+    finally:
+        process.kill()
+    assert process.returncode == 143 and "stopped by SIGTERM" in said and "Traceback" not in said, said
+    assert int((tmp_path / "run" / "checkpoints" / "latest").read_text()) > 0
+    with pytest.raises(ProcessLookupError):  # nobody of the group is left
+        os.killpg(process.pid, 0)
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -243,6 +243,17 @@ def row(name: str, damage: Damage, command: str, *words: str) -> Row:
     return Row(name, damage, command, words)
 
 
+def planned(directory: str) -> Damage:
+    """A run that has not begun, with a shield of another ratio."""
+
+    def damage(world: Path) -> None:
+        (world / directory).mkdir()
+        shutil.copy(world / "run" / "scores.safetensors", world / directory)
+        assert main("plan", "run.yaml", f"checkpoint.directory={directory}", "shield.ratio=0.25") == 0
+
+    return damage
+
+
 ROWS = [
     # run files
     row("no run file", nothing, "train missing.yaml", "missing.yaml"),
@@ -353,6 +364,15 @@ ROWS = [
     row("changed calibration", nothing, RESUME + " shield.calibration.samples=5", "begun/scores.safetensors", "begun"),
     row("changed seed", nothing, RESUME + " train.seed=7", "train.seed was 1234"),
     row("changed data", nothing, RESUME + " data.train=valid.jsonl", "data.train"),
+    row("changed file", text("text.jsonl", '{"text": "Other words."}\n' * 40), RESUME, "data.train", "documents"),
+    row("a run that began is not to go on", nothing, RESUME + " checkpoint.resume=false", "checkpoint.resume", "iter_0000001"),
+    row("plan anew under a run", nothing, PLAN.replace("=new", "=begun"), "begun/shield.safetensors", "begun"),
+    row("score anew under a run", nothing, SCORE.replace("=new", "=begun"), "begun/scores.safetensors", "begun"),
+    row("prepare without data", nothing, "prepare run.yaml data.train=[]", "data.train"),
+    row("prepare a run with a file's option", nothing, "prepare run.yaml --workers 3", "--workers", "data.workers"),
+    row("prepare files with an override", nothing, "prepare --model hf --output new/x text.jsonl --overwrite a.b=1", "a.b=1"),
+    row("a shield that is there already", planned("planned"), "train run.yaml checkpoint.directory=planned",
+        "planned/shield.safetensors", "shield.file"),
     row("changed model", nothing, RESUME + " model.path=other", "other"),
     row("changed learning", nothing, RESUME + " train.optimizer.weight_decay=0.5", "train.optimizer.weight_decay was"),
     row("no checkpoint to export", nothing, "export run.yaml checkpoint.directory=new --output out", "checkpoint"),
@@ -383,7 +403,7 @@ def test_one_line_and_nothing_changed(row, world, capsys):
     assert {n: d for n, d in after.items() if n in before} == before, "something was overwritten"
     left = sorted(set(after) - set(before))
     # Datasets and scores that were complete before the mistake showed, and the run file, are kept.
-    kept = ("begun/data/", "new/run.yaml", "new/data/", "new/scores.safetensors", "new/shield.safetensors", "new/metrics.jsonl")
+    kept = ("begun/data/", "planned/", "new/run.yaml", "new/data/", "new/scores.safetensors", "new/shield.safetensors", "new/metrics.jsonl")
     assert not [n for n in left if not n.startswith(kept)], left
     assert not [n for n in left if ".part" in n or ".tmp" in n], left
 

@@ -71,7 +71,7 @@ model: {{path: {folder}/model}}
 parallel: {{tensor_model_parallel_size: 2}}
 precision: {{dtype: fp32}}
 shield: {{score: magnitude}}
-data: {{train: {folder}/text.jsonl, split: "98,2,0", sequence_length: 64, loader_workers: 0, workers: 1}}
+data: {{train: {folder}/text.jsonl, split: "98,2,0", sequence_length: 64, loader_workers: 2, workers: 1}}
 train: {{iterations: {ITERATIONS}, micro_batch_size: 2, global_batch_size: 8, eval_interval: 0}}
 checkpoint: {{directory: {folder}/runs, interval: {INTERVAL}, keep: 2}}
 log: {{interval: 100, tensorboard: false}}

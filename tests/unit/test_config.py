@@ -18,6 +18,7 @@ from megatron_ssu.config.coerce import DTYPES, field_hint, field_hints, is_union
 from megatron_ssu.config.load import dump_run, load_run, save_run
 from megatron_ssu.config.schema import OPTIMIZER_DEFAULTS, DataSource, RunConfig
 from megatron_ssu.errors import UserError
+from megatron_ssu.train.signals import seconds
 
 MINIMAL = "model: {path: hf}\ncheckpoint: {directory: out}\n"
 
@@ -217,6 +218,13 @@ def test_overrides_reach_lists_mappings_and_null(tmp_path: Path) -> None:
     assert load(tmp_path, text, "data.train=[x, y]").data.train == ["x", "y"]
     assert load(tmp_path, text, "shield.file=a=b").shield.file == "a=b"
     assert load(tmp_path, text, "data.split='8,1,1'").data.split == "8,1,1"
+
+
+def test_times_are_no_numbers_to_the_base_60(tmp_path: Path) -> None:
+    for written in ("11:50:00", "1:50:00", "1-00:00:00", "01:50:00"):
+        assert load(tmp_path, MINIMAL, f"train.exit_after={written}").train.exit_after == written
+    again = load(tmp_path, dump_run(load(tmp_path, MINIMAL + "train: {exit_after: 1:50:00}\n")))
+    assert seconds(again.train.exit_after) == 6600
 
 
 def test_override_changes_one_use_of_an_alias(tmp_path: Path) -> None:

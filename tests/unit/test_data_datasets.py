@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import os
+import signal
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
@@ -255,6 +257,16 @@ def test_loader_processes_change_nothing(folder: Path, tokenizer: Tokenizer, tmp
     assert set(batches[0]) == {"tokens", "labels", "loss_mask", "position_ids"}
     want = torch.stack([train[i]["tokens"] for i in range(2, 26)]).view(6, 4, S)
     assert torch.equal(torch.stack([b["tokens"] for b in batches]), want)
+
+
+def test_loader_processes_leave_signals_to_their_rank() -> None:
+    batches = iterate(Numbers(400), micro_batch_size=2, loader_workers=2)
+    next(batches)
+    workers = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    for worker in workers:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+            worker.send_signal(number)
+    assert len(workers) >= 2 and len(numbers(batches)) == 199
 
 
 @pytest.mark.parametrize("workers", [0, 1])
