@@ -21,7 +21,7 @@ from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.validate import read_hf_config
 from megatron_ssu.config.validate_train import parse_size, validate_data
 from megatron_ssu.data.datasets import build_train_valid, build_valid
-from megatron_ssu.data.indexed import check_prefix
+from megatron_ssu.data.indexed import content_digest
 from megatron_ssu.data.sources import Prefixes, prepare_run
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.errors import UserError
@@ -276,7 +276,7 @@ def _datasets(run: RunConfig, session: Session, prefixes: Prefixes, tokenizer) -
     }
     if from_split is not None:
         watched["target_valid_loss"] = from_split
-    return Datasets(trained, watched, [check_prefix(prefix).index_digest for prefix, _ in prefixes.train])
+    return Datasets(trained, watched, [content_digest(prefix) for prefix, _ in prefixes.train])
 
 
 def _names(kind: str, paths: dict[str, Path]) -> list[tuple[str, Path]]:

@@ -151,14 +151,32 @@ def _check_layout(index: Path, dtype: type, lengths: np.ndarray, pointers: np.nd
         raise UserError(f"{index}: offset {_HEADER.size + 12 * n}: document boundaries do not span its {n} sequences")
 
 
-def _check_note(note: Path, tokenizer_digest: str) -> None:
-    if not note.is_file():
-        return  # made by another tool
+def content_digest(prefix: str | Path) -> str:
+    """Tells whether an indexed dataset holds what it held: sha256 of its index, and of its sources as `prepare` noted them.
+
+    Raises UserError like `check_prefix`.
+    """
+    index, note = check_prefix(prefix).index_digest, meta_path(prefix)
     try:
-        made_with = json.loads(note.read_text(encoding="utf-8"))["tokenizer"]
+        sources = [str(source["sha256"]) for source in _noted(note, "sources") or []]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{note}: not a note that `prepare` wrote ({one_line(error)})") from error
+    return hashlib.sha256(json.dumps([index, *sources]).encode()).hexdigest()
+
+
+def _noted(note: Path, key: str) -> Any:
+    """What the note beside an indexed dataset says; None where there is none, as another tool made it."""
+    if not note.is_file():
+        return None
+    try:
+        return json.loads(note.read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{note}: not a note that `prepare` wrote ({one_line(error)})") from error
-    if made_with != tokenizer_digest:
+
+
+def _check_note(note: Path, tokenizer_digest: str) -> None:
+    made_with = _noted(note, "tokenizer")
+    if made_with is not None and made_with != tokenizer_digest:
         raise UserError(
             f"{note}: tokenized with another tokenizer ({str(made_with)[:12]}) than the model's "
             f"({tokenizer_digest[:12]}); prepare the text again with this model"

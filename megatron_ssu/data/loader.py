@@ -80,11 +80,11 @@ def _signals_are_the_parents() -> Callable[[int], None]:
     torchrun and SLURM signal all processes of a rank; a loader process that went would take the rank with it, before its
     checkpoint. SIGTERM counts once the rank itself ends: that is how Python ends the processes that are left.
     """
-    ending = multiprocessing.Event()
-    atexit.register(ending.set)
+    ending = multiprocessing.RawValue("b", 0)  # shared; an Event has a lock, on which a signal in a signal would hang
+    atexit.register(setattr, ending, "value", 1)
 
     def terminate(number: int, frame: Any) -> None:
-        if ending.is_set():
+        if ending.value:
             os._exit(0)
 
     def begin(worker: int) -> None:

@@ -179,9 +179,11 @@ class Telemetry:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-        for sink in (self._file, self._writer):
-            if sink is not None:
-                sink.close()
+        if self._file is not None:
+            with suppress(OSError):  # of a record that could not be written, which was told
+                self._file.close()
+        if self._writer is not None:
+            self._writer.close()
         if self._wandb is not None:
             self._wandb.finish()
         self._file = self._writer = self._wandb = self._bar = None

@@ -17,9 +17,11 @@ import pytest
 import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_ssu.data.indexed import CheckedIndexedDataset, check_prefix, prepared_prefix, source_kind
+from megatron_ssu.config.schema import CheckpointSection, DataSection, ModelSection, RunConfig
+from megatron_ssu.data.indexed import CheckedIndexedDataset, check_prefix, content_digest, prepared_prefix, source_kind
 from megatron_ssu.data.jsonl import LineReader, iter_lines
 from megatron_ssu.data.prepare import prepare
+from megatron_ssu.data.sources import prepare_run
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.errors import UserError
 from tests.unit.data_makers import TEXTS, make_hf_tokenizer, make_sentencepiece, write_jsonl
@@ -315,6 +317,39 @@ def test_prepared_prefix_depends_on_content_tokenizer_and_key(tmp_path: Path) ->
     assert prepared_prefix(tmp_path, source, "d", "text", chat_template="{{ messages }}") != name
     copy.write_bytes(gzip.compress(b"other"))
     assert prepared_prefix(tmp_path, copy, "d", "text") != name
+
+
+def test_a_dataset_without_its_index_is_prepared_again(tmp_path: Path, model: Path) -> None:
+    source = write_jsonl(tmp_path / "text.jsonl", TEXTS)
+    run = RunConfig(
+        model=ModelSection(path=str(model)),
+        checkpoint=CheckpointSection(directory=str(tmp_path / "run")),
+        data=DataSection(train=str(source)),
+    )
+    (prefix, _), *_ = prepare_run(run, load_tokenizer(model))[0].train
+    Path(f"{prefix}.idx").unlink()  # as after a kill between the renames
+    assert prepare_run(run, load_tokenizer(model))[1]
+    check_prefix(prefix)
+    assert not prepare_run(run, load_tokenizer(model))[1]
+
+
+def test_content_digest_follows_the_documents(tmp_path: Path, model: Path) -> None:
+    def digest(name: str, texts: list[str]) -> str:
+        prepare([write_jsonl(tmp_path / f"{name}.jsonl", texts)], tmp_path / name, model)
+        return content_digest(tmp_path / name)
+
+    first = digest("a", ["one two", "three"])
+    assert digest("b", ["one two", "three"]) == first
+    assert digest("c", ["two one", "three"]) != first  # as many tokens, other ones
+    (tmp_path / "a.json").unlink()
+    assert content_digest(tmp_path / "a") != first
+
+
+def test_a_leftover_of_a_killed_process_with_our_number_is_removed(tmp_path: Path, model: Path) -> None:
+    stale = tmp_path / f".out.{socket.gethostname()}-{os.getpid()}.tmp"
+    stale.mkdir()
+    prepare([write_jsonl(tmp_path / "text.jsonl", TEXTS)], tmp_path / "out", model)
+    assert not stale.exists()
 
 
 def test_source_kind(tmp_path: Path, model: Path) -> None:
