@@ -63,6 +63,8 @@ def install_cpu_backend() -> None:
     if has_cuda() or getattr(torch.cuda, "_megatron_ssu_cpu", False):
         return
     cpu = torch.device("cpu")
+    with cpu:  # torch lists the factories that device contexts change at the first use: those before they are replaced
+        torch.empty(0)
     cuda = {
         "current_device": lambda: cpu,
         "set_device": lambda *a: None,
