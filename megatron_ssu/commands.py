@@ -43,7 +43,8 @@ log = logging.getLogger(__name__)
 def score(run: RunConfig, console: Console) -> None:
     """Write the scores file of a run file."""
     source = _start(run, training=False)
-    runtime.on_rank_zero(lambda: _refuse_begun(run, make.scores_path(run)))
+    _refuse_given("score", "shield.scores", run.shield.scores)
+    runtime.on_rank_zero(lambda: _check_not_begun(run))
     session = open_session(run, source)
     scores = make.make_scores(session)
     if scores is not None:
@@ -59,12 +60,12 @@ def plan(run: RunConfig, console: Console) -> Shield:
     """Write the shield file of a run file from its scores file. Needs no weights but for some choices, and one process."""
     if runtime.world_size() > 1:
         raise UserError("plan: runs as one process; start it without torchrun")
+    _refuse_given("plan", "shield.file", run.shield.file)
     source = open_source(run.model.path)
     path = make.scores_path(run)
     if not path.exists():
         raise UserError(f"{path}: no scores there; run `megatron-ssu score` first, or name a file with shield.scores")
-    _refuse_begun(run, make.shield_path(run))
-    shield = make.write_plan(run, source, Scores.load(path), replace=True)
+    shield = make.write_plan(run, source, Scores.load(path), replace=True, begun=_has_begun(run))
     linear = shield.realised()["linear"]
     console.print(
         f"{make.shield_path(run)}: {linear['ratio']:.4f} of {linear['elements']:,} weights frozen by {shield.granularity}, "
@@ -75,13 +76,22 @@ def plan(run: RunConfig, console: Console) -> Shield:
     return shield
 
 
-def _refuse_begun(run: RunConfig, path: Path) -> None:
-    """Raises UserError where `path` is what a run that has checkpoints was trained under."""
-    begun = Checkpoints(run.checkpoint.directory).latest() is not None
-    if begun and path.exists() and path.parent == Path(run.checkpoint.directory):
-        raise UserError(
-            f"{path}: the run in {path.parent} has begun under it and needs it; choose another checkpoint.directory"
-        )
+def _refuse_given(command: str, key: str, given: str | None) -> None:
+    """Raises UserError for a file of the user's that the command would replace."""
+    if given is not None:
+        raise UserError(f"{key}: {given} was made before and `{command}` does not replace it; leave the key out")
+
+
+def _has_begun(run: RunConfig) -> bool:
+    """Has the run checkpoints, whose shield must stay?"""
+    return Checkpoints(run.checkpoint.directory).latest() is not None
+
+
+def _check_not_begun(run: RunConfig) -> None:
+    """Raises UserError where the scores of a run that has begun would be replaced."""
+    path = make.scores_path(run)
+    if path.exists() and _has_begun(run):
+        raise UserError(f"{path}: the run has begun with these scores; choose another checkpoint.directory")
 
 
 def prepare(run: RunConfig, console: Console, *, skip_bad_lines: bool) -> None:

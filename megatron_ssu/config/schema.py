@@ -148,9 +148,7 @@ class ShieldSection:
     """Which weights stay as they are."""
 
     method: str = "ssu"  # a registered method: ssu, none
-    file: str | None = (
-        None  # a shield made before; null: <checkpoint.directory>/shield.safetensors, planned if it is missing
-    )
+    file: str | None = None  # a shield made before; null: <checkpoint.directory>/shield.safetensors, planned if missing
     scores: str | None = None  # scores made before; null: <checkpoint.directory>/scores.safetensors, made if missing
     score: str = "wanda"
     granularity: str = "column"

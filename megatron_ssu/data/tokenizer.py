@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,7 @@ def load_tokenizer(model_path: str | Path, *, trust_remote_code: bool = False) -
     raise UserError(f"{path}: no tokenizer in it (looked for {', '.join(_HF_VOCABULARIES)}, {_SENTENCEPIECE})")
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """Text to token ids and back.
 
     `encode` takes text as text: it adds nothing, and the letters of a special token in a document do not become that
@@ -52,17 +53,17 @@ class Tokenizer:
         """Ids of plain text, without special tokens."""
         return self.encode_batch([text])[0]
 
+    @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts, faster than one by one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_rendered(self, text: str) -> list[int]:
         """Ids of a rendered chat: the special tokens written in it are recognised, none are added."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens included."""
-        raise NotImplementedError
 
     @property
     def document_end(self) -> int:
@@ -100,8 +101,8 @@ class Tokenizer:
             digest.update(content)
         return digest.hexdigest()
 
-    def _digest_files(self) -> list[Path]:
-        raise NotImplementedError
+    @abstractmethod
+    def _digest_files(self) -> list[Path]: ...
 
 
 class _HuggingFaceTokenizer(Tokenizer):

@@ -165,7 +165,8 @@ def make_shield(session: Session, *, begun: bool = False) -> Shield:
 def write_plan(run: RunConfig, source: Source, scores: Scores, *, replace: bool = False, begun: bool = False) -> Shield:
     """Plan and write the shield file; one that says the same is left as it is.
 
-    Raises UserError where it says otherwise, unless it may be `replace`d, and for scores that do not fit.
+    Raises UserError where it says otherwise, unless it may be `replace`d and the run has not `begun`, and for scores
+    that do not fit.
     """
     wanted, path = run.shield.score, shield_path(run)
     if wanted not in (*base.DRAWN, *scores.scores):
@@ -177,7 +178,7 @@ def write_plan(run: RunConfig, source: Source, scores: Scores, *, replace: bool 
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and load_shield(path).digest() == shield.digest():
         return shield
-    if path.exists() and not replace:
+    if path.exists() and (begun or not replace):
         which, advice = "the run began under this shield", "start in another checkpoint.directory"
         if not begun:
             which, advice = "is there already", "name it with shield.file to train under it, or remove it"
