@@ -92,7 +92,8 @@ def layerwise_counts(
     wanted = _fill(units, sizes, least, most, _importance(matrices, names, mean_scores), budget)
     counts = np.clip(np.floor(wanted).astype(np.int64), least, most)
     left = budget - int((counts * sizes).sum())
-    for i in np.argsort(-(wanted - counts), kind="stable"):  # whole units to the largest remainders
+    # Whole units to the largest remainders, which count as equal where only a mesh's rounding tells them apart.
+    for i in np.argsort(-np.round(wanted - counts, 4), kind="stable"):
         if left >= sizes[i] and counts[i] < most[i]:
             counts[i] += 1
             left -= int(sizes[i])
@@ -105,13 +106,11 @@ def layerwise_counts(
 
 def _importance(matrices: Mapping[str, Matrix], names: list[str], mean_scores: Mapping[str, float]) -> np.ndarray:
     """float64 [matrices]: mean score over the kind's average of it."""
-    # Eight bits are kept: other meshes' rounding noise must not move a column from one matrix to another.
-    means = {name: float(round_mantissa(np.array(mean_scores[name]), 8)) for name in names}
     by_kind: dict[str, list[float]] = {}
     for name in names:
-        by_kind.setdefault(matrices[name].kind, []).append(means[name])
+        by_kind.setdefault(matrices[name].kind, []).append(mean_scores[name])
     average = {kind: math.fsum(values) / len(values) for kind, values in by_kind.items()}
-    importance = [means[n] / average[matrices[n].kind] if average[matrices[n].kind] else 1.0 for n in names]
+    importance = [mean_scores[n] / average[matrices[n].kind] if average[matrices[n].kind] else 1.0 for n in names]
     return np.maximum(importance, _LEAST_IMPORTANCE)
 
 
@@ -131,9 +130,3 @@ def _fill(
         else:
             low = middle
     return at(low)
-
-
-def round_mantissa(values: np.ndarray, bits: int) -> np.ndarray:
-    """Round float64 to `bits` bits of mantissa (relative precision about 2^-bits), halves to even."""
-    mantissa, exponent = np.frexp(values)
-    return np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits)

@@ -1,7 +1,8 @@
 """Scores and a budget become a shield: pure functions on numpy arrays, the same on every machine and mesh.
 
-Scores are rounded to 16 bits of mantissa (2^-16 relative) before they are ranked. Meshes add in different order, so
-equal columns get scores that differ in the last bits; rounded, they are equal again, and the lower number goes first.
+From one scores file every mesh plans the same bytes. Scores made on two meshes differ by rounding, since the meshes add in
+different order: units within TIE (relative) of the cut are one tie, and of a tie the lower numbers are frozen. So equal
+columns are decided alike everywhere, and two shields can differ only in units that lie that near to the cut.
 """
 
 from __future__ import annotations
@@ -23,15 +24,13 @@ from megatron_ssu.shield.budget import (
     check_ratio,
     layerwise_counts,
     per_kind_counts,
-    round_mantissa,
     uniform_counts,
 )
 from megatron_ssu.shield.file import GRANULARITIES, Granularity, Mask, Shield
 
 log = logging.getLogger(__name__)
 
-RANK_BITS = 16
-FISHER_BITS = 2  # of a factor of an element's fisher score
+TIE = 1e-5  # relative to the cut; fp32 scores of two meshes agree within it
 ELEMENT_SCORES = ("wanda", "wanda-released", "magnitude", "random", "sparsegpt-diagonal", "fisher")
 NORMS = ("trainable", "frozen", "half")
 SELECTORS: dict[str, tuple[str, ...]] = {
@@ -107,7 +106,7 @@ def plan_shield(
 
     scores: of all matrices; those of the seven linear kinds are planned, the others can be protected.
     frozen_rows: embedding or head name -> (shape, row numbers), the special tokens' rows.
-    weights: matrix name -> tensor [shape] on the CPU; for element granularity (all but random, sparsegpt-diagonal) and
+    weights: matrix name -> tensor [shape] on the CPU; for element granularity (wanda, wanda-released, magnitude) and
         norms 'half'. One matrix at a time is asked for and not kept.
     Protected matrices are outside the budget: it is spent over the rest. UserError for impossible options, scores
     that are missing, NaN or infinite (naming the matrix) and a rule that fits nothing.
@@ -145,23 +144,27 @@ def plan_shield(
 
 
 def freeze_top(values: np.ndarray, count: int) -> np.ndarray:
-    """bool [n]: True for the `count` greatest of `values` [n]; of equal ones the lower index goes first."""
+    """bool [n]: True for the `count` greatest of `values` >= 0 [n].
+
+    The cut is the count-th greatest value. Values within TIE of it count as equal, and of equal ones the lower index is
+    frozen first.
+    """
     if count <= 0:
         return np.zeros(values.size, dtype=bool)
     if count >= values.size:
         return np.ones(values.size, dtype=bool)
-    threshold = np.partition(values, values.size - count)[values.size - count]
-    frozen = values > threshold
-    ties = np.flatnonzero(values == threshold)
+    cut = float(np.partition(values, values.size - count)[values.size - count])
+    frozen = values > cut * (1 + TIE)
+    ties = np.flatnonzero((values >= cut * (1 - TIE)) & ~frozen)
     frozen[ties[: count - int(frozen.sum())]] = True
     return frozen
 
 
 def axis_scores(scores: Scores, score: str, axis: Literal["column", "row"], matrix: Matrix, seed: int) -> np.ndarray:
-    """float64 [I] or [O] as ranked, rounded to RANK_BITS; `random` is made from `seed` unless the file has it."""
+    """float64 [I] or [O]; `random` is made from `seed` unless the file has it."""
     if score == "random" and not scores.has(score, axis, matrix.name):
         return random_scores(seed, matrix.name, axis, matrix.shape[0 if axis == "row" else -1])
-    return round_mantissa(scores.get(score, axis, matrix.name), RANK_BITS)
+    return scores.get(score, axis, matrix.name)
 
 
 def _unit_scores(scores: Scores, options: PlanOptions, matrix: Matrix, weights: Weights | None) -> np.ndarray:
@@ -177,24 +180,18 @@ def element_scores(scores: Scores, score: str, matrix: Matrix, weights: Weights 
     """float32 [O, I] (float64 for float64 weights) that rank the elements of one matrix.
 
     wanda: |W_ij| ||X_j||; wanda-released: |W_ij| mean(X_j^2); magnitude: |W_ij|; sparsegpt-diagonal: mean(X_j^2), so
-    whole columns; fisher: row score * column score, the rank-one estimate, as the squared gradients are not kept, each
-    to two bits, and within a step |W_ij|. Factors are scaled by a power of two, which changes no rank. Statistics come
-    from `scores`.
+    whole columns; fisher: row score * column score, the rank-one estimate, since the squared gradients are not kept.
+    Factors are scaled by a power of two, which changes no rank. Statistics come from `scores`.
     """
     if score == "sparsegpt-diagonal":
         column = _factor(scores, score, "column", matrix)
         return np.broadcast_to(column[None, :], matrix.shape)
+    if score == "fisher":
+        return np.outer(*(_factor(scores, score, axis, matrix) for axis in ("row", "column")))
     if weights is None:
         raise UserError(f"shield.granularity: element needs the weights for score {score}; give the model's directory")
     values = absolute_weights(weights, matrix)
-    if score == "fisher":
-        # Gradients differ by up to 1e-4 between meshes: finer factors would let many elements cross the cut.
-        row, column = (_factor(scores, score, axis, matrix, FISHER_BITS) for axis in ("row", "column"))
-        values *= np.float32(0.1) / max(values.max(initial=0.0), np.finfo(np.float32).tiny)
-        values += 1  # products of two factors lie 1.125 apart or more
-        values *= row[:, None]
-        values *= column[None, :]
-    elif score != "magnitude":
+    if score != "magnitude":
         statistic = INPUT_NORM if score == "wanda" else INPUT_MEAN_SQUARE
         values *= _factor(scores, statistic, "column", matrix)[None, :].astype(values.dtype)
     return values
@@ -212,11 +209,9 @@ def absolute_weights(weights: Weights, matrix: Matrix) -> np.ndarray:
     return values
 
 
-def _factor(
-    scores: Scores, score: str, axis: Literal["column", "row"], matrix: Matrix, bits: int = RANK_BITS
-) -> np.ndarray:
-    """float32 [I] or [O]: rounded to `bits`, and scaled so that products neither overflow nor vanish."""
-    values = round_mantissa(scores.get(score, axis, matrix.name), bits)
+def _factor(scores: Scores, score: str, axis: Literal["column", "row"], matrix: Matrix) -> np.ndarray:
+    """float32 [I] or [O], scaled so that products neither overflow nor vanish."""
+    values = scores.get(score, axis, matrix.name)
     _, exponent = np.frexp(values.max(initial=0.0))
     return np.ldexp(values, -exponent).astype(np.float32)
 
@@ -268,7 +263,6 @@ def _plan_norms(
         if measured:
             norm = scores.column(INPUT_NORM, matrix.name)
             values *= 1 + (norm / max(norm.max(initial=0.0), np.finfo(np.float64).tiny)) ** 2
-        values = round_mantissa(values, RANK_BITS)
         masks[matrix.name] = Mask.of("element", matrix.shape, freeze_top(values, matrix.elements // 2))
     return {"norm_importance": "input_norm" if measured else "none"}
 

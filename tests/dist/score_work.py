@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_ssu.config.schema import CalibrationSection, ShieldSection
+from megatron_ssu.config.schema import CalibrationSection, CheckpointSection, ShieldSection
 from megatron_ssu.data.chat import Calibration, load_calibration
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.models.fingerprint import model_fingerprint
@@ -19,7 +19,7 @@ from megatron_ssu.scoring.calibrate import calibration_pass, micro_batches, scor
 from megatron_ssu.scoring.file import Scores
 from megatron_ssu.scoring.fisher import SquaredGradients
 from megatron_ssu.session import Session, open_session
-from megatron_ssu.shield.plan import PlanOptions, plan_shield
+from megatron_ssu.shield.make import make_shield
 from tests.dist.work import run_config
 
 NAMES = ["wanda", "wanda-released", "magnitude", "random", "sparsegpt-diagonal", "fisher"]
@@ -53,24 +53,29 @@ def scores(
     return made
 
 
-def shields(
-    model: str, parallel: dict[str, Any], out: str, names: Sequence[str] = NAMES, **options: Any
-) -> dict[str, bytes] | None:
-    """The bytes of a shield file by every score and granularity, with uniform and layerwise budget, on rank 0."""
+def mesh_scores(model: str, parallel: dict[str, Any], names: Sequence[str] = NAMES) -> Scores | None:
+    """Scores on rank 0, with the norms' statistics, over the model's own calibration data where it has some."""
     session = session_of(model, parallel, norms="half")
-    made = score_model(session, list(names), _source_tokens(model) or tokens(), model_fingerprint(Path(model)))
-    if made is None:
-        return None
-    files = {}
-    for name in names:
-        for granularity in GRANULARITIES:
-            for budget in ("uniform", "layerwise"):
-                choice = PlanOptions(score=name, granularity=granularity, budget=budget, norms="half")
-                shield = plan_shield(made, choice, method="ssu", weights=session.source.checkpoint.get)
-                path = Path(out) / f"{name}-{granularity}-{budget}.safetensors"
-                shield.save(path, overwrite=True)
-                files[path.stem] = path.read_bytes()
-    return files
+    return score_model(session, list(names), _source_tokens(model) or tokens(), model_fingerprint(Path(model)))
+
+
+def scores_file(model: str, parallel: dict[str, Any], path: str) -> None:
+    """Write the scores file of a mesh, with the norms' statistics."""
+    made = mesh_scores(model, parallel)
+    if made is not None:
+        made.save(path)
+
+
+def planned(model: str, parallel: dict[str, Any], directory: str, dtype: str, **shield: Any) -> None:
+    """Plan on a mesh from a scores file, as `train` does before its first step."""
+    run = run_config(
+        model,
+        parallel,
+        dtype,
+        shield=ShieldSection(norms="half", special_tokens=False, **shield),
+        checkpoint=CheckpointSection(directory=directory),
+    )
+    make_shield(open_session(run))
 
 
 def _source_tokens(model: str) -> Calibration | None:

