@@ -18,21 +18,15 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-import torch
-
 KeyPath = tuple[str, ...]
 
-DTYPES: Mapping[str, torch.dtype] = types.MappingProxyType(
+# What a run file may write for a dtype: torch's name of it. torch itself is imported when one is read.
+DTYPES: Mapping[str, str] = types.MappingProxyType(
     {
-        "bf16": torch.bfloat16,
-        "bfloat16": torch.bfloat16,
-        "fp16": torch.float16,
-        "float16": torch.float16,
-        "half": torch.float16,
-        "fp32": torch.float32,
-        "float32": torch.float32,
-        "float": torch.float32,
-        "uint8": torch.uint8,  # FP8 optimizer states
+        **dict.fromkeys(("bf16", "bfloat16"), "bfloat16"),
+        **dict.fromkeys(("fp16", "float16", "half"), "float16"),
+        **dict.fromkeys(("fp32", "float32", "float"), "float32"),
+        "uint8": "uint8",  # FP8 optimizer states
     }
 )
 # YAML 1.1 reads 1e-4 and 1e3 as text
@@ -73,6 +67,11 @@ def field_hint(cls: type, field: dataclasses.Field) -> Any:
     return hint
 
 
+def is_dtype(hint: Any) -> bool:
+    """True for torch.dtype; asked without an import of torch."""
+    return isinstance(hint, type) and (hint.__module__, hint.__name__) == ("torch", "dtype")
+
+
 def is_union(hint: Any) -> bool:
     return get_origin(hint) in (Union, types.UnionType)
 
@@ -83,7 +82,7 @@ def settable(hint: Any) -> bool:
         return any(settable(arm) for arm in get_args(hint) if arm is not types.NoneType)
     if get_origin(hint) in (list, tuple, dict):
         return all(settable(arm) for arm in get_args(hint) if arm is not Ellipsis)
-    if get_origin(hint) is Literal or hint in (bool, int, float, str, list, torch.dtype):
+    if get_origin(hint) is Literal or hint in (bool, int, float, str, list) or is_dtype(hint):
         return True
     return isinstance(hint, type) and (issubclass(hint, enum.Enum) or hint.__module__.startswith("megatron_ssu."))
 
@@ -105,7 +104,7 @@ def describe(hint: Any) -> str:
         return f"a mapping of names to {describe(args[1])}"
     if origin is tuple:
         return f"a list of {len(args)} values ({', '.join(describe(arm) for arm in args)})"
-    if hint is torch.dtype:
+    if is_dtype(hint):
         return one_of(DTYPES)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return one_of(hint.__members__)
@@ -161,10 +160,12 @@ class Reader:
             return self._list(hint, value, path)
         if origin is dict:
             return self._table(hint, value, path)
-        if hint is torch.dtype or issubclass(hint, enum.Enum):
-            table: Mapping[str, Any] = DTYPES if hint is torch.dtype else hint.__members__
+        if is_dtype(hint):
             name = value.removeprefix("torch.") if isinstance(value, str) else value
-            return table[name] if isinstance(name, str) and name in table else self._wrong(hint, value, path)
+            return _dtype(DTYPES[name]) if isinstance(name, str) and name in DTYPES else self._wrong(hint, value, path)
+        if issubclass(hint, enum.Enum):
+            members = hint.__members__
+            return members[value] if isinstance(value, str) and value in members else self._wrong(hint, value, path)
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             return self._section(hint, value, path) if isinstance(value, dict) else self._wrong(hint, value, path)
         return self._scalar(hint, value, path)
@@ -259,8 +260,15 @@ def _same_kind(arm: Any, value: Any) -> bool:
     if isinstance(value, str):
         if arm is float:
             return bool(_EXPONENT.fullmatch(value))
-        return arm in (str, torch.dtype) or origin is Literal or (isinstance(arm, type) and issubclass(arm, enum.Enum))
+        enumerated = isinstance(arm, type) and issubclass(arm, enum.Enum)
+        return arm is str or is_dtype(arm) or origin is Literal or enumerated
     return False
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)
 
 
 def _advice(hint: Any, value: Any) -> str:

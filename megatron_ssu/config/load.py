@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import yaml
 
 from megatron_ssu.config.coerce import (
@@ -24,6 +23,7 @@ from megatron_ssu.config.coerce import (
     field_default,
     field_hint,
     field_hints,
+    is_dtype,
     is_union,
     show,
 )
@@ -116,7 +116,7 @@ def _plain(value: Any) -> Any:
         return {key: _plain(member) for key, member in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(member) for member in value]
-    if isinstance(value, torch.dtype):
+    if is_dtype(type(value)):
         return str(value).removeprefix("torch.")
     return value.name if isinstance(value, enum.Enum) else value
 
@@ -296,9 +296,7 @@ class _Builder:
         return self.section(hint, value, path) if nested else self._reader.value(hint, value, path)
 
     def _megatron(self, field: dataclasses.Field, name: str, value: Any, path: KeyPath) -> Any:
-        cls = field.metadata["megatron"]
-        target = next(f for f in dataclasses.fields(cls) if f.name == name)
-        return self._reader.value(field_hint(cls, target), value, path)
+        return self._reader.value(field.metadata["megatron"].hint(name), value, path)
 
     def _unknown(
         self, key: str, path: KeyPath, cls: type | None, known: list[str], owned: Mapping[str, str] | None = None

@@ -10,13 +10,10 @@ the place that decides them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.optimizer import OptimizerConfig
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron_ssu.config.megatron_fields import DDP, MODEL_PARALLEL, OPTIMIZER, TRANSFORMER, MegatronClass
 
 _CHECKPOINT = "config.json of model.path decides it"
 _PRECISION = "precision.dtype decides it"
@@ -55,18 +52,18 @@ OPTIMIZER_DEFAULTS: dict[str, Any] = {
     "clip_grad": 1.0,
 }
 
-_PARALLEL = {f.name for f in fields(ModelParallelConfig)}
-_PRECISION_FIELDS = {f.name for f in fields(TransformerConfig) if f.name.startswith(("fp8", "fp4"))} | {
+_PARALLEL = set(MODEL_PARALLEL.names)
+_PRECISION_FIELDS = {name for name in TRANSFORMER.names if name.startswith(("fp8", "fp4"))} | {
     "first_last_layers_bf16",
     "num_layers_at_start_in_bf16",
     "num_layers_at_end_in_bf16",
     "tp_only_amax_red",
 }
-_ALL = {f.name for f in fields(TransformerConfig)}
+_ALL = set(TRANSFORMER.names)
 
 
 def _megatron(
-    cls: type, names: set[str], owned: dict[str, str], *, inline: bool, defaults: dict[str, Any] | None = None
+    cls: MegatronClass, names: set[str], owned: dict[str, str], *, inline: bool, defaults: dict[str, Any] | None = None
 ) -> Any:
     """A dict field that holds values for `names` of megatron's dataclass `cls`; `defaults` are ours, not megatron's."""
     metadata = {"megatron": cls, "names": frozenset(names - set(owned)), "owned": owned, "inline": inline}
@@ -80,9 +77,7 @@ class ModelSection:
     path: str  # Hugging Face directory: config.json, tokenizer, *.safetensors
     trust_remote_code: bool = False  # let the tokenizer run code out of model.path
     make_vocab_size_divisible_by: int = 128  # the padded vocabulary; the same on every mesh
-    transformer: dict = _megatron(
-        TransformerConfig, _ALL - _PARALLEL - _PRECISION_FIELDS, OWNED_TRANSFORMER, inline=True
-    )
+    transformer: dict = _megatron(TRANSFORMER, _ALL - _PARALLEL - _PRECISION_FIELDS, OWNED_TRANSFORMER, inline=True)
 
 
 @dataclass
@@ -90,10 +85,8 @@ class ParallelSection:
     """The mesh. Keys: ModelParallelConfig's fields (tensor_model_parallel_size, sequence_parallel, ...)."""
 
     timeout_minutes: float = 30.0  # a collective that waits longer ends the job
-    transformer: dict = _megatron(TransformerConfig, _PARALLEL, OWNED_TRANSFORMER, inline=True)
-    ddp: dict = _megatron(
-        DistributedDataParallelConfig, {f.name for f in fields(DistributedDataParallelConfig)}, OWNED_DDP, inline=False
-    )
+    transformer: dict = _megatron(TRANSFORMER, _PARALLEL, OWNED_TRANSFORMER, inline=True)
+    ddp: dict = _megatron(DDP, set(DDP.names), OWNED_DDP, inline=False)
 
     @property
     def tensor(self) -> int:
@@ -121,7 +114,7 @@ class PrecisionSection:
     """Number formats. Further keys: TransformerConfig's fp8 fields."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
-    transformer: dict = _megatron(TransformerConfig, _PRECISION_FIELDS, OWNED_TRANSFORMER, inline=True)
+    transformer: dict = _megatron(TRANSFORMER, _PRECISION_FIELDS, OWNED_TRANSFORMER, inline=True)
 
 
 @dataclass
@@ -226,8 +219,8 @@ class TrainSection:
     phase: PhaseSection = field(default_factory=PhaseSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     optimizer: dict = _megatron(
-        OptimizerConfig,
-        {f.name for f in fields(OptimizerConfig)},
+        OPTIMIZER,
+        set(OPTIMIZER.names),
         OWNED_OPTIMIZER,
         inline=False,
         defaults=OPTIMIZER_DEFAULTS,

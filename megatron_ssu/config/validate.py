@@ -204,7 +204,7 @@ def _settings(run: RunConfig) -> Iterator[tuple[str, Any]]:
         ("train.optimizer", run.train, "optimizer"),
     ):
         field = next(f for f in dataclasses.fields(holder) if f.name == attribute)
-        defaults = {f.name: field_default(f) for f in dataclasses.fields(field.metadata["megatron"])}
+        defaults = {f.name: field_default(f) for f in dataclasses.fields(field.metadata["megatron"].load())}
         for name, value in getattr(holder, attribute).items():
             if value != defaults.get(name, dataclasses.MISSING):
                 yield f"{section}.{name}", value

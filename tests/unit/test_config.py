@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
 import yaml
-from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_ssu.config.coerce import DTYPES, field_hint, field_hints, is_union, settable
 from megatron_ssu.config.load import dump_run, load_run, save_run
+from megatron_ssu.config.megatron_fields import DDP, MODEL_PARALLEL, OPTIMIZER, TRANSFORMER
 from megatron_ssu.config.schema import OPTIMIZER_DEFAULTS, DataSource, RunConfig
 from megatron_ssu.errors import UserError
 from megatron_ssu.train.signals import seconds
@@ -312,7 +314,7 @@ def megatron_sections() -> list[tuple[str, str, dataclasses.Field]]:
 def test_every_megatron_field_is_reachable_or_refused_by_name(tmp_path: Path) -> None:
     reached = 0
     for section, where, field in megatron_sections():
-        cls = field.metadata["megatron"]
+        cls = field.metadata["megatron"].load()
         members = {f.name: f for f in dataclasses.fields(cls)}
         overrides, expected = [], {}
         for name in sorted(field.metadata["names"]):
@@ -328,7 +330,7 @@ def test_every_megatron_field_is_reachable_or_refused_by_name(tmp_path: Path) ->
         for name, value in expected.items():
             got = values[name]
             plain = got.name if isinstance(got, enum.Enum) else list(got) if isinstance(got, tuple) else got
-            assert plain == (DTYPES[value] if isinstance(got, torch.dtype) else value), name
+            assert plain == (getattr(torch, DTYPES[value]) if isinstance(got, torch.dtype) else value), name
         reached += len(expected)
         for name, reason in field.metadata["owned"].items():
             if name in members and name not in field.metadata["names"]:
@@ -340,9 +342,31 @@ def test_every_megatron_field_is_reachable_or_refused_by_name(tmp_path: Path) ->
 
 def test_every_owned_name_is_a_field_of_megatron() -> None:
     for _, where, field in megatron_sections():
-        names = {f.name for f in dataclasses.fields(field.metadata["megatron"])}
+        names = set(field.metadata["megatron"].names)
         assert set(field.metadata["owned"]) <= names | {"autocast_dtype", "enable_autocast"}, where
 
 
 def test_optimizer_defaults_are_fields() -> None:
-    assert set(OPTIMIZER_DEFAULTS) <= {f.name for f in dataclasses.fields(OptimizerConfig)}
+    assert set(OPTIMIZER_DEFAULTS) <= set(OPTIMIZER.names)
+
+
+@pytest.mark.parametrize("cls", [MODEL_PARALLEL, TRANSFORMER, OPTIMIZER, DDP], ids=lambda cls: cls.name)
+def test_fields_read_from_source_are_those_of_the_class(cls) -> None:
+    members = dataclasses.fields(cls.load())
+    assert list(cls.names) == [f.name for f in members]
+    for member in members:
+        read, real = cls.hint(member.name), field_hint(cls.load(), member)
+        assert settable(read) == settable(real), member.name
+        if settable(real):
+            assert read == real, member.name
+
+
+def test_a_run_file_is_read_without_torch_and_megatron(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(MINIMAL + "parallel: {tensor_model_parallel_size: 2, sequence_parallel: true}\n")
+    code = (
+        "import sys; from megatron_ssu.config.load import load_run; run = load_run(sys.argv[1]);"
+        "assert run.parallel.tensor == 2 and run.train.optimizer['lr'];"
+        "assert not {'torch', 'megatron.core'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(file)], check=True)
