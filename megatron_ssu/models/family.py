@@ -1,7 +1,7 @@
 """What a model family is: a table from Hugging Face tensors to megatron parameters, and its settings.
 
 A family file (olmo2.py, llama.py) holds one `Family`; nothing else in the project knows tensor names. To add one: write the
-table, name its settings, add it to `FAMILIES`.
+table, name its settings, add it to `family_of`. Tables are read without megatron-core, which only `layer_spec` imports.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from megatron.core.transformer.spec_utils import ModuleSpec
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.matrix import Matrix
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
 
 # How the tensors of an entry are laid into the rows of its megatron parameter:
 #   plain  one tensor as it is

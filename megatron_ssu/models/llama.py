@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from megatron.core.transformer.spec_utils import ModuleSpec
+from typing import TYPE_CHECKING, Any
 
 from megatron_ssu.models.family import EDGES, FC1, FC2, PROJ, QKV, Dims, Family, norm, refuse_unless
-from megatron_ssu.models.specs import backend, decoder_layer
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
 
 
 def _settings(hf: dict[str, Any], dims: Dims) -> dict[str, Any]:
@@ -15,6 +15,8 @@ def _settings(hf: dict[str, Any], dims: Dims) -> dict[str, Any]:
 
 
 def _layer_spec(dims: Dims, transformer_engine: bool) -> ModuleSpec:
+    from megatron_ssu.models.specs import backend, decoder_layer
+
     parts = backend(transformer_engine)
     return decoder_layer(parts, input_norm=parts.norm, mlp_norm=parts.norm)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from megatron.core.transformer.spec_utils import ModuleSpec
+from typing import TYPE_CHECKING, Any
 
 from megatron_ssu.models.family import EDGES, FC1, FC2, PROJ, QKV, Dims, Entry, Family, norm, refuse_unless
-from megatron_ssu.models.modules import ProjectionRMSNorm, with_output_norm
-from megatron_ssu.models.specs import backend, decoder_layer
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
 
 
 def _settings(hf: dict[str, Any], dims: Dims) -> dict[str, Any]:
@@ -17,6 +16,11 @@ def _settings(hf: dict[str, Any], dims: Dims) -> dict[str, Any]:
 
 
 def _layer_spec(dims: Dims, transformer_engine: bool) -> ModuleSpec:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from megatron_ssu.models.modules import ProjectionRMSNorm, with_output_norm
+    from megatron_ssu.models.specs import backend, decoder_layer
+
     parts = backend(transformer_engine)
     return decoder_layer(
         parts,

@@ -11,10 +11,9 @@ import fnmatch
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.matrix import ATTENTION_KINDS, MLP_KINDS, Matrix
@@ -28,6 +27,9 @@ from megatron_ssu.shield.budget import (
 )
 from megatron_ssu.shield.file import GRANULARITIES, Granularity, Mask, Shield
 
+if TYPE_CHECKING:
+    import torch
+
 log = logging.getLogger(__name__)
 
 TIE = 1e-5  # relative to the cut; fp32 scores of two meshes agree within it
@@ -40,7 +42,7 @@ SELECTORS: dict[str, tuple[str, ...]] = {
     "attention": ATTENTION_KINDS,
     "mlp": MLP_KINDS,
 }
-Weights = Callable[[str], torch.Tensor]
+Weights = Callable[[str], "torch.Tensor"]
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,8 @@ def element_scores(scores: Scores, score: str, matrix: Matrix, weights: Weights 
 
 def absolute_weights(weights: Weights, matrix: Matrix) -> np.ndarray:
     """|W| [shape] as float32 (float64 stays); UserError naming the matrix when one is NaN or infinite."""
+    import torch  # late: most shields are planned without a weight
+
     weight = weights(matrix.name)
     if tuple(weight.shape) != matrix.shape:
         raise UserError(f"{matrix.name}: the weight is {tuple(weight.shape)}, the scores file says {matrix.shape}")
