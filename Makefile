@@ -42,7 +42,7 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q "setuptools>=68" wheel ninja pybind11
+	$(BIN)/pip install -q "setuptools>=77" wheel ninja pybind11
 	$(BIN)/pip install -q --no-build-isolation -e ".[test]"
 	touch $(READY)
 

@@ -59,17 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             os._exit(status)
     except KeyboardInterrupt:
         status = 130
-    from megatron_ssu import runtime
-
-    runtime.stop_processes()
+    if "megatron_ssu.runtime" in sys.modules:  # else no process group was started
+        sys.modules["megatron_ssu.runtime"].stop_processes()
     sys.exit(status)
 
 
 def _joined() -> bool:
     """Is this rank in the job's process group? Before, all ranks read the same arguments and meet the same errors."""
-    from torch import distributed
-
-    return distributed.is_initialized()
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

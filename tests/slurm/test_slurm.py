@@ -25,7 +25,6 @@ from tests.unit.data_makers import make_hf_tokenizer, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = ROOT.parent / "shared" / "slurm" / "start-local-slurm.sh"
-SCRIPT = ROOT / "examples" / "slurm" / "train.sbatch"
 ITERATIONS, INTERVAL = 300, 20
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
@@ -61,6 +60,7 @@ def environment() -> Iterator[dict[str, str]]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small model, text and a run file; its runs go there too."""
     folder = tmp_path_factory.mktemp("slurm")
+    shutil.copytree(ROOT / "examples" / "slurm", folder / "my jobs")  # a space in the script's path
     make_hf_tokenizer(make_model("olmo2", folder / "model", vocab_size=384, num_hidden_layers=2))
     draw = random.Random(1)
     words = ["the", "word", "was", "short", "columns", "that", "matter", "stay", "others", "learn"]
@@ -85,7 +85,14 @@ class Job:
 
     def __init__(self, env: dict[str, str], log: Path, options: list[str], arguments: list[str], ranks: int) -> None:
         self.env, self.file = {**env, "CPU_RANKS": str(ranks), "MAX_STALLED": "20"}, log
-        command = ["sbatch", "--parsable", f"--output={log}", *options, str(SCRIPT), *arguments]
+        command = [
+            "sbatch",
+            "--parsable",
+            f"--output={log}",
+            *options,
+            str(log.parent / "my jobs" / "train.sbatch"),
+            *arguments,
+        ]
         self.number = subprocess.run(command, env=self.env, check=True, capture_output=True, text=True).stdout.strip()
 
     def log(self) -> str:
@@ -125,7 +132,7 @@ def latest(directory: Path) -> int:
 
 def rank_process(rank: int, job: str) -> psutil.Process | None:
     for process in psutil.process_iter(["cmdline"]):
-        if any(part.endswith("slurm/rank.py") for part in process.info["cmdline"] or ()):
+        if any(part.endswith("my jobs/rank.py") for part in process.info["cmdline"] or ()):
             try:
                 found = process.environ()
             except psutil.Error:
