@@ -1,5 +1,9 @@
 # make demo, make test: everything is set up first, into .venv, once.
 #
+#   make test-fast   unit tests, a minute
+#   make test        lint, types, unit tests and the distributed tests that guard the promises, up to eight minutes on two cores
+#   make test-all    every test, with a small SLURM where one can be started
+#
 #   PYTHON  interpreter, 3.10-3.12   (default: the first that fits)
 #   TORCH   what pip is given for torch, before anything that depends on it; for the CPU build from PyTorch's own index:
 #           make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
@@ -14,19 +18,29 @@ export OMP_NUM_THREADS ?= 1
 # Random kills that a run survives in the kill test; each costs about 4 seconds.
 export MEGATRON_SSU_KILLS ?= 15
 
-.PHONY: demo test test-fast test-slurm lint format clean
+PYTEST := $(BIN)/python -m pytest -q -p no:cacheprovider
+
+.PHONY: demo test test-fast test-rest test-slurm test-all lint format clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo/run.py --output demo_out
 
 test: lint
-	$(BIN)/python -m pytest tests/unit tests/dist tests/gpu -q -p no:cacheprovider
+	$(PYTEST) tests/unit tests/dist tests/gpu -m "not slow"
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest tests/unit -q -m "not slow" -p no:cacheprovider
+	$(PYTEST) tests/unit -m "not slow"
+
+# What `make test` leaves out, but for SLURM.
+test-rest: $(READY)
+	$(PYTEST) tests/unit tests/dist tests/gpu -m slow
 
 test-slurm: $(READY)
-	$(BIN)/python -m pytest tests/slurm -q -m slurm -p no:cacheprovider
+	$(PYTEST) tests/slurm
+
+test-all: test
+	$(MAKE) test-rest
+	$(MAKE) test-slurm
 
 lint: $(READY)
 	$(BIN)/ruff check .
