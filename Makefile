@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 # Random kills that a run survives in the kill test; each costs about 4 seconds.
 export MEGATRON_SSU_KILLS ?= 15
 
-.PHONY: demo test test-fast test-slurm lint format clean
+.PHONY: demo test test-fast test-slurm gpu-report lint format clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo/run.py --output demo_out
@@ -27,6 +27,10 @@ test-fast: $(READY)
 
 test-slurm: $(READY)
 	$(BIN)/python -m pytest tests/slurm -q -m slurm -p no:cacheprovider
+
+# On a machine with a GPU: tests, benchmarks and a profile within ten minutes, as JSON and Markdown in gpu-report/.
+gpu-report: $(READY)
+	$(BIN)/python benchmarks/gpu_report.py --output gpu-report
 
 lint: $(READY)
 	$(BIN)/ruff check .
