@@ -31,11 +31,10 @@ def _version(name: str) -> str:
 def backends(chunks: list[Any], optimizer: Any, attention: str) -> str:
     """One line for the log: linear layers, attention (`attention` is the setting), Adam and the shield's kernels."""
     modules = [module for chunk in chunks for module in chunk.modules()]
-    linear = next(m.linear_qkv for m in modules if hasattr(m, "linear_qkv"))
-    core = next(m.core_attention for m in modules if hasattr(m, "core_attention"))
-    steps = next((m.optimizer for m in optimizer.chained_optimizers if not m.is_stub_optimizer), None)
-    adam = "none" if steps is None else f"{library(steps)} ({type(steps).__name__})"
-    return (
-        f"linear layers: {library(linear)}; attention: {library(core)} ({attention}); Adam: {adam}; "
-        f"shield kernels: {kernels.backend(runtime.device().type)}"
-    )
+    linear = [library(m.linear_qkv) for m in modules if hasattr(m, "linear_qkv")]
+    core = [f"{library(m.core_attention)} ({attention})" for m in modules if hasattr(m, "core_attention")]
+    steps = [m.optimizer for m in optimizer.chained_optimizers if not m.is_stub_optimizer]
+    adam = [f"{library(step)} ({type(step).__name__})" for step in steps]
+    named = (("linear layers", linear), ("attention", core), ("Adam", adam))
+    parts = [f"{what}: {found[0] if found else 'none on this rank'}" for what, found in named]
+    return "; ".join([*parts, f"shield kernels: {kernels.backend(runtime.device().type)}"])

@@ -40,13 +40,13 @@ def strict_applier(op: Any, overflow: Any, tensors: list[list[torch.Tensor]], *a
     return _STOCK(op, overflow, tensors, *args)
 
 
-def train(model: str, shield_file: str, steps: int, *, strict: bool) -> list[tuple]:
+def train(model: str, shield_file: str, steps: int, *, strict: bool, **options: Any) -> list[tuple]:
     """Loss, gradient norm and learning rate by step; `strict`: as where Transformer Engine or Apex is."""
     with (
         mock.patch.object(optimizer, "HAVE_APEX_OR_TE", strict),
         mock.patch.object(clip_grads, "multi_tensor_applier", strict_applier if strict else _STOCK),
     ):
-        return work.train_steps(model, work.mesh(), steps, shield_file=shield_file)["history"]
+        return work.train_steps(model, work.mesh(), steps, shield_file=shield_file, **options)["history"]
 
 
 def gradients_after_a_step(model: str, shield_file: str) -> tuple[int, int]:

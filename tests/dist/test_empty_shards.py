@@ -22,8 +22,11 @@ def shield(model):
     return str(path)
 
 
-def test_kernels_never_get_an_empty_tensor(ranks, model, shield):
-    lenient, strict = (ranks.run(empty_work.train, 1, str(model), shield, STEPS, strict=s)[0] for s in (False, True))
+@pytest.mark.parametrize("options", [{}, {"optimizer": {"loss_scale": 8.0}}], ids=["", "scaled"])
+def test_kernels_never_get_an_empty_tensor(options, ranks, model, shield):
+    lenient, strict = (
+        ranks.run(empty_work.train, 1, str(model), shield, STEPS, strict=s, **options)[0] for s in (False, True)
+    )
     for found, wanted in zip(strict, lenient, strict=True):
         assert found == pytest.approx(wanted, rel=1e-6)  # the norm's sum has another order
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.extensions import transformer_engine as engine
 
 from megatron_ssu import runtime
 from megatron_ssu.models.build import has_transformer_engine
@@ -43,6 +44,8 @@ def alone():
     runtime.start_processes()
     yield
     runtime.stop_processes()
+    if engine.HAVE_TE:
+        engine.FP8GlobalStateManager.reset()  # it keeps the scales of layers that are gone
 
 
 @pytest.fixture

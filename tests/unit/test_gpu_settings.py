@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from megatron_ssu.models.family import Dims, family_of
 from megatron_ssu.scoring import calibrate
 from megatron_ssu.shield import wgrad
 from megatron_ssu.shield.file import Shield
-from megatron_ssu.train.backends import library
+from megatron_ssu.train.backends import backends, library
 from megatron_ssu.train.identity import identity_of
 from megatron_ssu.train.loop import ddp_fields
 from megatron_ssu.train.phases import Phases
@@ -224,6 +225,18 @@ def test_a_rank_that_reads_a_number_of_all_ranks_is_said_to_wait() -> None:
         assert not watchdog._where()[0]
     finally:
         dist.destroy_process_group()
+
+
+def test_a_run_names_the_libraries_of_what_it_is_made_of() -> None:
+    layer = torch.nn.Module()
+    layer.linear_qkv, layer.core_attention = torch.nn.Linear(1, 1), torch.nn.Identity()
+    adam = SimpleNamespace(is_stub_optimizer=False, optimizer=torch.optim.AdamW(layer.parameters()))
+    line = backends([layer], SimpleNamespace(chained_optimizers=[adam]), "auto")
+    assert re.fullmatch(
+        r"linear layers: torch \S+; attention: torch \S+ \(auto\); Adam: torch \S+ \(AdamW\); shield kernels: .+", line
+    )
+    nothing = SimpleNamespace(chained_optimizers=[SimpleNamespace(is_stub_optimizer=True)])
+    assert backends([torch.nn.Module()], nothing, "auto").startswith("linear layers: none on this rank; ")
 
 
 def test_the_library_of_a_layer_is_that_of_its_bases() -> None:
