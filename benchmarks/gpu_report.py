@@ -19,6 +19,7 @@ import sys
 import time
 import xml.etree.ElementTree as xml
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from measure.report_tables import markdown, update_docs
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 570.0  # seconds for all parts
+GRACE = 5.0  # seconds that an interrupted part has to end
 TAIL = 4000  # characters of a part's output that are kept
 SHAPE = ("--hidden", "5120", "--ffn", "13824", "--heads", "40", "--layers", "2", "--dtype", "bf16")
 SHAPE += ("--length", "4096", "--micro-batch", "1", "--batch", "2")
@@ -117,9 +119,17 @@ def _call(command: list[str], environment: dict[str, str], seconds: float) -> tu
         text, _ = process.communicate(timeout=max(seconds, 0.1))
         return process.returncode, text
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own, with all that it started
-        text, _ = process.communicate()
-        return None, text
+        return None, _end(process)
+
+
+def _end(process: subprocess.Popen) -> str:
+    """Interrupt a process and all that it started, so that pytest still writes what it has; kill what goes on. Its output."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)  # it leads a group of its own
+        with suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=GRACE)[0]
+    return ""
 
 
 def read_result(file: Path) -> Any:

@@ -22,6 +22,8 @@ from megatron.core.extensions import transformer_engine as engine
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from rich.console import Console
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
 from megatron_ssu import runtime
 from megatron_ssu.config.schema import (
@@ -325,15 +327,17 @@ def profile(options: argparse.Namespace, model: Path, name: str, top: int = 25) 
     for _ in range(WARMUP):
         trainer.step(data)
     finish()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if runtime.has_cuda():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as found:
+    cuda = runtime.has_cuda()
+    kind = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    with torch.profiler.profile(activities={ProfilerActivity.CPU, kind}) as found:
         for _ in range(3):
             trainer.step(data)
         finish()
-    key = "self_device_time_total" if runtime.has_cuda() else "self_cpu_time_total"
-    events = sorted(found.key_averages(), key=lambda event: getattr(event, key), reverse=True)
+    key, device = ("self_device_time_total", DeviceType.CUDA) if cuda else ("self_cpu_time_total", DeviceType.CPU)
+    events = [
+        e for e in found.key_averages() if e.device_type == device and not getattr(e, "is_user_annotation", False)
+    ]
+    events.sort(key=lambda event: getattr(event, key), reverse=True)
     total = sum(getattr(event, key) for event in events) or 1
     return [
         {
