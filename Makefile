@@ -20,7 +20,7 @@ export MEGATRON_SSU_KILLS ?= 15
 
 PYTEST := $(BIN)/python -m pytest -q -p no:cacheprovider
 
-.PHONY: demo test test-fast test-rest test-slurm test-all lint format clean
+.PHONY: demo test test-fast test-rest test-slurm test-all gpu-report lint format clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo/run.py --output demo_out
@@ -41,6 +41,10 @@ test-slurm: $(READY)
 test-all: test
 	$(MAKE) test-rest
 	$(MAKE) test-slurm
+
+# On a machine with a GPU: tests, benchmarks and a profile within ten minutes, as JSON and Markdown in gpu-report/.
+gpu-report: $(READY)
+	$(BIN)/python benchmarks/gpu_report.py --output gpu-report
 
 lint: $(READY)
 	$(BIN)/ruff check .

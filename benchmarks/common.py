@@ -1,4 +1,4 @@
-"""What all benchmarks share: interleaved timing, the machine's description, a table and a JSON file.
+"""What all benchmarks share: a quiet start, interleaved timing, the machine's description, a table and a JSON file.
 
 Variants are timed A B A B ... in one process, so that a machine that slows down slows all of them. A figure is a median
 with the spread between the 25th and 75th percentile.
@@ -10,20 +10,26 @@ import json
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from rich.console import Console
-from rich.table import Table
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does, before torch allocates
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PACKAGES = ("megatron-ssu", "torch", "megatron-core", "transformers", "transformer-engine", "numpy")
+
+
+def begin() -> None:
+    """Before torch is loaded: set what the command line sets, and keep what libraries say out of the output."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for kind in (UserWarning, FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=kind)
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Timing:
+        import numpy as np
+
         low, median, high = np.percentile(seconds, (25, 50, 75))
         return cls(float(median), float(low), float(high), float(min(seconds)), len(seconds))
 
@@ -58,6 +66,8 @@ def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warmup
 
 
 def _time(run: Callable[[], object]) -> float:
+    import torch
+
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.synchronize()
@@ -70,6 +80,8 @@ def _time(run: Callable[[], object]) -> float:
 
 def machine() -> dict[str, Any]:
     """Processor, cores in use, memory, GPU and versions, for the JSON file and the head of the table."""
+    import torch
+
     described: dict[str, Any] = {
         "processor": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -109,6 +121,8 @@ def _version(package: str) -> str:
 
 def show(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table; the first column is flush left, figures flush right."""
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left")
     for number, name in enumerate(columns):
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
@@ -132,6 +146,8 @@ def write_json(path: Path, settings: Mapping[str, Any], results: Sequence[Mappin
 
 
 def _plain(value: object) -> object:
+    import torch
+
     if isinstance(value, Timing):
         return asdict(value)
     if isinstance(value, (torch.dtype, torch.device, Path)):

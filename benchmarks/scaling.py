@@ -10,38 +10,16 @@ of the peak that products reach from what step.py measured on such a GPU (its "M
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from common import show, write_json
-from rich.console import Console
+from common import begin
 
-from megatron_ssu.config.schema import (
-    CheckpointSection,
-    DataSection,
-    ModelSection,
-    ParallelSection,
-    RunConfig,
-    ShieldSection,
-    TrainSection,
-)
-from megatron_ssu.errors import UserError
-from megatron_ssu.estimate import steps
-from megatron_ssu.estimate.count import Estimate, estimate
-from megatron_ssu.estimate.gpus import GPUS, Gpu, gpu_named
-
-# Hidden size, MLP width, layers, heads, key/value heads of OLMo-2's published configurations; all have 100,352 tokens.
-SHAPES = {"7B": (4096, 11008, 32, 32, 32), "13B": (5120, 13824, 40, 40, 40), "32B": (5120, 27648, 64, 40, 8)}
-WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024)
-ROOM = 0.85  # of the memory: the rest is the libraries' and fragmentation
+from megatron_ssu.estimate.gpus import GPUS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SHAPES, default="13B", help="OLMo-2's shapes")
+    parser.add_argument("--model", choices=("7B", "13B", "32B"), default="13B", help="OLMo-2's shapes")
     parser.add_argument("--gpu", choices=GPUS, default="h100")
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--batch", type=int, default=1024, help="sequences a step")
@@ -51,126 +29,10 @@ def main() -> None:
     parser.add_argument("--compact", action="store_true", help=what_if)
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()
-    gpu = gpu_named(options.gpu)
-    math = measured_share(options.measured) if options.measured else steps.MATH
-    rows, results = [], []
-    for world in WORLDS:
-        found = {method: fastest(options, method, world, gpu, math) for method in ("none", "ssu")}
-        if None in found.values():
-            rows.append([world, "does not fit", *[""] * 8])
-            continue
-        plain, shielded = found["none"], found["ssu"]
-        assert plain is not None and shielded is not None
-        rows.append(row(world, plain, shielded, gpu, math))
-        results.append({"world": world, **{m: facts(e, gpu, math) for m, e in found.items() if e is not None}})
-    heads = [
-        "GPUs",
-        "TxPxD, micro",
-        "FFT s",
-        "TxPxD, micro",
-        "SSU s",
-        "SSU/FFT",
-        "tokens/s",
-        "GiB",
-        "sent GB (T/P/D)",
-        "not products",
-    ]
-    title = (
-        f"OLMo-2-{options.model}, {gpu.name}, {options.batch} x {options.length} tokens a step, ratio {options.ratio}; "
-        f"products at {math:.0%} of the peak. Predicted."
-    )
-    show(Console(width=170), title, heads, rows)
-    if options.json:
-        write_json(options.json, {k: v for k, v in vars(options).items() if k != "json"} | {"math": math}, results)
+    begin()
+    from measure import scaling
 
-
-def measured_share(file: Path) -> float:
-    """The share of the peak of the measured stock step."""
-    document = json.loads(file.read_text())
-    stock = next(result for result in document["results"] if result["what"] == "stock")
-    return float(stock["MFU %"]) / 100
-
-
-def meshes(world: int) -> Iterator[tuple[int, int, int, int]]:
-    """Tensor (within a node), pipeline, virtual stages, micro-batch."""
-    for tensor in (1, 2, 4, 8):
-        for pipeline in (1, 2, 4):
-            if world % (tensor * pipeline) == 0:
-                for micro in (1, 2, 4):
-                    yield tensor, pipeline, 1, micro
-                    if pipeline > 1:
-                        yield tensor, pipeline, 2, micro
-
-
-def fastest(options: argparse.Namespace, method: str, world: int, gpu: Gpu, math: float) -> Estimate | None:
-    """The estimate of the fastest mesh that fits; None where none does."""
-    hidden, ffn, layers, heads, groups = SHAPES[options.model]
-    hf: dict[str, Any] = {
-        "model_type": "olmo2",
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "vocab_size": 100352,
-        "max_position_embeddings": options.length,
-        "tie_word_embeddings": False,
-    }
-    best: Estimate | None = None
-    for tensor, pipeline, virtual, micro in meshes(world):
-        parallel: dict[str, Any] = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
-        parallel["sequence_parallel"] = tensor > 1
-        if virtual > 1:
-            parallel["virtual_pipeline_model_parallel_size"] = virtual
-        run = RunConfig(
-            model=ModelSection(path=f"OLMo-2-{options.model}"),
-            parallel=ParallelSection(
-                transformer=parallel, ddp={"overlap_grad_reduce": True, "overlap_param_gather": True}
-            ),
-            shield=ShieldSection(method=method, ratio=options.ratio),
-            data=DataSection(sequence_length=options.length),
-            train=TrainSection(micro_batch_size=micro, global_batch_size=options.batch),
-            checkpoint=CheckpointSection(directory="unused"),
-        )
-        try:
-            found = estimate(run, hf, world, engine=True)
-        except UserError:  # a mesh that this model or batch cannot have
-            continue
-        if options.compact:
-            share = 1 - found.frozen / found.parameters
-            found = replace(found, traffic=replace(found.traffic, data=share * found.traffic.data))
-        fits = found.stages[found.fullest].peak < ROOM * gpu.memory_gb * 1e9
-        if fits and (best is None or found.time(gpu, math).total < best.time(gpu, math).total):
-            best = found
-    return best
-
-
-def row(world: int, plain: Estimate, shielded: Estimate, gpu: Gpu, math: float) -> list[object]:
-    full, own = plain.time(gpu, math), shielded.time(gpu, math)
-    traffic = shielded.traffic
-    return [
-        world,
-        mesh_name(plain),
-        f"{full.total:.2f}",
-        mesh_name(shielded),
-        f"{own.total:.2f}",
-        f"{own.total / full.total:.3f}",
-        f"{shielded.tokens / own.total:,.0f}",
-        f"{shielded.stages[shielded.fullest].peak / 2**30:.0f}",
-        f"{traffic.tensor / 1e9:.0f}/{traffic.pipeline / 1e9:.0f}/{traffic.data / 1e9:.0f}",
-        f"{1 - own.products / own.total:.0%}",
-    ]
-
-
-def mesh_name(found: Estimate) -> str:
-    mesh = found.mesh
-    pipeline = f"{mesh.pipeline}" + (f"v{mesh.virtual}" if mesh.virtual > 1 else "")
-    micro = round(found.sequences / (mesh.data * mesh.micro_batches))
-    return f"{mesh.tensor}x{pipeline}x{mesh.data}, {micro}"
-
-
-def facts(found: Estimate, gpu: Gpu, math: float) -> dict[str, Any]:
-    return {"mesh": mesh_name(found), "seconds": asdict(found.time(gpu, math)), "traffic": asdict(found.traffic)}
+    scaling.run(options)
 
 
 if __name__ == "__main__":

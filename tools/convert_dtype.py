@@ -12,16 +12,12 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from megatron_ssu.errors import UserError
-from megatron_ssu.models.hf_export import CARRIED
-from megatron_ssu.models.hf_files import HFCheckpoint
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names in torch and in config.json
 
 
 def convert(source: Path, target: Path, dtype: str) -> None:
@@ -30,6 +26,13 @@ def convert(source: Path, target: Path, dtype: str) -> None:
     Raises:
         UserError: `source` is no model directory, or `target` exists.
     """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from megatron_ssu.models.hf_export import CARRIED
+    from megatron_ssu.models.hf_files import HFCheckpoint
+
+    wanted: torch.dtype = getattr(torch, DTYPES[dtype])
     checkpoint = HFCheckpoint(source)
     if target.exists():
         raise UserError(f"{target}: exists already and is not overwritten; name another directory")
@@ -37,7 +40,7 @@ def convert(source: Path, target: Path, dtype: str) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for file in sorted({checkpoint.entry(name).file for name in checkpoint.names()}):
-        tensors = {k: t.to(DTYPES[dtype]) if t.is_floating_point() else t for k, t in load_file(file).items()}
+        tensors = {k: t.to(wanted) if t.is_floating_point() else t for k, t in load_file(file).items()}
         save_file(tensors, partial / file.name, metadata={"format": "pt"})
         (partial / file.name).chmod(file.stat().st_mode)
     for pattern in CARRIED:
@@ -50,14 +53,15 @@ def convert(source: Path, target: Path, dtype: str) -> None:
 
 def _note_dtype(config: Path, dtype: str) -> None:
     values = json.loads(config.read_text())
-    name = str(DTYPES[dtype]).removeprefix("torch.")
     for key in ("dtype", "torch_dtype"):
         if key in values:
-            values[key] = name
+            values[key] = DTYPES[dtype]
     config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _fix_index(folder: Path) -> None:
+    from megatron_ssu.models.hf_files import HFCheckpoint
+
     for index in folder.glob("*.index.json"):
         values = json.loads(index.read_text())
         checkpoint = HFCheckpoint(folder)
@@ -71,6 +75,7 @@ if __name__ == "__main__":
     parser.add_argument("--target", type=Path, required=True, metavar="DIR")
     parser.add_argument("--dtype", choices=sorted(DTYPES), required=True)
     options = parser.parse_args()
+    warnings.filterwarnings("ignore")  # those of libraries
     try:
         convert(options.source, options.target, options.dtype)
     except UserError as error:

@@ -8,11 +8,12 @@ raises UserError with the key, the value and what would do.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from fnmatch import fnmatch
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("model.calculate_per_token_loss", "the loss is a mean over the tokens of a micro-batch"),
     ("model.pipeline_model_parallel_layout", "cannot be checked; use num_layers_in_first/last_pipeline_stage"),
     ("parallel.hybrid_context_parallel", "is not supported"),
+    ("parallel.tp_comm_overlap", "nothing here sets up the communication buffers that it needs"),
+    ("precision.fp8_wgrad", "Transformer Engine 2 has no such choice and would ignore it"),
     *((f"parallel.ddp.{n}", _FSDP) for n in ("*fsdp*", "*sharding_strategy")),
     ("parallel.ddp.num_distributed_optimizer_instances", "only one is supported"),
     ("train.optimizer.optimizer", "only adam (as AdamW) is supported"),
@@ -77,8 +80,12 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("train.optimizer.decoupled_weight_decay", "only AdamW's decoupled weight decay is supported"),
     ("train.optimizer.overlap_param_gather_with_optimizer_step", "is not supported"),
 )
-# Refused only with a shield: megatron keeps the main weights elsewhere then, where frozen elements cannot be left out.
+# Refused only with a shield: megatron keeps the main weights elsewhere then, where frozen elements cannot be left out, or
+# records a graph of layers whose weight gradients are computed here.
 UNSHIELDED: tuple[str, ...] = (
+    "model.enable_cuda_graph",
+    "model.external_cuda_graph",
+    "model.cuda_graph_impl",
     "parallel.ddp.fp8_param_gather",
     "precision.fp8_param",
     "precision.fp4_param",
@@ -95,10 +102,10 @@ NEEDS_CUDA: tuple[str, ...] = (
     "model.use_te_*",
     "model.fine_grained_activation_offloading",
     "parallel.gradient_accumulation_fusion",
-    "parallel.tp_comm_overlap",
     "parallel.cpu_offloading",
     "parallel.use_te_rng_tracker",
     "parallel.ddp.nccl_ub",
+    "parallel.ddp.average_in_collective",
 )
 RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
 
@@ -108,7 +115,21 @@ def _cuda() -> bool:
 
 
 def _transformer_engine() -> bool:
-    return _cuda() and importlib.util.find_spec("transformer_engine") is not None
+    """Whether megatron-core will use Transformer Engine; an installed one that it cannot import does not count."""
+    if not _cuda():
+        return False
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return HAVE_TE
+
+
+def _flash_attention() -> bool:
+    """Whether a flash-attention that Transformer Engine looks for is installed."""
+    for name in ("flash-attn", "flash-attn-3", "flash-attn-4"):
+        with suppress(metadata.PackageNotFoundError):
+            metadata.version(name)
+            return True
+    return False
 
 
 def read_hf_config(path: str, key: str = "model.path") -> dict[str, Any]:
@@ -224,6 +245,11 @@ def _refuse_unsupported(run: RunConfig) -> None:
             raise UserError(f"{key}: {shown} needs CUDA, which is not here; leave it out")
         if key == "model.attention_backend" and value.name in ("flash", "fused") and not _transformer_engine():
             raise UserError(f"{key}: {value.name} needs CUDA and Transformer Engine, which are not here; leave it out")
+        if key == "model.attention_backend" and value.name == "flash" and not _flash_attention():
+            raise UserError(
+                f"{key}: flash needs the flash-attn package, which is not installed here; install it, or leave it out: "
+                "Transformer Engine then takes cuDNN's fused attention"
+            )
 
 
 def validate_precision(run: RunConfig) -> None:

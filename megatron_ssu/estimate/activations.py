@@ -6,7 +6,7 @@ projection, f of the MLP, T tensor-parallel ranks, S = T under sequence parallel
 
     linear layers' inputs   e (h/S + q/T + h/S + f/T)
     norms                   local: 8 w + 4 (input and result in fp32), Transformer Engine: e w + 4; w = h/S
-    q/k norms (OLMo-2)      8 (q + k)/T + 8
+    q/k norms (OLMo-2)      n (q + k)/T + 8; n = 8 in local layers with T = 1, else e
     gated activation        local: 4 e f/T, fused: 2 e f/T
     attention               local: 3 e q/T and, for s positions, (4 + e)/T a s (4/T a s in fp32) and s for the causal mask
                             flash: e (q + 2 k + q + k)/T + 4 a/T; its result is counted as the projection's input
@@ -84,7 +84,7 @@ def _parts(dims: Dims, batch: Batch, output_norms: bool, engine: bool) -> dict[s
     else:
         scores = (4 if e == 4 else 4 + e) * dims.heads / t * batch.length
         attention = (3 * e * query + scores) * tokens + batch.length**2
-    extra = 8 * (query + key) + 8 if output_norms else 0.0
+    extra = (e if engine or t > 1 else 8) * (query + key) + 8 if output_norms else 0.0
     return {
         "norms": 2 * norm * tokens,
         "qk_norms": extra * tokens,

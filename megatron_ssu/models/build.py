@@ -31,6 +31,19 @@ def _keep(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def fused_settings(run: RunConfig, *, engine: bool) -> dict[str, bool]:
+    """megatron's fused kernels that compute the same, for a model on CUDA; megatron's own defaults are the unfused ones.
+
+    `engine`: Transformer Engine is there, which has rope's. The fused cross entropy rounds its gradient to bf16.
+    """
+    return {
+        "bias_activation_fusion": not run.model.transformer.get("use_te_activation_func"),
+        "bias_dropout_fusion": True,
+        "apply_rope_fusion": engine,
+        "cross_entropy_loss_fusion": run.precision.dtype == "bf16",
+    }
+
+
 def transformer_config(run: RunConfig, family: Family, hf: dict[str, Any], dims: Dims) -> TransformerConfig:
     """megatron's settings for this model, built once.
 
@@ -59,7 +72,9 @@ def transformer_config(run: RunConfig, family: Family, hf: dict[str, Any], dims:
         "pipeline_dtype": dtype,
         **family.settings(hf, dims),
     }
-    if not runtime.has_cuda():
+    if runtime.has_cuda():
+        fields |= fused_settings(run, engine=has_transformer_engine())
+    else:
         fields |= {
             "masked_softmax_fusion": False,
             "bias_activation_fusion": False,
@@ -81,7 +96,17 @@ def transformer_config(run: RunConfig, family: Family, hf: dict[str, Any], dims:
 def build_chunks(
     run: RunConfig, family: Family, hf: dict[str, Any], dims: Dims, config: TransformerConfig, mesh: Mesh
 ) -> list[GPTModel]:
-    """This rank's model chunks, one or one per virtual stage, with unset weights on this rank's device."""
+    """This rank's model chunks, one or one per virtual stage, with unset weights on this rank's device.
+
+    Raises:
+        UserError: FP8 or FP4 without Transformer Engine; megatron-core would run it in bf16 without a word.
+    """
+    for name in ("fp8", "fp4"):
+        if getattr(config, name) and not has_transformer_engine():
+            raise UserError(
+                f"precision.{name}: {getattr(config, name)!r} needs CUDA and a Transformer Engine that megatron-core can "
+                "import; leave it out here"
+            )
     frequencies = rope_frequencies(hf, run.model.path)
     layer_spec = family.layer_spec(dims, has_transformer_engine())
     norm = _final_norm()

@@ -6,12 +6,9 @@ import functools
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_ssu import runtime
@@ -29,10 +26,41 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+class SplitRMSNorm(torch.autograd.Function):
+    """y = x / rms * weight, computed in fp32, where each rank of `group` holds a part of every token's `width` elements.
+
+    x and y [..., n, d] in any dtype, weight [n, d]. Kept for the backward pass are x as it came and 1 / rms, fp32
+    [..., 1, 1]. Between the reductions there are only elementwise operations and sums, which torch.compile can fuse.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, width: int, eps: float, group: Any
+    ) -> torch.Tensor:
+        squares = x.float().square().sum((-2, -1), keepdim=True)
+        dist.all_reduce(squares, group=group)
+        scale = torch.rsqrt(squares / width + eps)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.width, ctx.group = width, group
+        return (x * scale * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:  # type: ignore[override]
+        x, weight, scale = ctx.saved_tensors
+        normed = x * scale
+        by_output = grad_output * normed  # fp32
+        dots = (by_output * weight).sum((-2, -1), keepdim=True)
+        reducing = dist.all_reduce(dots, group=ctx.group, async_op=True)
+        grad_weight = by_output.sum(tuple(range(x.dim() - 2))).to(weight.dtype)
+        reducing.wait()
+        grad_x = scale * (grad_output * weight.float() - normed * (dots / ctx.width))
+        return grad_x.to(x.dtype), grad_weight, None, None, None
+
+
 class ProjectionRMSNorm(torch.nn.Module):
     """RMSNorm over a whole projection whose heads are split over tensor-parallel ranks (OLMo-2's q_norm and k_norm).
 
-    Input [s, b, n / TP, d]; weight [n * d / TP]. The sum of squares is all-reduced forward, and its gradient backward.
+    Input [s, b, n / TP, d]; weight [n * d / TP]. Where the heads are split, each direction all-reduces one number per token.
     """
 
     def __init__(self, hidden_size: int, config: Any, eps: float, *, heads: int) -> None:
@@ -44,12 +72,9 @@ class ProjectionRMSNorm(torch.nn.Module):
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.flatten(2).float()
-        squares = flat.pow(2).sum(-1, keepdim=True)
-        squares = reduce_from_tensor_model_parallel_region(squares, group=self.tp_group)
-        squares = copy_to_tensor_model_parallel_region(squares, group=self.tp_group)
-        normed = flat * torch.rsqrt(squares / self.width + self.eps)
-        return (self.weight * normed).to(x.dtype).view(x.shape)
+        if self.tp_group.size() == 1:
+            return torch.nn.functional.rms_norm(x.flatten(2), (self.width,), self.weight, self.eps).view(x.shape)
+        return SplitRMSNorm.apply(x, self.weight.view(x.shape[2:]), self.width, self.eps, self.tp_group)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         return make_sharded_tensors_for_checkpoint(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,12 +64,25 @@ def micro_batches(calibration: Calibration, session: Session, size: int) -> list
     return batches
 
 
+@contextmanager
+def _unquantized(config: Any) -> Iterator[None]:
+    """While it lasts, megatron's layers, which all share `config`, compute without FP8 and FP4."""
+    kept = config.fp8, config.fp4
+    config.fp8 = config.fp4 = None
+    try:
+        yield
+    finally:
+        config.fp8, config.fp4 = kept
+
+
 def calibration_pass(
     session: Session, batches: list[MicroBatch], statistics: InputStatistics | None, *, backward: bool = False
 ) -> None:
     """Run all micro-batches forward through the pipeline, with `backward` also back; `statistics` are told each one's mask.
 
-    Backward starts at each micro-batch's mean loss, not divided by their number.
+    Runs in the model's own dtype even where precision.fp8 or fp4 is set: scores must not depend on quantisation, and with
+    delayed scaling the first micro-batches would be quantised with scales that fit nothing. Backward starts at each
+    micro-batch's mean loss, not divided by their number.
     """
 
     def loss(batch: MicroBatch) -> Callable[[Tensor], tuple[Tensor, Any]]:
@@ -92,7 +106,7 @@ def calibration_pass(
     for chunk in session.chunks:
         chunk.eval()
     virtual = session.mesh.virtual
-    with torch.set_grad_enabled(backward):
+    with torch.set_grad_enabled(backward), _unquantized(session.config):
         get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(batches) for _ in session.chunks] if virtual else iter(batches),

@@ -86,6 +86,10 @@ class ShieldedDistributedOptimizer(DistributedOptimizer):
         if self.is_stub_optimizer:
             return
         for model_param, main in self.pairs():
+            if HAVE_APEX_OR_TE and main.numel() == 0:
+                # Their multi-tensor kernels may skip what comes before an empty tensor, or return no norm for empty ones.
+                main.grad = None
+                continue
             owned = self._owned(model_param)
             grad = model_param.main_grad.view(-1)[owned.start : owned.end]  # type: ignore[attr-defined]
             mask = self.masks.get(model_param)
@@ -95,6 +99,10 @@ class ShieldedDistributedOptimizer(DistributedOptimizer):
                 compact = torch.empty_like(main)
                 mask.gather(grad, compact)
                 main.grad = compact
+
+    def _collect_main_grad_data_for_unscaling(self) -> list[torch.Tensor]:
+        grads = (main.grad for _, main in self.pairs())
+        return [grad.data for grad in grads if grad is not None]
 
     def _copy_main_params_to_model_params(self) -> None:
         if self.is_stub_optimizer:

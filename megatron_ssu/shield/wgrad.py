@@ -10,10 +10,14 @@ column-parallel input; `attach` puts the function of this module there, from out
 run as they are, with a weight that asks for no gradient, and an identity behind their output computes it in the backward
 pass. FP8 layers keep their own: an FP8 product of all columns takes no longer than one of half of them in bf16. Frozen
 columns of `main_grad` then are not written, and nobody reads them.
+
+Precision: in a bf16 model each micro-batch's product is accumulated in fp32, rounded to bf16 and then added to the fp32
+`main_grad`, as megatron's own layers do without `gradient_accumulation_fusion`; that setting has no effect on these layers.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -151,6 +155,22 @@ def hold_weight_gradient(module: Any, matrices: tuple[MatrixColumns, ...], *, co
         return _WeightGradient.apply(y, x, weight, matrices, split, group), bias
 
     setattr(module, name, held)
+    module.holds_weight_gradient = True
+
+
+def accumulate_in_gemm(chunks: Iterable[torch.nn.Module]) -> int:
+    """Let Transformer Engine's linear layers with dense gradients add them to `main_grad` in fp32, within the GEMM.
+
+    megatron's setting for this, `gradient_accumulation_fusion`, also asks Apex of the local output layer; this does not. DDP
+    must wrap the `chunks` before the first backward pass. Returns the number of layers.
+    """
+    count = 0
+    for chunk in chunks:
+        for module in chunk.modules():
+            if engine.HAVE_TE and isinstance(module, engine.TELinear) and not hasattr(module, "holds_weight_gradient"):
+                module.fuse_wgrad_accumulation = True
+                count += 1
+    return count
 
 
 def _gathered(x: Tensor, group: Any, *, wait: bool = True) -> tuple[Tensor, Any]:
@@ -168,8 +188,13 @@ def _add_gradients(weight: Any, matrices: Iterable[MatrixColumns], grad_output: 
 
 
 def _dummy(weight: Tensor) -> Tensor:
-    """What stands for the gradient, so that DDP's hooks fire; its memory is neither written nor read."""
-    return torch.empty_like(weight, requires_grad=False)
+    """What stands for the gradient, so that DDP's hooks fire; its memory, one buffer per shape, is neither written nor read."""
+    return _unread(weight.shape, weight.dtype, weight.device).detach()
+
+
+@functools.cache
+def _unread(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def attach(chunks: Iterable[torch.nn.Module], shield: LocalShield) -> int:

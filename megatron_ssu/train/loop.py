@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,13 +31,15 @@ from megatron_ssu.session import Session
 from megatron_ssu.shield.file import Shield
 from megatron_ssu.shield.local import LocalShield
 from megatron_ssu.shield.optimizer import build_optimizer
-from megatron_ssu.shield.wgrad import attach
+from megatron_ssu.shield.wgrad import accumulate_in_gemm, attach
+from megatron_ssu.train.backends import backends
 from megatron_ssu.train.checkpoint import Checkpoints, Progress
 from megatron_ssu.train.faults import STATUS_NOT_FINITE, STATUS_RANK_LOST, SpikeWatch, TrainingStopped
 from megatron_ssu.train.identity import identity_of
+from megatron_ssu.train.phases import Phases
 from megatron_ssu.train.schedule import build_schedule
 from megatron_ssu.train.signals import STATUS, StopRequests, seconds, verdict
-from megatron_ssu.train.telemetry import Phases, Telemetry
+from megatron_ssu.train.telemetry import Telemetry
 from megatron_ssu.train.updates import update_norms
 from megatron_ssu.train.watchdog import Watchdog
 
@@ -102,7 +104,11 @@ class Trainer:
         run = self.run
         self.local_shield = LocalShield(shield, session.layout)
         attach(session.chunks, self.local_shield)
-        self.ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, **_ddp_fields(run.parallel.ddp))
+        if run.parallel.transformer.get("gradient_accumulation_fusion", True):
+            accumulate_in_gemm(session.chunks)
+        self.ddp_config = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, **ddp_fields(run.parallel.ddp, nccl=runtime.has_cuda())
+        )
         self.chunks = [
             DistributedDataParallel(session.config, self.ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(session.chunks)
@@ -112,6 +118,7 @@ class Trainer:
         )
         self.phases = Phases()
         self.mark: Callable[[str], None] = lambda doing: None  # told what the loop begins
+        self.waits: Callable[[], AbstractContextManager] = nullcontext  # around what reads numbers of all ranks
         self.schedule = build_schedule(run, self.optimizer)
         self.micro_batches = run.train.global_batch_size // (run.train.micro_batch_size * self.mesh.data)
         self._connect()
@@ -168,24 +175,23 @@ class Trainer:
         both numbers are the same on all.
         """
         self.mark("forward-backward")
-        before, begin = self.phases.seconds.get("data", 0.0), time.perf_counter()
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        reports = self._schedule(batches, self.micro_batches, forward_only=False)
-        loss, counts = mean_loss(reports, votes())
-        waited = self.phases.seconds.get("data", 0.0) - before
-        self.phases.add("forward-backward", time.perf_counter() - begin - waited)
+        with self.phases("forward-backward"):
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            reports = self._schedule(batches, self.micro_batches, forward_only=False)
+            with self.waits():
+                loss, counts = mean_loss(reports, votes())
         self.mark("optimizer")
         with self.phases("optimizer"):
             step = Step(loss, math.nan, current_lr(self.optimizer), votes=counts)
-            step.grad_norm = prepare_step(self.optimizer)
+            step.grad_norm = prepare_step(self.optimizer, self.waits)
             step.skipped = not (math.isfinite(loss) and math.isfinite(step.grad_norm))
             if not step.skipped:
                 clip(self.optimizer, step.grad_norm)
                 self.optimizer.step_with_ready_grads()
                 if measure:
                     step.update_norms = update_norms(self.optimizer, self.session.layout)
+            self.optimizer.zero_grad()  # compact gradients must not stay beside the next step's activations
             self.schedule.step(increment=1)
         return step
 
@@ -205,7 +211,7 @@ class Trainer:
         """Mean loss per token over a validation set, at most train.eval_batches global batches of it."""
         size = self.run.train.global_batch_size
         samples = min(len(dataset), self.run.train.eval_batches * size)
-        batches = self._iterators(dataset, 0, stop=samples, pad_to=size, workers=0)
+        batches = self._iterators(dataset, 0, phase="evaluation", stop=samples, pad_to=size, workers=0)
         for chunk in self.chunks:
             chunk.eval()
         reports: list[dict[str, Tensor]] = []
@@ -215,15 +221,17 @@ class Trainer:
                 reports += self._schedule(batches, self.micro_batches, forward_only=True)
         for chunk in self.chunks:
             chunk.train()
-        return mean_loss(reports)[0]
+        with self.waits():
+            return mean_loss(reports)[0]
 
     def batches(self, dataset: Any, consumed: int) -> Iterator[Batch] | list[Iterator[Batch]]:
         """Training batches from sample `consumed` on."""
         return self._iterators(dataset, consumed, workers=-(-self.run.data.loader_workers // self.mesh.chunks))
 
-    def _iterators(self, dataset: Any, consumed: int, *, workers: int, **options: Any) -> Any:
+    def _iterators(self, dataset: Any, consumed: int, *, workers: int, phase: str = "data", **options: Any) -> Any:
         def one() -> Iterator[Batch]:
             return self._timed(
+                phase,
                 iterate(
                     dataset,
                     micro_batch_size=self.run.train.micro_batch_size,
@@ -232,16 +240,16 @@ class Trainer:
                     consumed_samples=consumed,
                     loader_workers=workers,
                     **options,
-                )
+                ),
             )
 
         return [one() for _ in self.chunks] if self.mesh.virtual else one()
 
-    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the time until each is there counts as data."""
+    def _timed(self, phase: str, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the time until each is there is booked on `phase`."""
         while True:
             self.mark("data")
-            with self.phases("data"):
+            with self.phases(phase):
                 batch = next(batches, None)
             self.mark("forward-backward")
             if batch is None:
@@ -249,9 +257,9 @@ class Trainer:
             yield batch
 
 
-def _ddp_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """DDP's settings; gradients are reduced in fp32 unless asked otherwise."""
-    return {"grad_reduce_in_fp32": True, **fields}
+def ddp_fields(fields: dict[str, Any], *, nccl: bool) -> dict[str, Any]:
+    """DDP's settings; gradients are reduced in fp32, and averaged by NCCL in passing, unless asked otherwise."""
+    return {"grad_reduce_in_fp32": True, "average_in_collective": nccl, **fields}
 
 
 def current_lr(optimizer: MegatronOptimizer) -> float:
@@ -259,11 +267,15 @@ def current_lr(optimizer: MegatronOptimizer) -> float:
 
 
 @torch.no_grad()
-def prepare_step(optimizer: MegatronOptimizer) -> float:
-    """Bring the gradients to the main weights; their norm, the same on all ranks. The first half of `optimizer.step`."""
+def prepare_step(optimizer: MegatronOptimizer, waits: Callable[[], AbstractContextManager] = nullcontext) -> float:
+    """Bring the gradients to the main weights; their norm, the same on all ranks. The first half of `optimizer.step`.
+
+    `waits` is a context around what waits for the other ranks.
+    """
     if optimizer.prepare_grads():
         return math.inf
-    return float(optimizer.get_grad_norm())
+    with waits():
+        return float(optimizer.get_grad_norm())
 
 
 @torch.no_grad()
@@ -373,7 +385,6 @@ class Loop:
     def evaluate(self) -> None:
         with self.trainer.phases("evaluation"):
             losses = {name: self.trainer.evaluate(data) for name, data in self.datasets.watched.items()}
-        self.trainer.phases.seconds.pop("data", None)
         self.telemetry.evaluation(self.progress.iteration, losses)
         self.spent()
 
@@ -418,8 +429,10 @@ def train(
     """
     loop = Loop(trainer, shield, datasets, telemetry, progress)
     run = trainer.run
+    telemetry.say(backends(trainer.session.chunks, trainer.optimizer, trainer.session.config.attention_backend.name))
     watchdog = Watchdog(0.9 * 60 * run.parallel.timeout_minutes)
     trainer.mark = lambda doing: watchdog.mark(progress.iteration + 1, doing)
+    trainer.waits = watchdog.waits
     with StopRequests(seconds(run.train.exit_after), started) as requests, watchdog:
         try:
             loop.work(requests)

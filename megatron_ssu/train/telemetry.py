@@ -9,9 +9,7 @@ import logging
 import os
 import resource
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -26,32 +24,6 @@ from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.errors import UserError
 
 log = logging.getLogger(__name__)
-
-
-class Phases:
-    """Seconds spent by what was done: data, forward-backward, optimizer, evaluation, checkpoint.
-
-    GPUs work asynchronously: what is waited for at the end of forward-backward (the loss is read there) counts there.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(name, time.perf_counter() - begin)
-
-    def add(self, name: str, seconds: float) -> None:
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-    def take(self) -> dict[str, float]:
-        """Seconds since the last call, by name."""
-        taken, self.seconds = self.seconds, {}
-        return taken
 
 
 class Telemetry:

@@ -16,7 +16,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -56,6 +57,7 @@ class Watchdog:
         and end the process with STATUS_RANK_LOST)."""
         self._limit, self._beat, self._end = limit, min(beat, limit / 4), end or _end
         self._marked, self._iteration, self._doing = time.monotonic(), 0, "start"
+        self._waits = False  # said by the main thread
         self._main = threading.get_ident()
         self._stop = threading.Event()
         self._beats = 0
@@ -77,6 +79,16 @@ class Watchdog:
     def mark(self, iteration: int, doing: str) -> None:
         """The main thread begins something: `doing` is data, forward-backward, optimizer, checkpoint, evaluation."""
         self._marked, self._iteration, self._doing = time.monotonic(), iteration, doing
+
+    @contextmanager
+    def waits(self) -> Iterator[None]:
+        """Context in which the main thread waits for other ranks where no collective shows it: NCCL's calls return at once,
+        and the rank then hangs where it reads a number from the GPU."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
 
     def _watch(self) -> None:
         failures = 0
@@ -115,9 +127,9 @@ class Watchdog:
         return self._store.get(_VERDICT).decode()
 
     def _where(self) -> tuple[bool, str]:
-        """Does the main thread wait in a collective, and where is it?"""
+        """Does the main thread wait for other ranks, and where is it?"""
         frame: Any = sys._current_frames().get(self._main)
-        place, waiting, depth = "?", False, 0
+        place, waiting, depth = "?", self._waits, 0
         while frame is not None and depth < 12:
             name = os.path.basename(frame.f_code.co_filename)
             if depth == 0:

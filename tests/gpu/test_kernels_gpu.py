@@ -34,13 +34,14 @@ def test_cuda_kernels_equal_torch(seed: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("seed", range(30))
 def test_fallback_on_cuda_equals_cpu(seed: int, dtype: torch.dtype) -> None:
     case = random_case(seed, dtype)
-    mask, full = case.mask.to("cuda"), case.full.cuda()
+    # NaN bits differ between torch on CPU and on CUDA, narrowed and, from fp16, widened.
+    source, finite = torch.nan_to_num(case.full), torch.nan_to_num(case.values)
+    mask, full = case.mask.to("cuda"), source.cuda()
     out = torch.empty(mask.numel, device="cuda")
     kernels.torch_gather(mask, full, out)
-    assert same_bits(out.cpu(), case.full[case.trainable].float())
-    finite = torch.nan_to_num(case.values)  # NaN bits differ between torch on CPU and on CUDA
+    assert same_bits(out.cpu(), source[case.trainable].float())
     kernels.torch_scatter(mask, finite.cuda(), full)
-    wanted = case.full.clone()
+    wanted = source.clone()
     wanted[case.trainable] = finite.to(dtype)
     assert same_bits(full.cpu(), wanted)
 
@@ -53,7 +54,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     columns = torch.arange(0, width, 2)
     mask = ShardMask.from_patterns((rows, width), [RowRun(0, rows, 0)], [columns], 1, rows * width).to("cuda")
     full = torch.zeros(mask.length, dtype=torch.bfloat16, device="cuda")
-    full[-2 * width - 1 :: 2] = 3.0  # even columns of the last two rows
+    full[-2 * width :: 2] = 3.0  # even columns of the last two rows
     out = mask.compact(full)
     assert out[-width:].eq(3.0).all() and out[:-width].eq(0.0).all()
 

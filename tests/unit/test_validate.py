@@ -241,7 +241,7 @@ def with_gpu(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 
 
 def test_what_a_gpu_allows(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    overrides = ["precision.fp8=hybrid", "parallel.context_parallel_size=2", "model.attention_backend=flash"]
+    overrides = ["precision.fp8=hybrid", "parallel.context_parallel_size=2", "model.attention_backend=fused"]
     run = with_gpu(load_run("run.yaml", overrides), monkeypatch)
     assert validate_mesh(run, 4) == 2
     validate.validate_precision(run)

@@ -13,21 +13,23 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from rich.console import Console
 
-from megatron_ssu import commands, runtime
-from megatron_ssu.config.load import load_run, save_run
-from megatron_ssu.config.schema import CheckpointSection, ModelSection, RunConfig, ShieldSection
 from megatron_ssu.errors import UserError
-from megatron_ssu.models.family import family_of
-from megatron_ssu.session import check_run, open_session
-from megatron_ssu.train.checkpoint import Checkpoints
 
 
 def to_core(options: argparse.Namespace, console: Console) -> None:
     """Hugging Face directory -> run directory with one checkpoint of the weights, iteration 0."""
+    from megatron_ssu import runtime
+    from megatron_ssu.config.load import load_run, save_run
+    from megatron_ssu.config.schema import CheckpointSection, ModelSection, RunConfig, ShieldSection
+    from megatron_ssu.models.family import family_of
+    from megatron_ssu.session import check_run, open_session
+    from megatron_ssu.train.checkpoint import Checkpoints
+
     target = Path(options.save_dir)
     fresh = target / "run.yaml"
     runtime.start_processes()
@@ -48,6 +50,9 @@ def to_core(options: argparse.Namespace, console: Console) -> None:
 
 def to_hf(options: argparse.Namespace, console: Console) -> None:
     """A run directory's checkpoint -> Hugging Face directory."""
+    from megatron_ssu import commands
+    from megatron_ssu.config.load import load_run
+
     run = load_run(Path(options.load_dir) / "run.yaml", options.overrides)
     commands.export(run, Path(options.save_dir), options.iteration, console)
 
@@ -69,13 +74,21 @@ def parse() -> argparse.Namespace:
     return options
 
 
-if __name__ == "__main__":
-    arguments = parse()
+def main() -> int:
+    """Convert, and return the exit status."""
+    options = parse()
+    warnings.filterwarnings("ignore")  # those of libraries
+    from megatron_ssu import runtime
+
     status = 0
     try:
-        (to_core if arguments.saver == "core" else to_hf)(arguments, Console(quiet=os.environ.get("RANK", "0") != "0"))
+        (to_core if options.saver == "core" else to_hf)(options, Console(quiet=os.environ.get("RANK", "0") != "0"))
     except UserError as error:
         print(f"convert: {error}", file=sys.stderr)
         status = 2
     runtime.stop_processes()
-    sys.exit(status)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
