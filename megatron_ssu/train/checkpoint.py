@@ -16,16 +16,22 @@ import os
 import re
 import shutil
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
+)
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
@@ -68,22 +74,38 @@ class _Pending:
 
 
 class _Saver(TorchDistSaveShardedStrategy):
-    """megatron's strategy; rank 0's failure to write the metadata is kept, not raised between the ranks' collectives."""
+    """megatron's strategy. Weights that all data-parallel ranks hold are written by one of them each, spread by size.
 
-    def __init__(self) -> None:
+    With `background` what the training would change is copied. Rank 0's failure to write the metadata is kept, not raised
+    between the ranks' collectives.
+    """
+
+    def __init__(self, *, background: bool) -> None:
         super().__init__("torch_dist", 1, thread_count=1)
+        self.background = background
         self.errors: list[BaseException] = []
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, plan: Any) -> AsyncRequest:
-        finish = writer.finish
+    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        distribution = determine_main_replica_uniform_distribution(sharded_state_dict, group)
+        distribute_main_replicas_with_precomputed_distribution(sharded_state_dict, group, distribution)
+        if self.background:
+            _copy_cpu_tensors(sharded_state_dict)
+        return super().async_save(sharded_state_dict, checkpoint_dir)
 
-        def guarded(*arguments: Any) -> None:
+    def _get_save_and_finalize_callbacks(self, writer: Any, plan: Any) -> AsyncRequest:
+        finish, held, errors = type(writer).finish, weakref.ref(writer), self.errors
+
+        def guarded(*arguments: Any) -> None:  # holds no writer: that would keep the writer's tensors for good
             try:
-                finish(*arguments)
+                finish(held(), *arguments)
             except Exception as error:  # raised again once the ranks agree
-                self.errors.append(error)
+                errors.append(error)
 
         writer.finish = guarded
+        metadata = plan[1]
+        if metadata is not None:
+            vars(metadata).pop("all_local_plans", None)  # says everything twice, and is of use to megatron's cache only
         return super()._get_save_and_finalize_callbacks(writer, plan)
 
 
@@ -128,7 +150,7 @@ class Checkpoints:
         """
         self.finish()
         return self._write(
-            session, lambda: states.sharded_state(session, optimizer, is_loading=False), progress, identity
+            session, lambda: states.sharded_state(session, optimizer), progress, identity
         )
 
     def save_weights(self, session: Session) -> Path:
@@ -160,9 +182,7 @@ class Checkpoints:
 
     def _request(self, state: dict[str, Any], part: Path, iteration: int) -> _Pending:
         """Plan the save on all ranks, write the common part, and start the writer."""
-        if self.background:
-            _copy_cpu_tensors(state)
-        saver = _Saver()
+        saver = _Saver(background=self.background)
         with runtime.in_process_checkpoint_writers(), runtime.kept_common_errors() as errors:
             request = dist_checkpointing.save(state, str(part), saver, async_sharded_save=True)
         assert request is not None
@@ -287,13 +307,13 @@ class Checkpoints:
             )
         new_phase = phase.number > progress.phase
         identity.compare(common["identity"], path, new_phase=new_phase)
-        state = states.sharded_state(session, optimizer, is_loading=True)
+        states.load_model(session, path)
+        state = states.training_state(session, optimizer, is_loading=True)
         same_mesh = common["mesh"] == states.mesh_facts(session)
         if not same_mesh:
             state.pop("rng")
         settings = _settings(optimizer)
         loaded = read_sharded(state, path)
-        states.load_model(session, loaded)
         optimizer.load_state_dict(loaded["optimizer"])
         _restore_settings(optimizer, settings)  # the learning rate may change, and in a new phase the others
         if same_mesh:
@@ -309,7 +329,7 @@ class Checkpoints:
         """Load the model's weights alone; collective."""
         path = self.path(iteration)
         runtime.on_all_ranks(lambda: _checked(path))
-        states.load_model(session, read_sharded(states.model_state(session), path))
+        states.load_model(session, path)
 
 
 def _checked(path: Path) -> dict[str, Any]:
@@ -321,11 +341,15 @@ def _checked(path: Path) -> dict[str, Any]:
 
 
 def _copy_cpu_tensors(state: dict[str, Any]) -> None:
-    """Staging copies from the GPU only; what lives on the CPU would change under the writer."""
+    """Copy the model's weights that this rank writes and that live on the CPU: they would change under the writer.
+
+    What lives on the GPU is staged anyway, and the optimizer's state is a copy.
+    """
     for value in nested_values(state):
-        data = getattr(value, "data", None)
-        if isinstance(data, torch.Tensor) and not isinstance(value, torch.Tensor) and data.device.type == "cpu":
-            value.data = data.detach().clone()
+        if not isinstance(value, ShardedTensor) or value.key.startswith("optimizer."):
+            continue
+        if is_main_replica(value.replica_id) and value.data.device.type == "cpu":
+            value.data = value.data.detach().clone()
 
 
 def _settings(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -21,26 +22,29 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.session import Session
 
 RNG_BYTES = 1 << 16  # room for one rank's generators
-_METADATA_MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
-_METADATA_GLOBALS = {
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("builtins", "set"),
-    ("builtins", "frozenset"),
-    ("collections", "OrderedDict"),
-    ("io", "BytesIO"),
-    ("_io", "BytesIO"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-}
+_DCP = "torch.distributed.checkpoint"
+_METADATA_NAMES = frozenset(  # all that torch 2.6 to 2.13 write into our `.metadata`: dataclasses, enums, dtypes
+    {
+        *((f"{_DCP}.metadata", n) for n in ("Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata")),
+        *((f"{_DCP}.metadata", n) for n in ("TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties")),
+        (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
+        (f"{_DCP}.filesystem", "_StorageInfo"),
+        ("torch", "Size"),
+        *(("torch", n) for n in ("float32", "bfloat16", "uint8")),
+        ("torch.serialization", "_get_layout"),  # a table look-up by name
+    }
+)
 
 
-def sharded_state(session: Session, optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
+def sharded_state(session: Session, optimizer: MegatronOptimizer) -> dict[str, Any]:
     """This rank's part of a checkpoint, as dist_checkpointing takes it."""
+    return {**model_state(session), **training_state(session, optimizer, is_loading=False)}
+
+
+def training_state(session: Session, optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
+    """What a checkpoint holds besides the model: this rank's part of the optimizer, and its random numbers."""
     model = model_state(session)
     return {
-        **model,
         "optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata()),
         "rng": _rng(session),
     }
@@ -52,10 +56,12 @@ def model_state(session: Session) -> dict[str, Any]:
     return {n: c.sharded_state_dict(metadata=_metadata()) for n, c in zip(names, session.chunks, strict=True)}
 
 
-def load_model(session: Session, loaded: dict[str, Any]) -> None:
-    """Put loaded weights into the chunks."""
-    for name, chunk in zip(_chunk_names(session), session.chunks, strict=True):
-        chunk.load_state_dict(loaded[name], strict=True)
+def load_model(session: Session, path: Path) -> None:
+    """Load a checkpoint's weights into the chunks, in place; collective. Raises UserError as `read_sharded`."""
+    state = model_state(session)
+    apply_factories(state)  # parts of fused weights become views of them: nothing is left to be put together
+    assert all(entry.data.is_contiguous() for entry in nested_values(state) if isinstance(entry, ShardedTensor))
+    read_sharded(state, path)
 
 
 def _chunk_names(session: Session) -> list[str]:
@@ -141,11 +147,11 @@ def one_line(error: BaseException) -> str:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Reads torch's `.metadata` without letting it name anything but the dataclasses it is made of."""
+    """Reads torch's `.metadata` without letting it name anything but what it is made of."""
 
     def find_class(self, module: str, name: str) -> Any:
-        known = module.startswith(_METADATA_MODULES) or (module, name) in _METADATA_GLOBALS
-        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        # Whole pairs: the superclass follows the dots of protocol 4's names, and modules hold what they import.
+        if (module, name) in _METADATA_NAMES:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
 
