@@ -141,6 +141,8 @@ class ShieldedDistributedOptimizer(DistributedOptimizer):
         stored = stored_weights(model_sharded_state_dict)
         found = {}
         for number, (model_param, main) in enumerate(self.pairs()):
+            if not is_loading and any(stored[model_param].replica_id[:2]):
+                continue  # other tensor or pipeline ranks hold it too, and the first of them stores it
             owned = self._owned(model_param)
             parts = boxes(stored[model_param], owned.start, owned.end)
             place = self._room if is_loading else self._filled_up
