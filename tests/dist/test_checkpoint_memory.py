@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
-from tests.dist import memory_work
+from megatron_ssu.estimate.count import estimate
+from megatron_ssu.shield.file import load_shield
+from tests.dist import memory_work, resume_work
 from tests.dist.test_shielded_training import random_shield
+from tests.dist.work import mesh
 from tests.models import make_model
 
 RANKS = 2
@@ -26,5 +31,9 @@ def test_a_rank_holds_its_own_part_and_keeps_nothing(background, ranks, tmp_path
         assert rank["save_peak"] < 14 * rank["parameters"], rank
         assert rank["load_peak"] < 11 * rank["parameters"], rank
         assert rank["save_left"] < 2**16 and rank["load_left"] < 2**16, rank
+    run = resume_work.make_run(str(model), mesh(), str(tmp_path / "run"), "bf16", async_save=background)
+    hf = json.loads((model / "config.json").read_text())
+    host = estimate(run, hf, RANKS, shield=load_shield(shield), engine=False).host
     files = [f.stat().st_size for f in sorted((tmp_path / "run" / "checkpoints" / "iter_0000001").glob("*.distcp"))]
     assert len(files) == RANKS and min(files) > 0.9 * max(files), "the ranks write alike"
+    assert host.stored == host.saving == pytest.approx(sum(files), rel=0.02) and host.background == background
