@@ -34,7 +34,7 @@ from megatron_ssu.session import Session
 from megatron_ssu.train import state as states
 from megatron_ssu.train.digests import Digests, check_digests, digest_files, write_digests, written_by
 from megatron_ssu.train.identity import Identity
-from megatron_ssu.train.state import one_line, read_common, read_sharded
+from megatron_ssu.train.state import one_line, read_common
 from megatron_ssu.train.writer import Saver, to_disk, watched
 
 log = logging.getLogger(__name__)
@@ -284,16 +284,10 @@ class Checkpoints:
         new_phase = phase.number > progress.phase
         identity.compare(common["identity"], path, new_phase=new_phase)
         states.load_model(session, path)
-        state = states.training_state(session, optimizer, is_loading=True)
-        same_mesh = common["mesh"] == states.mesh_facts(session)
-        if not same_mesh:
-            state.pop("rng")
         settings = _settings(optimizer)
-        loaded = read_sharded(state, path)
-        optimizer.load_state_dict(loaded["optimizer"])
+        same_mesh = common["mesh"] == states.mesh_facts(session)
+        states.load_training(session, optimizer, path, with_rng=same_mesh)
         _restore_settings(optimizer, settings)  # the learning rate may change, and in a new phase the others
-        if same_mesh:
-            states.set_rng(loaded["rng"])
         if new_phase:
             start = progress.iteration if phase.rewarm else progress.schedule_start
             progress = Progress(progress.iteration, 0, phase.number, start)

@@ -73,7 +73,7 @@ def test_what_torch_writes_is_read(tmp_path):
             for dtype in (torch.float32, torch.bfloat16, torch.uint8)
         }
         written = metadata.Metadata(
-            {**entries, "bytes": metadata.BytesStorageMetadata()},
+            entries,
             storage_data={metadata.MetadataIndex("a", torch.Size([0, 0])): filesystem._StorageInfo("a.distcp", 0, 9)},
             storage_meta=metadata.StorageMeta(checkpoint_id="here"),
         )
