@@ -141,8 +141,8 @@ class ShieldedDistributedOptimizer(DistributedOptimizer):
         stored = stored_weights(model_sharded_state_dict)
         found = {}
         for number, (model_param, main) in enumerate(self.pairs()):
-            if not is_loading and any(stored[model_param].replica_id[:2]):
-                continue  # other tensor or pipeline ranks hold it too, and the first of them stores it
+            if not is_loading and (any(stored[model_param].replica_id[:2]) or self.distributed_optimizer_instance_id):
+                continue  # ranks of another tensor, pipeline or optimizer instance hold it too: the first stores it
             owned = self._owned(model_param)
             parts = boxes(stored[model_param], owned.start, owned.end)
             place = self._room if is_loading else self._filled_up
@@ -180,7 +180,11 @@ class ShieldedDistributedOptimizer(DistributedOptimizer):
                 yield flat[box.start - owned.start : box.stop - owned.start]
 
     def _state(self, main: torch.Tensor, name: str) -> torch.Tensor:
-        return (main if name == "param" else self.optimizer.state[main][name]).detach()
+        if name == "param":
+            return main.detach()
+        if main.numel() == 0:  # Adam of Transformer Engine and Apex may keep nothing for it
+            return torch.empty_like(main)
+        return self.optimizer.state[main][name]
 
     @torch.no_grad()
     def load_parameter_state_from_fully_reshardable(self, state_dict: dict[str, Any]) -> None:
