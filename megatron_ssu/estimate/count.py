@@ -21,6 +21,7 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.estimate import steps
 from megatron_ssu.estimate.activations import Batch, Kept, Recompute, head_kept, in_flight, layer_kept
 from megatron_ssu.estimate.gpus import Gpu
+from megatron_ssu.estimate.host import HostBytes, host_bytes
 from megatron_ssu.estimate.weights import (
     Formats,
     Parameter,
@@ -69,6 +70,7 @@ class Estimate:
     traffic: steps.Traffic
     optimizer_bytes: int  # read and written by the optimizer of a rank
     fp8: bool
+    host: HostBytes
 
     @property
     def fullest(self) -> int:
@@ -182,7 +184,19 @@ class _Counter:
             self.traffic(fullest),
             round(optimizer),
             bool(self.run.precision.transformer.get("fp8")),
+            host_bytes(
+                mesh,
+                self.parameters,
+                self.copied,
+                self.formats.weight,
+                background=self.run.checkpoint.async_save,
+            ),
         )
+
+    def copied(self, rank: int, parameter: Parameter) -> bool:
+        """Whether a stage's parameter is the copy of a tied embedding for the head."""
+        embeddings = [entry.param for entry in self.family.edges if entry.kinds[0] == "embedding"]
+        return self.dims.tied and rank > 0 and parameter.name in embeddings
 
     def layers(self, rank: int) -> list[int]:
         """Numbers of the layers of a stage, with all its virtual stages."""

@@ -71,6 +71,12 @@ def render(found: Estimate, gpu: Gpu | None, console: Console, math: float = ste
         f"sent by a rank in a step, GB: tensor {traffic.tensor / 1e9:.2f}, pipeline {traffic.pipeline / 1e9:.2f}, "
         f"data {traffic.data / 1e9:.2f}"
     )
+    host = found.host
+    say(
+        f"a checkpoint: {host.stored / 1e9:.1f} GB on disk; host memory on a node of {host.ranks} ranks, GiB: "
+        f"{host.saving / GIB:.1f} while one is written{', beside the training' if host.background else ''}, "
+        f"{host.loading / GIB:.1f} while one is loaded"
+    )
     if gpu is None:
         return
     need, have = found.stages[found.fullest].peak, gpu.memory_gb * 1e9

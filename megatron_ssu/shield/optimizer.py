@@ -4,11 +4,12 @@ A data-parallel rank owns a flat range of every parameter's gradient buffer. For
 that range only the trainable elements: fp32 main weight, gradient, exp_avg and exp_avg_sq are compact 1-D tensors in
 ascending order. Gradient norm, clipping, weight decay and Adam are megatron's and torch's own; they cannot touch a frozen
 element, because it is not there. Checkpoints keep megatron's fully reshardable format: shards are expanded when they are
-saved (frozen moments are zero) and compacted when they are loaded.
+saved (frozen moments are zero) and compacted when they are loaded, by every data-parallel rank for what it owns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from megatron_ssu import runtime
 from megatron_ssu.errors import UserError
 from megatron_ssu.shield.local import LocalShield
 from megatron_ssu.shield.shards import ShardMask
+from megatron_ssu.shield.stored import Box, boxes, stored_weights
+
+STATES = ("param", "exp_avg", "exp_avg_sq")  # stored for every parameter
 
 
 class ShieldedDistributedOptimizer(DistributedOptimizer):
@@ -133,32 +137,92 @@ class ShieldedDistributedOptimizer(DistributedOptimizer):
             else:
                 mask.gather(shard, main.data)
 
-    def _get_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        tensors = super()._get_main_param_and_optimizer_states(model_param)
-        mask = self.masks.get(model_param)
-        if mask is None:
-            return tensors
-        owned = self._owned(model_param)
-        param = model_param.detach().view(-1)[owned.start : owned.end].float().clone()
-        mask.scatter(tensors["param"].detach(), param)
-        zeros = torch.zeros_like(tensors["param"])
-        moments = {k: mask.expand(tensors.get(k, zeros)) for k in ("exp_avg", "exp_avg_sq")}
-        return {"param": param, **moments, **({"step": tensors["step"]} if "step" in tensors else {})}
+    @torch.no_grad()
+    def sharded_param_state_fully_reshardable(
+        self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """The owned ranges' main weights and moments as boxes of the stored tensors, frozen places filled up.
 
-    def _set_main_param_and_optimizer_states(self, model_param: torch.nn.Parameter, tensors: dict) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        main = self.optimizer.param_groups[group]["params"][order]
-        mask = self.masks.get(model_param)
-        targets = {"param": main.data, **self.optimizer.state.get(main, {})}
-        for key, target in targets.items():
-            if key == "step":
-                continue  # one number for all, kept with the parameter groups
-            if mask is None:
-                target.copy_(tensors[key])
+        For a save: copies on the CPU, made one parameter at a time. For a load: room on the CPU for shielded parameters;
+        the others are loaded in place.
+        """
+        stored = stored_weights(model_sharded_state_dict)
+        found = {}
+        for number, (model_param, main) in enumerate(self.pairs()):
+            if not is_loading and (any(stored[model_param].replica_id[:2]) or self.distributed_optimizer_instance_id):
+                continue  # ranks of another tensor, pipeline or optimizer instance hold it too: the first stores it
+            owned = self._owned(model_param)
+            parts = boxes(stored[model_param], owned.start, owned.end)
+            place = self._room if is_loading else self._filled_up
+            found[str(number)] = {
+                name: {
+                    str(i): box.sharded(name, data)
+                    for i, (box, data) in enumerate(zip(parts, place(model_param, main, name, parts), strict=True))
+                }
+                for name in STATES
+            }
+        return found
+
+    def _filled_up(
+        self, model_param: torch.nn.Parameter, main: torch.Tensor, name: str, parts: list[Box]
+    ) -> Iterator[torch.Tensor]:
+        """Copies on the CPU of the boxes' elements of one state."""
+        owned, mask, flat = self._owned(model_param), self.masks.get(model_param), self._state(main, name)
+        if mask is not None and name == "param":
+            values, flat = flat, model_param.detach().view(-1)[owned.start : owned.end].float().clone()
+            mask.scatter(values, flat)
+        elif mask is not None:
+            flat = mask.expand(flat)
+        for box in parts:
+            yield flat[box.start - owned.start : box.stop - owned.start].to("cpu", copy=True)
+
+    def _room(
+        self, model_param: torch.nn.Parameter, main: torch.Tensor, name: str, parts: list[Box]
+    ) -> Iterator[torch.Tensor]:
+        """Where the boxes' elements of one state are loaded to."""
+        owned, flat = self._owned(model_param), self._state(main, name)
+        for box in parts:
+            if model_param in self.masks:
+                yield torch.empty(box.stop - box.start)
             else:
-                mask.gather(tensors[key].contiguous().to(target.device), target)
+                yield flat[box.start - owned.start : box.stop - owned.start]
+
+    def _state(self, main: torch.Tensor, name: str) -> torch.Tensor:
+        if name == "param":
+            return main.detach()
+        if main.numel() == 0:  # Adam of Transformer Engine and Apex may keep nothing for it
+            return torch.empty_like(main)
+        return self.optimizer.state[main][name]
+
+    @torch.no_grad()
+    def load_parameter_state_from_fully_reshardable(self, state_dict: dict[str, Any]) -> None:
+        """Take over what was loaded into `sharded_param_state_fully_reshardable`; `state_dict` is emptied."""
+        for number, (model_param, main) in enumerate(self.pairs()):
+            loaded, mask = state_dict.pop(str(number)), self.masks.get(model_param)
+            for name in STATES:
+                parts = loaded.pop(name)
+                flat = torch.cat([parts[str(i)].reshape(-1) for i in range(len(parts))])
+                target = self._state(main, name)
+                if mask is None:
+                    target.copy_(flat)
+                else:
+                    mask.gather(flat.to(target.device), target)
 
     def _init_optimizer_states_with_dummy_values(self) -> None:
+        """Make moments of zeros, as before the first step; main weights and the count of steps stay as they are."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0  # neither update nor weight decay
+        self._dummy_step()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+            if "step" in group:
+                group["step"] = 0
+        for state in self.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"].zero_()
+
+    def _dummy_step(self) -> None:
         if HAVE_APEX_OR_TE:
             super()._init_optimizer_states_with_dummy_values()
             return
@@ -180,8 +244,8 @@ class ShieldedDistributedOptimizer(DistributedOptimizer):
                     state["step"] = state["step"].to(param.device)  # where the fused kernel counts
 
     def sharded_state_dict(self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any) -> Any:
-        if is_loading and not self.is_stub_optimizer and len(self.optimizer.state) == 0:
-            # A fresh torch optimizer has no moments to load into.
+        if not self.is_stub_optimizer and len(self.optimizer.state) == 0:
+            # Before its first step an optimizer has no moments to load into, or to save.
             self._init_optimizer_states_with_dummy_values()
         return super().sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
 

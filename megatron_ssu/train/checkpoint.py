@@ -24,9 +24,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -36,11 +34,13 @@ from megatron_ssu.session import Session
 from megatron_ssu.train import state as states
 from megatron_ssu.train.digests import Digests, check_digests, digest_files, write_digests, written_by
 from megatron_ssu.train.identity import Identity
-from megatron_ssu.train.state import one_line, read_common, read_sharded
+from megatron_ssu.train.state import one_line, read_common
+from megatron_ssu.train.writer import Saver, to_disk, watched
 
 log = logging.getLogger(__name__)
 
 LATEST = "latest"
+POLL = 5.0  # seconds between two looks at the ranks' writers
 
 
 @dataclass
@@ -61,30 +61,19 @@ class _Pending:
     iteration: int
     part: Path
     request: AsyncRequest
-    saver: _Saver
+    saver: Saver
     thread: threading.Thread | None = None
+    steps: int = 0  # that the writer got done: tensors written, blocks digested
     errors: list[BaseException] = field(default_factory=list)
     digests: Digests = field(default_factory=dict)  # of the files that this rank wrote
 
+    def step(self) -> None:
+        self.steps += 1
 
-class _Saver(TorchDistSaveShardedStrategy):
-    """megatron's strategy; rank 0's failure to write the metadata is kept, not raised between the ranks' collectives."""
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1, thread_count=1)
-        self.errors: list[BaseException] = []
-
-    def _get_save_and_finalize_callbacks(self, writer: Any, plan: Any) -> AsyncRequest:
-        finish = writer.finish
-
-        def guarded(*arguments: Any) -> None:
-            try:
-                finish(*arguments)
-            except Exception as error:  # raised again once the ranks agree
-                self.errors.append(error)
-
-        writer.finish = guarded
-        return super()._get_save_and_finalize_callbacks(writer, plan)
+    @property
+    def busy(self) -> bool:
+        """Is this rank's writer still at work?"""
+        return self.thread is not None and self.thread.is_alive()
 
 
 class Checkpoints:
@@ -92,6 +81,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, keep: int | None = None, *, background: bool = False) -> None:
         self.folder, self.keep, self.background = Path(directory) / "checkpoints", keep, background
+        self.mark: Callable[[], None] = lambda: None  # called while a save makes progress
         self._pending: _Pending | None = None
 
     def path(self, iteration: int) -> Path:
@@ -127,9 +117,7 @@ class Checkpoints:
         Raises UserError on all ranks where one cannot write; the checkpoint before stays whole.
         """
         self.finish()
-        return self._write(
-            session, lambda: states.sharded_state(session, optimizer, is_loading=False), progress, identity
-        )
+        return self._write(session, lambda: states.sharded_state(session, optimizer), progress, identity)
 
     def save_weights(self, session: Session) -> Path:
         """Write the model's weights alone, as iteration 0: for export, not to go on from; collective."""
@@ -160,9 +148,7 @@ class Checkpoints:
 
     def _request(self, state: dict[str, Any], part: Path, iteration: int) -> _Pending:
         """Plan the save on all ranks, write the common part, and start the writer."""
-        if self.background:
-            _copy_cpu_tensors(state)
-        saver = _Saver()
+        saver = Saver(background=self.background)
         with runtime.in_process_checkpoint_writers(), runtime.kept_common_errors() as errors:
             request = dist_checkpointing.save(state, str(part), saver, async_sharded_save=True)
         assert request is not None
@@ -170,21 +156,18 @@ class Checkpoints:
         if request.async_fn is None:
             return pending
         arguments = list(request.async_fn_args)
-        arguments[1] = request.preload_fn()
+        arguments[1] = watched(request.preload_fn(), pending.step)
         rank = torch.distributed.get_rank()
 
         def write() -> None:
             try:
                 request.async_fn(*arguments)
-                pending.digests = digest_files(written_by(part, rank))
+                pending.digests = digest_files(written_by(part, rank), pending.step)
             except BaseException as error:  # a thread's error is raised where the save is finished
                 pending.errors.append(error)
 
-        if self.background:
-            pending.thread = threading.Thread(target=write, name=f"checkpoint-{iteration}", daemon=True)
-            pending.thread.start()
-        else:
-            write()
+        pending.thread = threading.Thread(target=write, name=f"checkpoint-{iteration}", daemon=True)
+        pending.thread.start()
         return pending
 
     @property
@@ -195,7 +178,21 @@ class Checkpoints:
     @property
     def busy(self) -> bool:
         """Is this rank's writer still at work?"""
-        return self._pending is not None and self._pending.thread is not None and self._pending.thread.is_alive()
+        return self._pending is not None and self._pending.busy
+
+    def _wait(self, pending: _Pending) -> None:
+        """Until every rank's writer has ended; marks progress as long as one of them makes some. Collective."""
+        seen = -1
+        while True:
+            if pending.thread is not None:
+                pending.thread.join(POLL)
+            reports = runtime.gathered((pending.busy, pending.steps))
+            done = sum(steps for _, steps in reports)
+            if done > seen:
+                self.mark()
+            seen = done
+            if not any(busy for busy, _ in reports):
+                return
 
     def finish(self) -> Path | None:
         """Wait for a checkpoint in the background and publish it; collective. Its path, or None if there was none.
@@ -205,8 +202,7 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         if pending is None:
             return None
-        if pending.thread is not None:
-            pending.thread.join()
+        self._wait(pending)
 
         def wrote() -> None:
             if pending.errors:
@@ -246,15 +242,15 @@ class Checkpoints:
             save_config(CheckpointingConfig("torch_dist", 1), str(part))
             write_digests(part, digests)
             for file in (*part.iterdir(), part):
-                _to_disk(file)
+                to_disk(file)
             if final.exists():  # of a later time that was gone back from; `latest` names another one
                 shutil.rmtree(final)
             os.replace(part, final)
             fresh = self.folder / (LATEST + ".part")
             fresh.write_text(f"{iteration}\n")
-            _to_disk(fresh)
+            to_disk(fresh)
             os.replace(fresh, self.folder / LATEST)
-            _to_disk(self.folder)
+            to_disk(self.folder)
         except OSError as error:
             raise self._unwritten(part, error) from error
         if self.keep is not None:
@@ -287,17 +283,11 @@ class Checkpoints:
             )
         new_phase = phase.number > progress.phase
         identity.compare(common["identity"], path, new_phase=new_phase)
-        state = states.sharded_state(session, optimizer, is_loading=True)
-        same_mesh = common["mesh"] == states.mesh_facts(session)
-        if not same_mesh:
-            state.pop("rng")
+        states.load_model(session, path)
         settings = _settings(optimizer)
-        loaded = read_sharded(state, path)
-        states.load_model(session, loaded)
-        optimizer.load_state_dict(loaded["optimizer"])
+        same_mesh = common["mesh"] == states.mesh_facts(session)
+        states.load_training(session, optimizer, path, with_rng=same_mesh)
         _restore_settings(optimizer, settings)  # the learning rate may change, and in a new phase the others
-        if same_mesh:
-            states.set_rng(loaded["rng"])
         if new_phase:
             start = progress.iteration if phase.rewarm else progress.schedule_start
             progress = Progress(progress.iteration, 0, phase.number, start)
@@ -309,7 +299,7 @@ class Checkpoints:
         """Load the model's weights alone; collective."""
         path = self.path(iteration)
         runtime.on_all_ranks(lambda: _checked(path))
-        states.load_model(session, read_sharded(states.model_state(session), path))
+        states.load_model(session, path)
 
 
 def _checked(path: Path) -> dict[str, Any]:
@@ -318,14 +308,6 @@ def _checked(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint; `latest` beside it names the newest")
     check_digests(path, torch.distributed.get_rank(), torch.distributed.get_world_size())
     return read_common(path)
-
-
-def _copy_cpu_tensors(state: dict[str, Any]) -> None:
-    """Staging copies from the GPU only; what lives on the CPU would change under the writer."""
-    for value in nested_values(state):
-        data = getattr(value, "data", None)
-        if isinstance(data, torch.Tensor) and not isinstance(value, torch.Tensor) and data.device.type == "cpu":
-            value.data = data.detach().clone()
 
 
 def _settings(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
@@ -360,11 +342,3 @@ def _reason(error: BaseException | None) -> str:
             return _reason(failure[0])
         found = found.__cause__ or found.__context__
     return os.strerror(errno.ENOSPC) if "Errno 28" in text else text
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

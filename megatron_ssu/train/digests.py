@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ _CHUNK = 1 << 22
 Digests = dict[str, dict[str, Any]]  # file name -> {"bytes": size, "sha256": hex}
 
 
-def digest_files(files: Iterable[Path]) -> Digests:
-    """Raises OSError where a file cannot be read."""
-    return {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+def digest_files(files: Iterable[Path], step: Callable[[], None] = lambda: None) -> Digests:
+    """`step` is called after every block that was read. Raises OSError where a file cannot be read."""
+    return {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file, step)} for file in files}
 
 
 def written_by(folder: Path, rank: int) -> list[Path]:
@@ -66,9 +66,10 @@ def _damaged(file: Path, what: str) -> UserError:
     return UserError(f"{file}: damaged checkpoint: {what}; write an older one's number into `latest`")
 
 
-def _sha256(file: Path) -> str:
+def _sha256(file: Path, step: Callable[[], None] = lambda: None) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
+            step()
     return digest.hexdigest()

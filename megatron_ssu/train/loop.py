@@ -308,6 +308,7 @@ class Loop:
         self.telemetry, self.progress = telemetry, progress
         checkpoint = self.run.checkpoint
         self.checkpoints = Checkpoints(checkpoint.directory, checkpoint.keep, background=checkpoint.async_save)
+        self.checkpoints.mark = lambda: trainer.mark("checkpoint")
         self.identity = identity_of(self.run, shield, datasets.train_digests)
         self.spikes = SpikeWatch(self.run.train.spike_sigma)
         self.stop: str | None = None

@@ -12,50 +12,85 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.enums import Fp8Recipe
+from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ssu import runtime
 from megatron_ssu.errors import UserError
 from megatron_ssu.session import Session
+from megatron_ssu.train.scaling import restore_scaling, scaling_room, scaling_state
 
 RNG_BYTES = 1 << 16  # room for one rank's generators
-_METADATA_MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
-_METADATA_GLOBALS = {
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("builtins", "set"),
-    ("builtins", "frozenset"),
-    ("collections", "OrderedDict"),
-    ("io", "BytesIO"),
-    ("_io", "BytesIO"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-}
+_DCP = "torch.distributed.checkpoint"
+_METADATA_NAMES = frozenset(  # all that torch 2.6 to 2.13 write into our `.metadata`: dataclasses, enums, dtypes
+    {
+        *((f"{_DCP}.metadata", n) for n in ("Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata")),
+        *((f"{_DCP}.metadata", n) for n in ("TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING")),
+        (f"{_DCP}.filesystem", "_StorageInfo"),
+        ("torch", "Size"),
+        *(("torch", n) for n in ("float32", "bfloat16", "uint8")),
+        ("torch.serialization", "_get_layout"),  # a table look-up by name
+    }
+)
 
 
-def sharded_state(session: Session, optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
+def sharded_state(session: Session, optimizer: MegatronOptimizer) -> dict[str, Any]:
     """This rank's part of a checkpoint, as dist_checkpointing takes it."""
     model = model_state(session)
     return {
         **model,
-        "optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata()),
+        "optimizer": optimizer.sharded_state_dict(model, metadata=_metadata()),
         "rng": _rng(session),
+        "scaling": scaling_state(session),
     }
+
+
+def load_training(session: Session, optimizer: MegatronOptimizer, path: Path, *, with_rng: bool) -> None:
+    """Load what a checkpoint holds besides the model: the optimizer's state, that of FP8 scaling, and random numbers.
+
+    Collective. Raises UserError as `read_sharded`.
+    """
+    state = {
+        "optimizer": optimizer.sharded_state_dict(model_state(session), is_loading=True, metadata=_metadata()),
+        "scaling": scaling_room(session, _stored(path)) if uses_delayed_scaling(session) else {},
+        **({"rng": _rng(session)} if with_rng else {}),
+    }
+    loaded = read_sharded(state, path)
+    optimizer.load_state_dict(loaded["optimizer"])
+    restore_scaling(session, loaded.get("scaling", {}), get_fp8_recipe(session.config))
+    if with_rng:
+        set_rng(loaded["rng"])
+
+
+def uses_delayed_scaling(session: Session) -> bool:
+    return bool(session.config.fp8) and session.config.fp8_recipe == Fp8Recipe.delayed
+
+
+def _stored(path: Path) -> dict[str, ShardedTensor]:
+    """A checkpoint's tensors by key, without data; its `.metadata` has been checked."""
+    return dist_checkpointing.load_tensors_metadata(str(path))
 
 
 def model_state(session: Session) -> dict[str, Any]:
     """The chunks' sharded state dicts by name: `model`, or `model0`, `model1`, ... under virtual pipeline stages."""
-    names = _chunk_names(session)
-    return {n: c.sharded_state_dict(metadata=_metadata()) for n, c in zip(names, session.chunks, strict=True)}
-
-
-def load_model(session: Session, loaded: dict[str, Any]) -> None:
-    """Put loaded weights into the chunks."""
+    found = {}
     for name, chunk in zip(_chunk_names(session), session.chunks, strict=True):
-        chunk.load_state_dict(loaded[name], strict=True)
+        state = chunk.sharded_state_dict(metadata=_metadata())
+        # Transformer Engine pickles into `_extra_state`, and other layers have none of it; see scaling.py.
+        found[name] = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+    return found
+
+
+def load_model(session: Session, path: Path) -> None:
+    """Load a checkpoint's weights into the chunks, in place; collective. Raises UserError as `read_sharded`."""
+    state = model_state(session)
+    apply_factories(state)  # parts of fused weights become views of them: nothing is left to be put together
+    assert all(entry.data.is_contiguous() for entry in nested_values(state) if isinstance(entry, ShardedTensor))
+    read_sharded(state, path)
 
 
 def _chunk_names(session: Session) -> list[str]:
@@ -70,9 +105,10 @@ def _metadata() -> dict[str, Any]:
 
 
 def mesh_facts(session: Session) -> dict[str, Any]:
-    """The mesh; random number generators are read back on the same one only."""
+    """The mesh and the kind of device; random number generators are read back on the same one only."""
     mesh = session.mesh
-    return {k: getattr(mesh, k) for k in ("tensor", "pipeline", "virtual", "context", "data")}
+    facts = {k: getattr(mesh, k) for k in ("tensor", "pipeline", "virtual", "context", "data")}
+    return {**facts, "device": runtime.device().type}
 
 
 def _rng(session: Session) -> ShardedTensor:
@@ -141,11 +177,11 @@ def one_line(error: BaseException) -> str:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Reads torch's `.metadata` without letting it name anything but the dataclasses it is made of."""
+    """Reads torch's `.metadata` without letting it name anything but what it is made of."""
 
     def find_class(self, module: str, name: str) -> Any:
-        known = module.startswith(_METADATA_MODULES) or (module, name) in _METADATA_GLOBALS
-        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        # Whole pairs: the superclass follows the dots of protocol 4's names, and modules hold what they import.
+        if (module, name) in _METADATA_NAMES:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
 

@@ -55,6 +55,22 @@ def test_too_many_skipped_steps_stop_the_run(ranks, model, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "6\n"
 
 
+def test_a_checkpoint_before_the_first_step_that_counts(ranks, model, tmp_path):
+    """All steps up to it were skipped: there are no moments yet."""
+    poison = (bad(1), bad(2))
+    quiet = ranks.run(
+        work.train_run, 2, work.make_run(str(model), mesh(), str(tmp_path / "quiet"), interval=50), poison=poison
+    )
+    run = work.make_run(str(model), mesh(), str(tmp_path / "run"), interval=2)
+    ranks.run(work.train_run, 2, run, poison=poison, kick=(1, 2, signal.SIGUSR1))
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "2\n"
+    for a, b in zip(quiet, ranks.run(work.train_run, 2, run), strict=True):
+        assert sorted(b["history"]) == [3, 4, 5, 6, 7, 8]
+        assert all(a["history"][i] == b["history"][i] for i in b["history"])
+        for what in ("weights", "moments"):
+            assert all(torch.equal(x, y) for x, y in zip(a[what], b[what], strict=True))
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_a_signal_to_all_processes_of_a_rank_leaves_a_checkpoint(again, tmp_path):
     """torchrun and SLURM signal a rank's loader processes too; none may take the rank with it, or stay."""

@@ -75,6 +75,27 @@ def test_a_13b_model_by_hand(run):
     assert found.traffic.pipeline == 0
 
 
+def test_host_memory_of_checkpoints_by_hand(run):
+    layer, norms = 4 * 5120**2 + 3 * 5120 * 13824, 2 * 5120
+    split = 40 * (layer + 2 * 5120) + 2 * 100352 * 5120  # q and k norms are split as well
+    whole = split + 40 * norms + 5120
+    found = estimate(run(OLMO2_13B, "parallel.tensor_model_parallel_size=2"), OLMO2_13B, 16, engine=True).host
+    assert found.ranks == 8 and found.stored == 14 * whole and not found.background
+    assert found.saving == 14 * whole / 2, "two nodes with four of eight data-parallel ranks each"
+    assert found.loading == 12 * 40 * layer / 2
+    pipeline = ["parallel.pipeline_model_parallel_size=2", "checkpoint.async_save=true"]
+    found = estimate(run(OLMO2_13B, *pipeline), OLMO2_13B, 16, engine=True).host
+    edge = 20 * (layer + 2 * 5120 + norms) + 100352 * 5120
+    assert found.saving == 14 * (edge + 5120) and found.background, (
+        "the last stage has a node of its own, and a norm more"
+    )
+    found = estimate(run(OLMO2_13B, *pipeline, "precision.dtype=fp32"), OLMO2_13B, 4, engine=True).host
+    assert found.ranks == 4 and found.saving == found.stored == 16 * whole
+    tied = {**OLMO2_13B, "tie_word_embeddings": True}
+    found = estimate(run(tied, *pipeline, "shield.method=none"), tied, 2, engine=True).host
+    assert found.stored == 14 * (whole - 100352 * 5120) and found.loading == 0
+
+
 def test_full_fine_tuning_freezes_nothing(run):
     found = estimate(run(OLMO2_13B, "shield.method=none"), OLMO2_13B, 1, engine=True)
     assert found.frozen == 0 and found.work.full == found.work.products
@@ -143,6 +164,8 @@ def test_the_command_prints_and_writes(run, tmp_path, capsys):
     assert end.value.code == 0 and "4 (tensor) x 1 (pipeline) x 2 (data) = 8 ranks" in said and "a step" in said
     found = json.loads(target.read_text())
     assert found["parameters"] == 13_716_198_400 and found["fp8"] and found["seconds"]["step"] > 0
+    assert found["host"]["ranks"] == 8 and found["host"]["stored"] == found["host"]["saving"] == 14 * 13_716_198_400
+    assert "a checkpoint: 192.0 GB on disk; host memory on a node of 8 ranks, GiB: 178.8 while one is written, " in said
     with pytest.raises(SystemExit) as end:
         cli.main([*arguments, "--world-size", "0"])
     said = capsys.readouterr().err

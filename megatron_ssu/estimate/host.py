@@ -1,0 +1,61 @@
+"""Host memory and disk that checkpoints take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_ssu.estimate.steps import GPUS_A_NODE, Mesh
+from megatron_ssu.estimate.weights import Parameter
+
+STATE = 12  # bytes of an element's main weight and moments in a checkpoint, frozen or not
+
+
+@dataclass(frozen=True)
+class HostBytes:
+    """Bytes; those of host memory on the fullest node, beside the process and its libraries."""
+
+    ranks: int  # on a node
+    saving: int  # copies that are being written
+    loading: int  # shielded weights' state, before its trainable part is taken
+    background: bool  # training goes on while `saving` is held
+    stored: int  # a checkpoint on disk
+
+
+def host_bytes(
+    mesh: Mesh,
+    parameters: Callable[[int], Sequence[Parameter]],
+    copied: Callable[[int, Parameter], bool],
+    weight: int,
+    *,
+    background: bool,
+) -> HostBytes:
+    """Count what the ranks of a node hold.
+
+    Every data-parallel rank saves and loads one part of the state, and writes one part of the weights.
+
+    Args:
+        parameters: those of a rank of a pipeline stage.
+        copied: whether a stage's parameter is a copy of another stage's, which stores it.
+        weight: bytes of a weight.
+    """
+    saving: list[float] = []
+    loading: list[float] = []
+    for stage in range(mesh.pipeline):
+        found = parameters(stage)
+        for tensor in range(mesh.tensor):
+            # Norms that all tensor-parallel ranks hold are stored by the first.
+            stored = sum(p.elements for p in found if (p.split or tensor == 0) and not copied(stage, p))
+            saving.append((STATE + weight) * stored / mesh.data)
+            loading.append(STATE * sum(p.elements for p in found if p.frozen) / mesh.data)
+    total = sum(saving) * mesh.data
+    # Tensor-parallel ranks are neighbours, then data-parallel ones, then stages.
+    places = [t + mesh.tensor * s for s in range(mesh.pipeline) for _ in range(mesh.data) for t in range(mesh.tensor)]
+    nodes = [places[first : first + GPUS_A_NODE] for first in range(0, len(places), GPUS_A_NODE)]
+    return HostBytes(
+        len(nodes[0]),
+        round(max(sum(saving[place] for place in node) for node in nodes)),
+        round(max(sum(loading[place] for place in node) for node in nodes)),
+        background,
+        round(total),
+    )

@@ -1,0 +1,85 @@
+"""What the ranks of the checkpoint memory test do: save and load, and measure this process."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ssu.session import open_session
+from megatron_ssu.shield.file import load_shield
+from megatron_ssu.train import loop
+from megatron_ssu.train.checkpoint import Checkpoints, Progress
+from megatron_ssu.train.identity import Identity
+from tests.dist import resume_work
+from tests.dist.work import RandomTokens, mesh
+
+_RESET_PEAK = Path("/proc/self/clear_refs")
+
+
+def can_measure() -> bool:
+    try:
+        _RESET_PEAK.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(key: str) -> int:
+    """Bytes, from this process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+
+def _peak(work: Callable[[], Any]) -> int:
+    """Bytes by which the resident memory rises at most while `work` runs."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)  # memory that was used before would hide what is used now
+    before = _status("VmRSS")
+    _RESET_PEAK.write_text("5")
+    work()
+    return _status("VmHWM") - before
+
+
+def _live() -> int:
+    """Bytes of all CPU tensors, those in reference cycles that wait to be collected among them."""
+    tensors = [
+        o for o in gc.get_objects() if isinstance(o, torch.Tensor) and type(o) in (torch.Tensor, torch.nn.Parameter)
+    ]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
+    return sum(storages.values())
+
+
+def measure(model: str, shield: str, directory: str, background: bool) -> dict[str, int]:
+    """Bytes on this rank: peaks over a save and a load, tensors left behind by each, and the parameters' number."""
+    run = resume_work.make_run(model, mesh(), directory, "bf16")
+    session = open_session(run)
+    trainer = loop.Trainer(session, load_shield(shield))
+    trainer.step(trainer.batches(RandomTokens(), 0))
+    trainer.gather_weights()
+    checkpoints = Checkpoints(directory, background=background)
+
+    def save() -> None:
+        checkpoints.save(session, Progress(iteration=1), Identity({}), trainer.optimizer)
+        checkpoints.finish()
+
+    def load() -> None:
+        checkpoints.load(1, session, Identity({}), trainer.optimizer)
+
+    found = {"parameters": sum(p.numel() for p in session.chunks[0].parameters())}
+    for work in (save, load):
+        found[f"{work.__name__}_peak"] = _peak(work)
+        before = _live()
+        gc.disable()
+        try:
+            work()
+            found[f"{work.__name__}_left"] = _live() - before
+        finally:
+            gc.enable()
+    return found

@@ -1,0 +1,96 @@
+"""One GPU: a run that was stopped and resumed has the bits of the one that was not, in bf16 and FP8."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ssu import runtime
+from megatron_ssu.models.build import has_transformer_engine
+from tests.dist import resume_work as work
+from tests.dist.test_shielded_training import random_shield
+from tests.dist.work import mesh
+from tests.gpu.test_training_gpu import FP8, SIZES
+from tests.models import make_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+ROOT = Path(__file__).parents[2]
+STEPS, STOP = 6, 3
+ON_CPU = """
+import pickle, signal, sys
+from megatron_ssu import runtime
+from tests.dist import resume_work as work
+runtime.install_cpu_backend()
+run, shield, kick, answer = pickle.load(open(sys.argv[1], "rb"))
+found = work.train_run(run, shield, kick=kick)
+pickle.dump(found["history"], open(answer, "wb"))
+"""
+
+
+@pytest.fixture
+def shielded(tmp_path):
+    model = make_model("olmo2", tmp_path / "model", torch.bfloat16, **SIZES)
+    return str(model), str(random_shield(model, tmp_path / "shield.safetensors"))
+
+
+def make_run(model, directory, precision=None, **options):
+    run = work.make_run(model, mesh(), str(directory), "bf16", iterations=STEPS, interval=STEPS, **options)
+    run.precision.transformer = dict(FP8.get(precision, {}))
+    return run
+
+
+def train(run, shield, **options):
+    """As a process of its own would: nothing is left of the run before."""
+    if has_transformer_engine():
+        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+        FP8GlobalStateManager.reset()
+    runtime.start_processes()
+    try:
+        return work.train_run(run, shield, **options)
+    finally:
+        runtime.stop_processes()
+
+
+@pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("precision", [None, *FP8], ids=str)
+def test_three_steps_and_three_are_six(precision, async_save, shielded, tmp_path):
+    if precision and not has_transformer_engine():
+        pytest.skip("needs Transformer Engine")
+    model, shield = shielded
+    options = {"precision": precision, "async_save": async_save}
+    quiet = train(make_run(model, tmp_path / "quiet", **options), shield)
+    stopped = train(make_run(model, tmp_path / "run", **options), shield, kick=(0, STOP, signal.SIGUSR1))
+    assert stopped["stopped"][0] == 75
+    resumed = train(make_run(model, tmp_path / "run", **options), shield)
+    assert sorted(resumed["history"]) == list(range(STOP + 1, STEPS + 1))
+    assert all(quiet["history"][i] == resumed["history"][i] for i in resumed["history"])
+    for what in ("weights", "moments"):
+        assert all(torch.equal(a, b) for a, b in zip(quiet[what], resumed[what], strict=True)), what
+
+
+def test_a_checkpoint_of_the_cpu_resumes_on_the_gpu(shielded, tmp_path):
+    """megatron-core's own layers there, Transformer Engine's here, where it is installed."""
+    model, shield = shielded
+
+    def on_cpu(name, kick):
+        order, answer = tmp_path / f"{name}.order", tmp_path / f"{name}.answer"
+        order.write_bytes(pickle.dumps((make_run(model, tmp_path / name), shield, kick, str(answer))))
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-c", ON_CPU, str(order)], check=True, env=environment, timeout=600)
+        return pickle.loads(answer.read_bytes())
+
+    quiet = on_cpu("quiet", None)
+    on_cpu("run", (0, STOP, signal.SIGUSR1))
+    resumed = train(make_run(model, tmp_path / "run"), shield)["history"]
+    assert sorted(resumed) == list(range(STOP + 1, STEPS + 1))
+    losses = [(quiet[i][0], resumed[i][0]) for i in sorted(resumed)]
+    assert np.allclose(*zip(*losses, strict=True), rtol=1e-2)
