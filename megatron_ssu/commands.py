@@ -35,7 +35,8 @@ from megatron_ssu.train.checkpoint import Checkpoints, Progress
 from megatron_ssu.train.flops import flops_per_token, peak_flops
 from megatron_ssu.train.identity import identity_of
 from megatron_ssu.train.loop import Datasets, Trainer, train
-from megatron_ssu.train.telemetry import Telemetry, check_installed, log_to_file
+from megatron_ssu.train.sinks import check_wandb
+from megatron_ssu.train.telemetry import Telemetry, log_to_file
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +253,7 @@ def _is_finished(run: RunConfig) -> bool:
 
 
 def _begin_directory(run: RunConfig) -> None:
-    check_installed(run)
+    check_wandb(run)
     directory = Path(run.checkpoint.directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
