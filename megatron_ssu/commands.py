@@ -22,8 +22,7 @@ from megatron_ssu.config.validate import read_hf_config
 from megatron_ssu.config.validate_train import parse_size, validate_data
 from megatron_ssu.data.datasets import build_train_valid, build_valid
 from megatron_ssu.data.indexed import content_digest
-from megatron_ssu.data.sources import Prefixes, prepare_run
-from megatron_ssu.data.tokenizer import load_tokenizer
+from megatron_ssu.data.sources import Prefixes, prepare_run, run_tokenizer
 from megatron_ssu.errors import UserError
 from megatron_ssu.methods.base import method_named
 from megatron_ssu.models.hf_export import export_model
@@ -98,7 +97,7 @@ def _check_not_begun(run: RunConfig) -> None:
 def prepare(run: RunConfig, console: Console, *, skip_bad_lines: bool) -> None:
     """Tokenize what the run file names and is not tokenized yet."""
     validate_data(run)
-    tokenizer = load_tokenizer(run.model.path, trust_remote_code=run.model.trust_remote_code)
+    tokenizer = run_tokenizer(run)
     prefixes, reports = prepare_run(run, tokenizer, console, skip_bad_lines=skip_bad_lines)
     for report in reports:
         console.print(
@@ -121,9 +120,7 @@ def train_run(run: RunConfig, console: Console) -> Progress:
     runtime.on_all_ranks(lambda: _log(run))
     checkpoints = Checkpoints(run.checkpoint.directory)
     latest = runtime.on_rank_zero(lambda: _newest(run, checkpoints))
-    tokenizer = runtime.on_all_ranks(
-        lambda: load_tokenizer(run.model.path, trust_remote_code=run.model.trust_remote_code)
-    )
+    tokenizer = runtime.on_all_ranks(lambda: run_tokenizer(run))
     prefixes = runtime.on_rank_zero(lambda: prepare_run(run, tokenizer, console)[0])
     session = open_session(run, source)
     shield = method_named(run.shield.method).shield(session, begun=latest is not None)

@@ -183,6 +183,7 @@ class DataSection:
     split: str = "99,1,0"  # train,valid,test shares of the train documents
     sequence_length: int = 512
     text_key: str = "text"
+    document_end: str | None = None  # the token that ends a plain document; null: the tokenizer's end-of-text token
     seed: int = 1234
     workers: int = 2  # tokenizer processes of `prepare`
     loader_workers: int = 2  # data loader processes a rank; shared by its virtual stages, at least one each; 0: none

@@ -67,6 +67,7 @@ def prepare(
     model_path: str | Path,
     *,
     trust_remote_code: bool = False,
+    document_end: str | None = None,
     workers: int = 2,
     text_key: str = "text",
     append_eod: bool = True,
@@ -78,15 +79,25 @@ def prepare(
 ) -> PrepareReport:
     """Tokenize the documents of `inputs`, in order, with the tokenizer in `model_path`.
 
+    A document of plain text begins as the tokenizer begins a text (bos, where it writes one) and ends with `document_end`
+    (see `Tokenizer.document_end`); a chat is as its template writes it.
+
     `workers` processes share the work (none are started below `small_input` bytes); the files do not depend on their
     number. They appear under their names when complete and not before, whatever ends the work.
     Raises UserError: bad input or line (file and line named), output that exists or cannot be written.
     """
     paths, prefix = [Path(p) for p in inputs], Path(output_prefix)
     total = _check_inputs(paths, prefix, workers, overwrite)
-    tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code)
-    end = tokenizer.document_end if append_eod else None
-    job = EncodeJob(str(model_path), trust_remote_code, text_key, end, skip_bad_lines)
+    tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code, document_end=document_end)
+    job = EncodeJob(
+        str(model_path),
+        trust_remote_code,
+        text_key,
+        begin=tuple(tokenizer.document_begin),
+        end=tokenizer.document_end if append_eod else None,
+        turn_end=tokenizer.eos_id,
+        skip_bad_lines=skip_bad_lines,
+    )
     sources = [{"name": p.name, "bytes": p.stat().st_size, "sha256": source_digest(p)} for p in paths]
     with _terminate_as_exception(), _workspace(prefix) as folder:
         try:
@@ -111,7 +122,9 @@ def _note(job: EncodeJob, tokenizer: Tokenizer, dtype: type) -> dict[str, object
     return {
         "tokenizer": tokenizer.digest,
         "vocab_size": tokenizer.vocab_size,
+        "document_begin": list(job.begin),
         "document_end": job.end,
+        "eos": tokenizer.eos_id,
         "text_key": job.text_key,
         "dtype": np.dtype(dtype).name,
     }
