@@ -18,6 +18,7 @@ from rich.console import Console
 from megatron_ssu import runtime
 from megatron_ssu.config.load import save_run
 from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.config.units import parse_split
 from megatron_ssu.config.validate import read_hf_config
 from megatron_ssu.config.validate_train import parse_size, validate_data
 from megatron_ssu.data.datasets import build_train_valid, build_valid
@@ -262,6 +263,7 @@ def _begin_directory(run: RunConfig) -> None:
 
 
 def _datasets(run: RunConfig, session: Session, prefixes: Prefixes, tokenizer) -> Datasets:
+    _warn_of_unused_documents(run)
     samples = run.train.iterations * run.train.global_batch_size
     valid_samples = 0
     if not prefixes.target_valid:
@@ -270,7 +272,7 @@ def _datasets(run: RunConfig, session: Session, prefixes: Prefixes, tokenizer) -
     trained, from_split = build_train_valid(
         prefixes.train,
         tokenizer,
-        split=run.data.split,
+        split=run.data.used_split,
         seed=run.data.seed,
         train_samples=samples,
         valid_samples=valid_samples,
@@ -285,6 +287,18 @@ def _datasets(run: RunConfig, session: Session, prefixes: Prefixes, tokenizer) -
     if from_split is not None:
         watched["target_valid_loss"] = from_split
     return Datasets(trained, watched, [content_digest(prefix) for prefix, _ in prefixes.train])
+
+
+def _warn_of_unused_documents(run: RunConfig) -> None:
+    """A split given beside target_valid keeps documents from training that nothing else reads."""
+    unused = 1 - parse_split(run.data.used_split)[0]
+    if run.data.target_valid and unused > 0 and runtime.is_rank_zero():
+        log.warning(
+            "data.split: %s keeps %.3g %% of the documents out of training, and data.target_valid is watched instead of "
+            "them; leave data.split out to train on all",
+            run.data.used_split,
+            100 * unused,
+        )
 
 
 def _names(kind: str, paths: dict[str, Path]) -> list[tuple[str, Path]]:

@@ -20,10 +20,10 @@ import torch
 
 from megatron_ssu.config.coerce import field_default, show
 from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.config.units import parse_split
 from megatron_ssu.config.validate_train import (
     at_least,
     parse_size,
-    parse_split,
     validate_checkpoint,
     validate_data,
     validate_shield,
@@ -76,6 +76,11 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("train.optimizer.sgd_*", "only adam (as AdamW) is supported"),
     ("train.optimizer.decoupled_weight_decay", "only AdamW's decoupled weight decay is supported"),
     ("train.optimizer.overlap_param_gather_with_optimizer_step", "is not supported"),
+    ("train.optimizer.log_num_zeros_in_grad", "is not logged; metrics have the gradient norm and the update norms"),
+    *(
+        (f"train.optimizer.{name}", "losses are scaled for fp16 only, which precision.dtype does not offer")
+        for name in ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+    ),
 )
 # Refused only with a shield: megatron keeps the main weights elsewhere then, where frozen elements cannot be left out.
 UNSHIELDED: tuple[str, ...] = (

@@ -12,6 +12,7 @@ from megatron.core.optimizer import OptimizerConfig
 
 from megatron_ssu.config.coerce import show
 from megatron_ssu.config.schema import DataSource, RunConfig
+from megatron_ssu.config.units import parse_split
 from megatron_ssu.errors import UserError
 from megatron_ssu.train.signals import seconds
 
@@ -35,21 +36,6 @@ def parse_size(size: str | int, key: str = "checkpoint.max_shard_size") -> int:
     if parsed < 1:
         raise UserError(f"{key}: {show(size)} is less than one byte; write for example 5GB")
     return int(parsed)
-
-
-def parse_split(split: str) -> tuple[float, float, float]:
-    """The train, valid and test shares of data.split, as written (they need not add up to 100). Raises UserError."""
-    try:
-        shares = [float(part) for part in split.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != 3 or not all(math.isfinite(share) and share >= 0 for share in shares):
-        raise UserError(
-            f"data.split: {show(split)} is not three shares >= 0 (train,valid,test); write for example '99,1,0'"
-        )
-    if shares[0] <= 0:
-        raise UserError(f"data.split: {show(split)} leaves nothing to train on; the first share must be above 0")
-    return shares[0], shares[1], shares[2]
 
 
 def validate_train(run: RunConfig, dp: int) -> None:
@@ -126,19 +112,34 @@ def _schedule(run: RunConfig) -> None:
 def _optimizer(run: RunConfig) -> None:
     values = run.train.optimizer
     key = "train.optimizer"
-    for name in ("lr", "min_lr", "weight_decay", "clip_grad", "adam_eps"):
+    for name in ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "weight_decay", "clip_grad", "adam_eps"):
         if values.get(name) is not None:
             at_least(f"{key}.{name}", values[name], 0)
     lr, min_lr = values.get("lr"), values.get("min_lr")
     if lr is None:
         raise UserError(f"{key}.lr: missing; write the peak learning rate, for example 5e-5")
-    if min_lr is not None and min_lr > lr:
+    if min_lr is None:
+        raise UserError(f"{key}.min_lr: must be a number, got null; write 0, or leave the key out")
+    if min_lr > lr:
         raise UserError(f"{key}.min_lr: {min_lr} is above lr {lr}; lower it or raise {key}.lr")
+    _decoupled_rates(key, values, min_lr)
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= values.get(name, 0.9) < 1:
             raise UserError(f"{key}.{name}: {values[name]} must be in [0, 1)")
     accepted(key, OptimizerConfig, {**values, "use_distributed_optimizer": True})
     accepted("parallel.ddp", DistributedDataParallelConfig, {**run.parallel.ddp, "use_distributed_optimizer": True})
+
+
+def _decoupled_rates(key: str, values: dict[str, Any], min_lr: float) -> None:
+    """Embedding and head may have a learning rate of their own."""
+    peak, least = values.get("decoupled_lr"), values.get("decoupled_min_lr")
+    if peak is None and least is not None:
+        raise UserError(
+            f"{key}.decoupled_min_lr: {least} has no effect without decoupled_lr; give that, or leave it out"
+        )
+    least_key, least = ("min_lr", min_lr) if least is None else ("decoupled_min_lr", least)
+    if peak is not None and least > peak:
+        raise UserError(f"{key}.decoupled_lr: {peak} is below {least_key} {least}; raise it or lower {key}.{least_key}")
 
 
 def accepted(key: str, cls: type, values: dict[str, Any]) -> None:
@@ -205,7 +206,7 @@ def validate_data(run: RunConfig) -> None:
     at_least("data.sequence_length", data.sequence_length, 1)
     at_least("data.workers", data.workers, 1)
     at_least("data.loader_workers", data.loader_workers, 0)
-    parse_split(data.split)
+    parse_split(data.used_split)
     if not data.text_key:
         raise UserError(
             "data.text_key: is empty; name the key of the JSONL lines that holds the text, for example text"

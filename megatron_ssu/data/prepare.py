@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import glob
+import fcntl
 import json
 import logging
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
+import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -39,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 _BATCH_LINES, _BATCH_BYTES = 256, 1 << 19
 _Submit = Callable[[Batch], Callable[[], Encoded]]  # the result is asked for later, in the order of the lines
+_LOCK = "lock"  # in a workspace
+_BEGINNING = 3600.0  # seconds; a process takes far less to make its lock file
 _SMALL_INPUT = 4 << 20  # below it starting processes takes longer than tokenizing
 
 
@@ -285,32 +290,45 @@ def _terminate_as_exception() -> Iterator[None]:
 
 @contextmanager
 def _workspace(prefix: Path) -> Iterator[Path]:
-    """A hidden folder beside the output (so that renaming is atomic), gone afterwards."""
+    """A hidden folder beside the output (so that renaming is atomic), gone afterwards.
+
+    Its process holds a lock on a file in it: folders of this host whose lock is free were left by processes that were
+    killed outright, and go. (A process number would not tell: containers have the same host name and their own numbers.)
+    """
     host = socket.gethostname()
-    folder = prefix.parent / f".{prefix.name}.{host}-{os.getpid()}.tmp"
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        for stale in prefix.parent.glob(f".{glob.escape(prefix.name)}.{glob.escape(host)}-*.tmp"):
-            pid = stale.name.rsplit("-", 1)[-1].removesuffix(".tmp")
-            if pid == str(os.getpid()) or not _alive(pid):  # our own: of a container before this one
-                shutil.rmtree(stale, ignore_errors=True)  # left by a process that was killed outright
-        folder.mkdir()
+        # The whole name: other hosts' names may begin with ours.
+        ours = re.compile(rf"\.{re.escape(prefix.name)}\.{re.escape(host)}-\d+(-\w+)?\.tmp")
+        for stale in prefix.parent.iterdir():
+            if ours.fullmatch(stale.name) and _left_behind(stale):
+                shutil.rmtree(stale, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(".tmp", f".{prefix.name}.{host}-{os.getpid()}-", prefix.parent))
+        lock = (folder / f"{_LOCK}.new").open("w")
+        with suppress(OSError):  # a file system without locks: then nobody removes the folder but its process
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.rename(lock.name, folder / _LOCK)  # locked when it appears
     except OSError as error:
         raise UserError(f"{prefix.parent}: cannot be written ({error.strerror})") from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with lock:
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _alive(pid: str) -> bool:
+def _left_behind(folder: Path) -> bool:
+    """Is no process at work in this workspace of our host? One without a lock file begins just now, unless it is old."""
     try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
+        with (folder / _LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
-    return True
+    except FileNotFoundError:
+        with suppress(OSError):
+            return time.time() - folder.stat().st_mtime > _BEGINNING
+        return False
+    except OSError:
+        return False
 
 
 def _publish(folder: Path, prefix: Path) -> None:

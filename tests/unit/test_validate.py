@@ -182,8 +182,13 @@ BAD: list[tuple[int, list[str], dict[str, Any], list[str]]] = [
     (1, ["data.source_valid=gone.jsonl"], {}, ["data.source_valid", "does not exist"]),
     (1, ["data.target_valid=notes.txt"], {}, ["data.target_valid", "notes.txt"]),
     (1, ["data.split=99"], {}, ["data.split", "expected text"]),
-    (1, ["data.split='99,1'"], {}, ["data.split", "three shares"]),
-    (1, ["data.split='99,-1,0'"], {}, ["data.split", "three shares"]),
+    (1, ["data.split='99,-1,0'"], {}, ["data.split", "up to three numbers"]),
+    (1, ["train.optimizer.min_lr="], {}, ["train.optimizer.min_lr", "got null", "write 0"]),
+    (1, ["train.optimizer.decoupled_min_lr=1e-6"], {}, ["train.optimizer.decoupled_min_lr", "without decoupled_lr"]),
+    (1, ["train.optimizer.min_lr=1e-5", "train.optimizer.decoupled_lr=1e-6"], {}, ["decoupled_lr: 1e-06 is below min_lr"]),
+    (1, ["train.optimizer.log_num_zeros_in_grad=true"], {}, ["train.optimizer.log_num_zeros_in_grad", "not logged"]),
+    (1, ["train.optimizer.loss_scale=128"], {}, ["train.optimizer.loss_scale", "fp16"]),
+    (1, ["train.optimizer.hysteresis=3"], {}, ["train.optimizer.hysteresis", "fp16"]),
     (1, ["data.split='0,1,0'"], {}, ["data.split", "nothing to train on"]),
     (1, ["data.workers=0"], {}, ["data.workers", "at least 1"]),
     # checkpoint
@@ -272,9 +277,10 @@ def test_parse_size() -> None:
 
 
 def test_parse_split() -> None:
-    assert parse_split("99,1,0") == (99.0, 1.0, 0.0)
-    assert parse_split(" 0.9, 0.1, 0") == (0.9, 0.1, 0.0)
-    for split in ("", "1,2", "1,2,3,4", "a,b,c", "nan,1,1", "inf,0,0", "0,1,1"):
+    assert parse_split("98,1,1") == pytest.approx((0.98, 0.01, 0.01))
+    assert parse_split(" 0.9, 0.1, 0") == pytest.approx((0.9, 0.1, 0.0))
+    assert parse_split(" 3 , 1") == (0.75, 0.25, 0.0)
+    for split in ("", "a", "1,2,3,4", "a,b,c", "nan,1,1", "inf,0,0", "-1,2,0", "0,1,1", "0,0,0", "1;2"):
         with pytest.raises(UserError, match=r"data\.split"):
             parse_split(split)
 
