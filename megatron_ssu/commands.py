@@ -31,6 +31,7 @@ from megatron_ssu.scoring.file import Scores
 from megatron_ssu.session import Session, Source, check_run, open_session, open_source
 from megatron_ssu.shield import make
 from megatron_ssu.shield.file import Shield, load_shield
+from megatron_ssu.shield.options import check_names, check_rules
 from megatron_ssu.train.checkpoint import Checkpoints, Progress
 from megatron_ssu.train.flops import flops_per_token, peak_flops
 from megatron_ssu.train.identity import identity_of
@@ -62,7 +63,14 @@ def plan(run: RunConfig, console: Console) -> Shield:
     if runtime.world_size() > 1:
         raise UserError("plan: runs as one process; start it without torchrun")
     _refuse_given("plan", "shield.file", run.shield.file)
+    method_named(run.shield.method)
+    if run.shield.method == "none":
+        raise UserError(
+            "shield.method: none has no shield to plan; name a method that has one (ssu), or leave the key out"
+        )
     source = open_source(run.model.path)
+    check_names(run)
+    check_rules(run, source.family.matrices(source.dims))
     path = make.scores_path(run)
     if not path.exists():
         raise UserError(f"{path}: no scores there; run `megatron-ssu score` first, or name a file with shield.scores")

@@ -82,8 +82,10 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
         for name in ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
     ),
 )
-# Refused only with a shield: megatron keeps the main weights elsewhere then, where frozen elements cannot be left out.
+# Refused only with a shield: megatron keeps the main weights elsewhere then, where frozen elements cannot be left out, or
+# (gradient_accumulation_fusion) computes whole weight gradients, of which shielded layers need only some columns.
 UNSHIELDED: tuple[str, ...] = (
+    "parallel.gradient_accumulation_fusion",
     "parallel.ddp.fp8_param_gather",
     "precision.fp8_param",
     "precision.fp4_param",
@@ -150,6 +152,8 @@ def validate_run(run: RunConfig, world_size: int, hf: dict[str, Any], *, trainin
         validate_train(run, dp)
     else:
         validate_shield(run)
+    if run.shield.method != "none":
+        _shield_rules(run, hf)
 
 
 def validate_mesh(run: RunConfig, world_size: int) -> int:
@@ -262,6 +266,14 @@ def validate_model(run: RunConfig, hf: dict[str, Any], *, training: bool = True)
     if training:
         _fp8_shapes(run, sizes)
     transformer_config(run, family, hf, Dims.from_hf(hf))  # what is left, megatron-core itself refuses
+
+
+def _shield_rules(run: RunConfig, hf: dict[str, Any]) -> None:
+    """Check that shield.protect and shield.kinds name weights that the model has."""
+    from megatron_ssu.models.family import Dims, family_of
+    from megatron_ssu.shield.options import check_rules
+
+    check_rules(run, family_of(hf).matrices(Dims.from_hf(hf)))
 
 
 def _sizes(run: RunConfig, hf: dict[str, Any]) -> dict[str, int]:

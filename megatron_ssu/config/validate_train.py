@@ -14,9 +14,10 @@ from megatron_ssu.config.coerce import show
 from megatron_ssu.config.schema import DataSource, RunConfig
 from megatron_ssu.config.units import parse_split
 from megatron_ssu.errors import UserError
+from megatron_ssu.scoring import base
+from megatron_ssu.shield.options import check_names
 from megatron_ssu.train.signals import seconds
 
-WEIGHT_SCORES = ("magnitude", "random")  # scores that read no calibration data
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _JSONL = re.compile(r".*\.(jsonl|json)(\.gz|\.zst)?")
@@ -154,13 +155,13 @@ def accepted(key: str, cls: type, values: dict[str, Any]) -> None:
 def validate_shield(run: RunConfig) -> None:
     """Check the shield section, and that what it will read is there."""
     shield, calibration = run.shield, run.shield.calibration
-    _budget(run)
     for name in ("samples", "sequence_length", "micro_batch_size"):
         at_least(f"shield.calibration.{name}", getattr(calibration, name), 1)
     _seed("shield.seed", shield.seed)
     _seed("shield.calibration.seed", calibration.seed)
     if shield.method == "none":
         return
+    check_names(run)
     for name in ("file", "scores"):
         given = getattr(shield, name)
         if given is not None:
@@ -170,23 +171,12 @@ def validate_shield(run: RunConfig) -> None:
         key = "shield.calibration.path" + (f".{number}" if isinstance(calibration.path, list) else "")
         jsonl_file(key, path)
     if not calibration.path and needs_calibration(run):
+        read = [name for name in (shield.score, *shield.also_score) if base.needs_calibration([name])]
+        weights = [name for name in base.NAMES if not base.needs_calibration([name])]
         raise UserError(
-            f"shield.calibration.path: missing; score {shield.score!r} reads source chat samples (JSONL); give them, "
-            f"or shield.file, shield.scores, or a score of the weights alone ({', '.join(WEIGHT_SCORES)})"
-        )
-
-
-def _budget(run: RunConfig) -> None:
-    shield = run.shield
-    shares = {"ratio": shield.ratio, "floor": shield.floor, "ceiling": shield.ceiling}
-    shares |= {f"kinds.{kind}": ratio for kind, ratio in shield.kinds.items()}
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise UserError(f"shield.{name}: {share} is no share of a matrix; it must be in [0, 1]")
-    if shield.budget == "layerwise" and not shield.floor <= shield.ratio <= shield.ceiling:
-        raise UserError(
-            f"shield.ratio: {shield.ratio} must be from floor {shield.floor} to ceiling {shield.ceiling} under budget "
-            f"layerwise; move one of them"
+            f"shield.calibration.path: missing; {f'score {read[0]!r}' if read else 'shield.norms half'} reads source chat "
+            f"samples (JSONL); give them, or shield.file, shield.scores, or a score of the weights alone "
+            f"({', '.join(weights)})"
         )
 
 
@@ -195,7 +185,7 @@ def needs_calibration(run: RunConfig) -> bool:
     shield, made = run.shield, Path(run.checkpoint.directory)
     if shield.method != "ssu" or shield.file or shield.scores:
         return False
-    if all(score in WEIGHT_SCORES for score in (shield.score, *shield.also_score)):
+    if not base.needs_calibration([shield.score, *shield.also_score]) and shield.norms != "half":
         return False
     return not any((made / name).is_file() for name in ("shield.safetensors", "scores.safetensors"))
 

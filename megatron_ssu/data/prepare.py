@@ -299,7 +299,7 @@ def _workspace(prefix: Path) -> Iterator[Path]:
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         # The whole name: other hosts' names may begin with ours.
-        ours = re.compile(rf"\.{re.escape(prefix.name)}\.{re.escape(host)}-\d+(-\w+)?\.tmp")
+        ours = re.compile(rf"\.{re.escape(prefix.name)}\.{re.escape(host)}-\d+(-\w{{8}})?\.tmp")
         for stale in prefix.parent.iterdir():
             if ours.fullmatch(stale.name) and _left_behind(stale):
                 shutil.rmtree(stale, ignore_errors=True)

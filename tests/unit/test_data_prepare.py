@@ -324,7 +324,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(
 
 def test_workspaces_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of hosts whose names begin with ours, and of processes that are about to make their lock file."""
-    others = [".out.vm-2-123-abcdefgh.tmp", ".out.vm-2.tmp", ".out2.vm-123-abcdefgh.tmp", ".out.vm-123-notyet1.tmp"]
+    others = [".out.vm-2-123-abcdefgh.tmp", ".out.vm-2-123.tmp", ".out2.vm-123-abcdefgh.tmp", ".out.vm-123-notyet1.tmp"]
     old = ".out.vm-123.tmp"  # old, and without a lock file
     for name in (*others, old):
         (tmp_path / name).mkdir()
