@@ -53,7 +53,7 @@ class PrepareReport:
 
     prefix: Path
     documents: int
-    tokens: int  # document ends included
+    tokens: int  # documents' begins and ends included
     skipped: int  # bad lines left out
     empty: int  # documents without a token, left out
     bytes: int  # of the source files on disk

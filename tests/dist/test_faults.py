@@ -86,7 +86,7 @@ def start_ranks(folder: Path, ranks: int) -> list[subprocess.Popen]:
         )
         for rank in range(ranks)
     ]
-    metrics, deadline = folder / "run" / "metrics.jsonl", time.monotonic() + 300
+    metrics, deadline = folder / "run" / "metrics.jsonl", time.monotonic() + 600
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
         gone = [process for process in processes if process.poll() is not None]
         if gone or time.monotonic() > deadline:
@@ -104,7 +104,7 @@ def test_a_signal_to_all_processes_of_a_rank_leaves_a_checkpoint(again, tmp_path
     try:
         for _ in range(1 + again):
             os.killpg(process.pid, signal.SIGTERM)
-        said = process.communicate(timeout=60)[1].decode()
+        said = process.communicate(timeout=300)[1].decode()
     finally:
         process.kill()
     assert process.returncode == 143 and "stopped by SIGTERM" in said and "Traceback" not in said, said
@@ -120,7 +120,7 @@ def test_a_loader_process_that_is_killed_ends_all_ranks_with_a_line(tmp_path):
         victim = psutil.Process(processes[1].pid)
         loader = next(child for child in victim.children() if child.cmdline() == victim.cmdline())
         loader.kill()
-        said = [process.communicate(timeout=120)[1].decode() for process in processes]
+        said = [process.communicate(timeout=300)[1].decode() for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -263,7 +263,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path, model: Path, number: int, work
     arguments = [sys.executable, str(script), str(source), str(out), str(model), str(workers)]
     process = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not [f for f in out.parent.glob(".out.*/data.bin") if f.stat().st_size > 0]:
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
             assert time.monotonic() < deadline

@@ -300,6 +300,18 @@ def test_parse_split() -> None:
             parse_split(split)
 
 
+def test_documents_that_a_split_keeps_from_training_are_told(world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from megatron_ssu.commands import _warn_of_unused_documents
+
+    for overrides, told in (([], 0), (["data.split='99,1,0'"], 1), (["data.split='1,0,0'"], 0)):
+        caplog.clear()
+        _warn_of_unused_documents(load_run("run.yaml", ["data.target_valid=a.jsonl", *overrides]))
+        assert len(caplog.records) == told
+        assert all("data.split: 99,1,0 keeps 1 % of the documents out" in record.message for record in caplog.records)
+    _warn_of_unused_documents(load_run("run.yaml", ["data.split='99,1,0'"]))
+    assert not [record for record in caplog.records if "out of training" in record.message]
+
+
 def test_read_hf_config(world: Path) -> None:
     assert read_hf_config("hf") == LLAMA
     (world / "empty").mkdir()
