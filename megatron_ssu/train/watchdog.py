@@ -133,23 +133,25 @@ class Watchdog:
         """Who holds the job up, in words; waits for three heartbeats to tell the dead from the living."""
         before = self._read()
         for _ in range(3):
-            self._pause()
+            self._pause(self._beat)
         return describe(before, self._read(), self._world, self._rank)
 
     def found(self) -> str:
         """`suspects`, found here by the first few ranks that ask; the others wait for one of those, and ask where none
         answers."""
         if self._store.add("readers", 1) > _READERS:
-            for _ in range(_PATIENCE):
+            for _ in range(4 * _PATIENCE):
                 if self._store.check([_FOUND]):
                     return self._store.get(_FOUND).decode()
-                self._pause()
+                self._pause(self._beat / 4)
         line = self.suspects()
         self._store.set(_FOUND, line)
+        if self._world > _READERS:  # who ends now may take the store along, which the others have still to ask
+            self._pause(self._beat)
         return line
 
-    def _pause(self) -> None:
-        time.sleep(self._beat)
+    def _pause(self, seconds: float) -> None:
+        time.sleep(seconds)
         if threading.current_thread() is self._thread:  # else it beats on by itself
             self._publish()
 

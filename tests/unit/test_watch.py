@@ -105,7 +105,7 @@ def test_a_few_ranks_read_all_heartbeats_and_the_others_hear_of_it(monkeypatch):
         monkeypatch.setattr(watchdog.dist, "get_rank", lambda rank=rank: rank)
         dogs.append(Watchdog(1000.0))
 
-    def beat(self: Watchdog) -> None:
+    def beat(self: Watchdog, seconds: float = 0.0) -> None:
         time.sleep(0.001)
         for dog in dogs:
             dog._publish()
