@@ -172,6 +172,7 @@ def _add_prepare(add: Callable) -> None:
     command.add_argument("--output", metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
     command.add_argument("--workers", type=int, metavar="N", help="tokenizer processes (default 2)")
     command.add_argument("--text-key", metavar="KEY", help="key of the text (default text)")
+    command.add_argument("--document-end", metavar="TOKEN", help="ends a document (default: the end-of-text token)")
     command.add_argument("--skip-bad-lines", action="store_true", help="skip and count bad lines instead of stopping")
     command.add_argument("--overwrite", action="store_true", help="replace PREFIX.bin and PREFIX.idx")
     command.add_argument("--trust-remote-code", action="store_true", help="run the tokenizer's own code, if it has any")
@@ -219,11 +220,11 @@ def _prepare(options: argparse.Namespace, console: Console) -> int:
         from megatron_ssu import commands
         from megatron_ssu.config.load import load_run
 
-        for name in ("workers", "text_key", "overwrite", "trust_remote_code"):
+        for name in ("workers", "text_key", "document_end", "overwrite", "trust_remote_code"):
             if getattr(options, name) not in (None, False):
                 raise UserError(
                     f"prepare: --{name.replace('_', '-')} goes with --model and --output; a run file has data.workers, "
-                    "data.text_key and model.trust_remote_code, and makes datasets of changed files anew"
+                    "data.text_key, data.document_end and model.trust_remote_code, and makes datasets of changed files anew"
                 )
         run = load_run(options.inputs[0], options.inputs[1:] + options.overrides)
         commands.prepare(run, console, skip_bad_lines=options.skip_bad_lines)
@@ -237,6 +238,7 @@ def _prepare(options: argparse.Namespace, console: Console) -> int:
         options.output,
         options.model,
         trust_remote_code=options.trust_remote_code,
+        document_end=options.document_end,
         workers=2 if options.workers is None else options.workers,
         text_key="text" if options.text_key is None else options.text_key,
         skip_bad_lines=options.skip_bad_lines,

@@ -18,12 +18,12 @@ from rich.console import Console
 from megatron_ssu import runtime
 from megatron_ssu.config.load import save_run
 from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.config.units import parse_split
 from megatron_ssu.config.validate import read_hf_config
 from megatron_ssu.config.validate_train import parse_size, validate_data
 from megatron_ssu.data.datasets import build_train_valid, build_valid
 from megatron_ssu.data.indexed import content_digest
-from megatron_ssu.data.sources import Prefixes, prepare_run
-from megatron_ssu.data.tokenizer import load_tokenizer
+from megatron_ssu.data.sources import Prefixes, prepare_run, run_tokenizer
 from megatron_ssu.errors import UserError
 from megatron_ssu.methods.base import method_named
 from megatron_ssu.models.hf_export import export_model
@@ -31,11 +31,13 @@ from megatron_ssu.scoring.file import Scores
 from megatron_ssu.session import Session, Source, check_run, open_session, open_source
 from megatron_ssu.shield import make
 from megatron_ssu.shield.file import Shield, load_shield
+from megatron_ssu.shield.options import check_names, check_rules
 from megatron_ssu.train.checkpoint import Checkpoints, Progress
 from megatron_ssu.train.flops import flops_per_token, peak_flops
 from megatron_ssu.train.identity import identity_of
 from megatron_ssu.train.loop import Datasets, Trainer, train
-from megatron_ssu.train.telemetry import Telemetry, check_installed, log_to_file
+from megatron_ssu.train.sinks import check_wandb
+from megatron_ssu.train.telemetry import Telemetry, log_to_file
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +63,14 @@ def plan(run: RunConfig, console: Console) -> Shield:
     if runtime.world_size() > 1:
         raise UserError("plan: runs as one process; start it without torchrun")
     _refuse_given("plan", "shield.file", run.shield.file)
+    method_named(run.shield.method)
+    if run.shield.method == "none":
+        raise UserError(
+            "shield.method: none has no shield to plan; name a method that has one (ssu), or leave the key out"
+        )
     source = open_source(run.model.path)
+    check_names(run)
+    check_rules(run, source.family.matrices(source.dims))
     path = make.scores_path(run)
     if not path.exists():
         raise UserError(f"{path}: no scores there; run `megatron-ssu score` first, or name a file with shield.scores")
@@ -97,7 +106,7 @@ def _check_not_begun(run: RunConfig) -> None:
 def prepare(run: RunConfig, console: Console, *, skip_bad_lines: bool) -> None:
     """Tokenize what the run file names and is not tokenized yet."""
     validate_data(run)
-    tokenizer = load_tokenizer(run.model.path, trust_remote_code=run.model.trust_remote_code)
+    tokenizer = run_tokenizer(run)
     prefixes, reports = prepare_run(run, tokenizer, console, skip_bad_lines=skip_bad_lines)
     for report in reports:
         console.print(
@@ -120,9 +129,7 @@ def train_run(run: RunConfig, console: Console) -> Progress:
     runtime.on_all_ranks(lambda: _log(run))
     checkpoints = Checkpoints(run.checkpoint.directory)
     latest = runtime.on_rank_zero(lambda: _newest(run, checkpoints))
-    tokenizer = runtime.on_all_ranks(
-        lambda: load_tokenizer(run.model.path, trust_remote_code=run.model.trust_remote_code)
-    )
+    tokenizer = runtime.on_all_ranks(lambda: run_tokenizer(run))
     prefixes = runtime.on_rank_zero(lambda: prepare_run(run, tokenizer, console)[0])
     session = open_session(run, source)
     shield = method_named(run.shield.method).shield(session, begun=latest is not None)
@@ -252,7 +259,7 @@ def _is_finished(run: RunConfig) -> bool:
 
 
 def _begin_directory(run: RunConfig) -> None:
-    check_installed(run)
+    check_wandb(run)
     directory = Path(run.checkpoint.directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -264,6 +271,7 @@ def _begin_directory(run: RunConfig) -> None:
 
 
 def _datasets(run: RunConfig, session: Session, prefixes: Prefixes, tokenizer) -> Datasets:
+    _warn_of_unused_documents(run)
     samples = run.train.iterations * run.train.global_batch_size
     valid_samples = 0
     if not prefixes.target_valid:
@@ -272,7 +280,7 @@ def _datasets(run: RunConfig, session: Session, prefixes: Prefixes, tokenizer) -
     trained, from_split = build_train_valid(
         prefixes.train,
         tokenizer,
-        split=run.data.split,
+        split=run.data.used_split,
         seed=run.data.seed,
         train_samples=samples,
         valid_samples=valid_samples,
@@ -287,6 +295,18 @@ def _datasets(run: RunConfig, session: Session, prefixes: Prefixes, tokenizer) -
     if from_split is not None:
         watched["target_valid_loss"] = from_split
     return Datasets(trained, watched, [content_digest(prefix) for prefix, _ in prefixes.train])
+
+
+def _warn_of_unused_documents(run: RunConfig) -> None:
+    """A split given beside target_valid keeps documents from training that nothing else reads."""
+    unused = 1 - parse_split(run.data.used_split)[0]
+    if run.data.target_valid and unused > 0 and runtime.is_rank_zero():
+        log.warning(
+            "data.split: %s keeps %.3g %% of the documents out of training, and data.target_valid is watched instead of "
+            "them; leave data.split out to train on all",
+            run.data.used_split,
+            100 * unused,
+        )
 
 
 def _names(kind: str, paths: dict[str, Path]) -> list[tuple[str, Path]]:

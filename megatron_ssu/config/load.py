@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import enum
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,13 +54,17 @@ ALIASES = {
 }
 
 
+_OCTAL = re.compile(r"[-+]?0[0-9_]+")
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML without numbers to the base 60, which YAML 1.2 has dropped: 11:50:00 is text."""
+    """YAML without the numbers that YAML 1.2 has dropped: to the base 60 (11:50:00) and octal ones (010) are text, which
+    no number field takes."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         tag = super().resolve(kind, value, implicit)
         number = kind is yaml.ScalarNode and tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-        return self.DEFAULT_SCALAR_TAG if number and ":" in value else tag
+        return self.DEFAULT_SCALAR_TAG if number and (":" in value or _OCTAL.fullmatch(value)) else tag
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -173,12 +173,20 @@ class DataSection:
     train: str | list[str | DataSource] = field(default_factory=list)
     source_valid: str | dict[str, str] | None = None  # watched for forgetting; or several, name: path
     target_valid: str | dict[str, str] | None = None  # null: the valid part of `split`
-    split: str = "99,1,0"  # train,valid,test shares of the train documents
+    split: str | None = None  # train,valid,test shares of the train documents; null: see `used_split`
     sequence_length: int = 512
     text_key: str = "text"
+    document_end: str | None = None  # the token that ends a plain document; null: the tokenizer's end-of-text token
     seed: int = 1234
     workers: int = 2  # tokenizer processes of `prepare`
     loader_workers: int = 2  # data loader processes a rank; shared by its virtual stages, at least one each; 0: none
+
+    @property
+    def used_split(self) -> str:
+        """`split`; left out, all documents train where there is a target_valid, else 1 % of them validate."""
+        if self.split is not None:
+            return self.split
+        return "100,0,0" if self.target_valid else "99,1,0"
 
 
 @dataclass

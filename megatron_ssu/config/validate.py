@@ -21,10 +21,10 @@ import torch
 
 from megatron_ssu.config.coerce import field_default, show
 from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.config.units import parse_split
 from megatron_ssu.config.validate_train import (
     at_least,
     parse_size,
-    parse_split,
     validate_checkpoint,
     validate_data,
     validate_shield,
@@ -79,13 +79,20 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("train.optimizer.sgd_*", "only adam (as AdamW) is supported"),
     ("train.optimizer.decoupled_weight_decay", "only AdamW's decoupled weight decay is supported"),
     ("train.optimizer.overlap_param_gather_with_optimizer_step", "is not supported"),
+    ("train.optimizer.log_num_zeros_in_grad", "is not logged; metrics have the gradient norm and the update norms"),
+    *(
+        (f"train.optimizer.{name}", "losses are scaled for fp16 only, which precision.dtype does not offer")
+        for name in ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+    ),
 )
 # Refused only with a shield: megatron keeps the main weights elsewhere then, where frozen elements cannot be left out, or
-# records a graph of layers whose weight gradients are computed here.
+# records a graph of layers whose weight gradients are computed here, or computes whole weight gradients, of which shielded
+# layers need only some columns.
 UNSHIELDED: tuple[str, ...] = (
     "model.enable_cuda_graph",
     "model.external_cuda_graph",
     "model.cuda_graph_impl",
+    "parallel.gradient_accumulation_fusion",
     "parallel.ddp.fp8_param_gather",
     "precision.fp8_param",
     "precision.fp4_param",
@@ -166,6 +173,8 @@ def validate_run(run: RunConfig, world_size: int, hf: dict[str, Any], *, trainin
         validate_train(run, dp)
     else:
         validate_shield(run)
+    if run.shield.method != "none":
+        _shield_rules(run, hf)
 
 
 def validate_mesh(run: RunConfig, world_size: int) -> int:
@@ -283,6 +292,14 @@ def validate_model(run: RunConfig, hf: dict[str, Any], *, training: bool = True)
     if training:
         _fp8_shapes(run, sizes)
     transformer_config(run, family, hf, Dims.from_hf(hf))  # what is left, megatron-core itself refuses
+
+
+def _shield_rules(run: RunConfig, hf: dict[str, Any]) -> None:
+    """Check that shield.protect and shield.kinds name weights that the model has."""
+    from megatron_ssu.models.family import Dims, family_of
+    from megatron_ssu.shield.options import check_rules
+
+    check_rules(run, family_of(hf).matrices(Dims.from_hf(hf)))
 
 
 def _sizes(run: RunConfig, hf: dict[str, Any]) -> dict[str, int]:

@@ -12,10 +12,12 @@ from megatron.core.optimizer import OptimizerConfig
 
 from megatron_ssu.config.coerce import show
 from megatron_ssu.config.schema import DataSource, RunConfig
+from megatron_ssu.config.units import parse_split
 from megatron_ssu.errors import UserError
+from megatron_ssu.scoring import base
+from megatron_ssu.shield.options import check_names
 from megatron_ssu.train.signals import seconds
 
-WEIGHT_SCORES = ("magnitude", "random")  # scores that read no calibration data
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _JSONL = re.compile(r".*\.(jsonl|json)(\.gz|\.zst)?")
@@ -35,21 +37,6 @@ def parse_size(size: str | int, key: str = "checkpoint.max_shard_size") -> int:
     if parsed < 1:
         raise UserError(f"{key}: {show(size)} is less than one byte; write for example 5GB")
     return int(parsed)
-
-
-def parse_split(split: str) -> tuple[float, float, float]:
-    """The train, valid and test shares of data.split, as written (they need not add up to 100). Raises UserError."""
-    try:
-        shares = [float(part) for part in split.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != 3 or not all(math.isfinite(share) and share >= 0 for share in shares):
-        raise UserError(
-            f"data.split: {show(split)} is not three shares >= 0 (train,valid,test); write for example '99,1,0'"
-        )
-    if shares[0] <= 0:
-        raise UserError(f"data.split: {show(split)} leaves nothing to train on; the first share must be above 0")
-    return shares[0], shares[1], shares[2]
 
 
 def validate_train(run: RunConfig, dp: int) -> None:
@@ -126,19 +113,34 @@ def _schedule(run: RunConfig) -> None:
 def _optimizer(run: RunConfig) -> None:
     values = run.train.optimizer
     key = "train.optimizer"
-    for name in ("lr", "min_lr", "weight_decay", "clip_grad", "adam_eps"):
+    for name in ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "weight_decay", "clip_grad", "adam_eps"):
         if values.get(name) is not None:
             at_least(f"{key}.{name}", values[name], 0)
     lr, min_lr = values.get("lr"), values.get("min_lr")
     if lr is None:
         raise UserError(f"{key}.lr: missing; write the peak learning rate, for example 5e-5")
-    if min_lr is not None and min_lr > lr:
+    if min_lr is None:
+        raise UserError(f"{key}.min_lr: must be a number, got null; write 0, or leave the key out")
+    if min_lr > lr:
         raise UserError(f"{key}.min_lr: {min_lr} is above lr {lr}; lower it or raise {key}.lr")
+    _decoupled_rates(key, values, min_lr)
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= values.get(name, 0.9) < 1:
             raise UserError(f"{key}.{name}: {values[name]} must be in [0, 1)")
     accepted(key, OptimizerConfig, {**values, "use_distributed_optimizer": True})
     accepted("parallel.ddp", DistributedDataParallelConfig, {**run.parallel.ddp, "use_distributed_optimizer": True})
+
+
+def _decoupled_rates(key: str, values: dict[str, Any], min_lr: float) -> None:
+    """Embedding and head may have a learning rate of their own."""
+    peak, least = values.get("decoupled_lr"), values.get("decoupled_min_lr")
+    if peak is None and least is not None:
+        raise UserError(
+            f"{key}.decoupled_min_lr: {least} has no effect without decoupled_lr; give that, or leave it out"
+        )
+    least_key, least = ("min_lr", min_lr) if least is None else ("decoupled_min_lr", least)
+    if peak is not None and least > peak:
+        raise UserError(f"{key}.decoupled_lr: {peak} is below {least_key} {least}; raise it or lower {key}.{least_key}")
 
 
 def accepted(key: str, cls: type, values: dict[str, Any]) -> None:
@@ -153,13 +155,13 @@ def accepted(key: str, cls: type, values: dict[str, Any]) -> None:
 def validate_shield(run: RunConfig) -> None:
     """Check the shield section, and that what it will read is there."""
     shield, calibration = run.shield, run.shield.calibration
-    _budget(run)
     for name in ("samples", "sequence_length", "micro_batch_size"):
         at_least(f"shield.calibration.{name}", getattr(calibration, name), 1)
     _seed("shield.seed", shield.seed)
     _seed("shield.calibration.seed", calibration.seed)
     if shield.method == "none":
         return
+    check_names(run)
     for name in ("file", "scores"):
         given = getattr(shield, name)
         if given is not None:
@@ -169,23 +171,12 @@ def validate_shield(run: RunConfig) -> None:
         key = "shield.calibration.path" + (f".{number}" if isinstance(calibration.path, list) else "")
         jsonl_file(key, path)
     if not calibration.path and needs_calibration(run):
+        read = [name for name in (shield.score, *shield.also_score) if base.needs_calibration([name])]
+        weights = [name for name in base.NAMES if not base.needs_calibration([name])]
         raise UserError(
-            f"shield.calibration.path: missing; score {shield.score!r} reads source chat samples (JSONL); give them, "
-            f"or shield.file, shield.scores, or a score of the weights alone ({', '.join(WEIGHT_SCORES)})"
-        )
-
-
-def _budget(run: RunConfig) -> None:
-    shield = run.shield
-    shares = {"ratio": shield.ratio, "floor": shield.floor, "ceiling": shield.ceiling}
-    shares |= {f"kinds.{kind}": ratio for kind, ratio in shield.kinds.items()}
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise UserError(f"shield.{name}: {share} is no share of a matrix; it must be in [0, 1]")
-    if shield.budget == "layerwise" and not shield.floor <= shield.ratio <= shield.ceiling:
-        raise UserError(
-            f"shield.ratio: {shield.ratio} must be from floor {shield.floor} to ceiling {shield.ceiling} under budget "
-            f"layerwise; move one of them"
+            f"shield.calibration.path: missing; {f'score {read[0]!r}' if read else 'shield.norms half'} reads source chat "
+            f"samples (JSONL); give them, or shield.file, shield.scores, or a score of the weights alone "
+            f"({', '.join(weights)})"
         )
 
 
@@ -194,7 +185,7 @@ def needs_calibration(run: RunConfig) -> bool:
     shield, made = run.shield, Path(run.checkpoint.directory)
     if shield.method != "ssu" or shield.file or shield.scores:
         return False
-    if all(score in WEIGHT_SCORES for score in (shield.score, *shield.also_score)):
+    if not base.needs_calibration([shield.score, *shield.also_score]) and shield.norms != "half":
         return False
     return not any((made / name).is_file() for name in ("shield.safetensors", "scores.safetensors"))
 
@@ -205,7 +196,7 @@ def validate_data(run: RunConfig) -> None:
     at_least("data.sequence_length", data.sequence_length, 1)
     at_least("data.workers", data.workers, 1)
     at_least("data.loader_workers", data.loader_workers, 0)
-    parse_split(data.split)
+    parse_split(data.used_split)
     if not data.text_key:
         raise UserError(
             "data.text_key: is empty; name the key of the JSONL lines that holds the text, for example text"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,13 +22,14 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType
 from torch.utils.data import Dataset
 
+from megatron_ssu.config.units import parse_split
 from megatron_ssu.data.epochs import EpochwiseGPTDataset
 from megatron_ssu.data.indexed import CheckedIndexedDataset, CheckedReader, PrefixInfo, bin_path, check_prefix
 from megatron_ssu.data.loader import iterate
 from megatron_ssu.data.tokenizer import Tokenizer, one_line
 from megatron_ssu.errors import UserError
 
-__all__ = ["WindowDataset", "build_train_valid", "build_valid", "iterate", "parse_split"]
+__all__ = ["WindowDataset", "build_train_valid", "build_valid", "iterate"]
 
 
 class _TokenizerFacts:
@@ -115,18 +115,6 @@ def build_train_valid(
     config.split_matrix = [train_share, valid_share if valid_samples > 0 else None, None]
     train, valid, _ = _Builder(_CheckedGPTDataset, [train_samples, valid_samples, 0], lambda: True, config).build()
     return train, valid
-
-
-def parse_split(split: str) -> tuple[float, float, float]:
-    """Shares of train, valid, test, summing to 1. Raises UserError for anything but up to three numbers: '99,1,0'."""
-    parts = split.split(",")
-    if len(parts) > 3 or not all(re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*", part) for part in parts):
-        raise UserError(f"data.split: {split!r}; it takes the form '99,1,0' (shares of train, valid, test)")
-    numbers = [float(part) for part in parts] + [0.0] * (3 - len(parts))
-    if numbers[0] <= 0:
-        raise UserError(f"data.split: {split!r} leaves nothing to train on")
-    total = sum(numbers)
-    return numbers[0] / total, numbers[1] / total, numbers[2] / total
 
 
 def _check_size(

@@ -25,7 +25,9 @@ class EncodeJob:
     model_path: str
     trust_remote_code: bool
     text_key: str
+    begin: tuple[int, ...]  # ids put before every document of plain text
     end: int | None  # id put after every document
+    turn_end: int | None  # id that may end a chat instead
     skip_bad_lines: bool
 
 
@@ -69,10 +71,12 @@ def encode_batch(job: EncodeJob, batch: Batch) -> Encoded:
         ids = next(plain) if chat is None else chat
         if not ids:
             result.empty += 1
-        elif job.end is None or (chat is not None and ids[-1] == job.end):
-            result.documents.append(ids)  # templates end a chat themselves
-        else:
-            result.documents.append([*ids, job.end])
+            continue
+        if chat is None:
+            ids = [*job.begin, *ids]  # templates begin and end a chat themselves
+        if job.end is not None and (chat is None or ids[-1] not in (job.end, job.turn_end)):
+            ids = [*ids, job.end]
+        result.documents.append(ids)
     return result
 
 

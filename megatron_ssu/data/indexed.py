@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,16 +66,19 @@ def prepared_prefix(
     tokenizer_digest: str,
     text_key: str,
     chat_template: str | dict[str, str] | None = None,
+    marks: Sequence[int] = (),
 ) -> Path:
     """The prefix under which a run keeps the tokenized `source_path`.
 
-    The same for every command that asks: the source's stem and a digest of its content, tokenizer, text key and chat template.
+    The same for every command that asks: the source's stem and a digest of its content, tokenizer, text key, chat template
+    and the tokenizer's `marks`.
     Raises UserError when the source cannot be read.
     """
     name = Path(source_path).name
     while Path(name).suffix in _SUFFIXES:
         name = Path(name).stem
-    key = json.dumps([_FORMAT, source_digest(source_path), tokenizer_digest, text_key, chat_template])
+    parts = [_FORMAT, source_digest(source_path), tokenizer_digest, text_key, chat_template]
+    key = json.dumps([*parts, list(marks)] if marks else parts)
     return Path(run_data_dir) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
@@ -152,25 +156,33 @@ def _check_layout(index: Path, dtype: type, lengths: np.ndarray, pointers: np.nd
 
 
 def content_digest(prefix: str | Path) -> str:
-    """Tells whether an indexed dataset holds what it held: sha256 of its index, and of its sources as `prepare` noted them.
+    """Tells whether an indexed dataset holds what it held: sha256 of its index, and of its sources and documents' ends as
+    `prepare` noted them.
 
     Raises UserError like `check_prefix`.
     """
     index, note = check_prefix(prefix).index_digest, meta_path(prefix)
     try:
         sources = [str(source["sha256"]) for source in _noted(note, "sources") or []]
+        begin, end, eos = (_noted(note, key, None) for key in ("document_begin", "document_end", "eos"))
+        if begin or (eos is not None and end != eos):  # plain documents that end with eos had no more to tell
+            sources.append(json.dumps([begin, end]))
     except (KeyError, TypeError) as error:
         raise UserError(f"{note}: not a note that `prepare` wrote ({one_line(error)})") from error
     return hashlib.sha256(json.dumps([index, *sources]).encode()).hexdigest()
 
 
-def _noted(note: Path, key: str) -> Any:
+_REQUIRED = object()
+
+
+def _noted(note: Path, key: str, default: Any = _REQUIRED) -> Any:
     """What the note beside an indexed dataset says; None where there is none, as another tool made it."""
     if not note.is_file():
         return None
     try:
-        return json.loads(note.read_text(encoding="utf-8"))[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = json.loads(note.read_text(encoding="utf-8"))
+        return found[key] if default is _REQUIRED else found.get(key, default)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{note}: not a note that `prepare` wrote ({one_line(error)})") from error
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_ssu.data.tokenizer import one_line
 from megatron_ssu.errors import UserError
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -72,6 +73,17 @@ def _raise_errors(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
         if isinstance(batch, str):
             raise UserError(batch)
         yield batch
+
+
+def lost_loader(error: BaseException) -> str | None:
+    """What to say of a data loader process that was killed, where `error` is torch's word of it; else None.
+
+    torch raises it wherever the main thread is when the process ends.
+    """
+    if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader worker"):
+        return None
+    advice = "if memory ran out, lower data.loader_workers, and start again"
+    return f"a data loader process was killed ({one_line(error)}); {advice}"
 
 
 def _signals_are_the_parents() -> Callable[[int], None]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import glob
+import fcntl
 import json
 import logging
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
+import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -39,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 _BATCH_LINES, _BATCH_BYTES = 256, 1 << 19
 _Submit = Callable[[Batch], Callable[[], Encoded]]  # the result is asked for later, in the order of the lines
+_LOCK = "lock"  # in a workspace
+_BEGINNING = 3600.0  # seconds; a process takes far less to make its lock file
 _SMALL_INPUT = 4 << 20  # below it starting processes takes longer than tokenizing
 
 
@@ -48,7 +53,7 @@ class PrepareReport:
 
     prefix: Path
     documents: int
-    tokens: int  # document ends included
+    tokens: int  # documents' begins and ends included
     skipped: int  # bad lines left out
     empty: int  # documents without a token, left out
     bytes: int  # of the source files on disk
@@ -67,6 +72,7 @@ def prepare(
     model_path: str | Path,
     *,
     trust_remote_code: bool = False,
+    document_end: str | None = None,
     workers: int = 2,
     text_key: str = "text",
     append_eod: bool = True,
@@ -78,15 +84,25 @@ def prepare(
 ) -> PrepareReport:
     """Tokenize the documents of `inputs`, in order, with the tokenizer in `model_path`.
 
+    A document of plain text begins as the tokenizer begins a text (bos, where it writes one) and ends with `document_end`
+    (see `Tokenizer.document_end`); a chat is as its template writes it.
+
     `workers` processes share the work (none are started below `small_input` bytes); the files do not depend on their
     number. They appear under their names when complete and not before, whatever ends the work.
     Raises UserError: bad input or line (file and line named), output that exists or cannot be written.
     """
     paths, prefix = [Path(p) for p in inputs], Path(output_prefix)
     total = _check_inputs(paths, prefix, workers, overwrite)
-    tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code)
-    end = tokenizer.document_end if append_eod else None
-    job = EncodeJob(str(model_path), trust_remote_code, text_key, end, skip_bad_lines)
+    tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code, document_end=document_end)
+    job = EncodeJob(
+        str(model_path),
+        trust_remote_code,
+        text_key,
+        begin=tuple(tokenizer.document_begin),
+        end=tokenizer.document_end if append_eod else None,
+        turn_end=tokenizer.eos_id,
+        skip_bad_lines=skip_bad_lines,
+    )
     sources = [{"name": p.name, "bytes": p.stat().st_size, "sha256": source_digest(p)} for p in paths]
     with _terminate_as_exception(), _workspace(prefix) as folder:
         try:
@@ -111,7 +127,9 @@ def _note(job: EncodeJob, tokenizer: Tokenizer, dtype: type) -> dict[str, object
     return {
         "tokenizer": tokenizer.digest,
         "vocab_size": tokenizer.vocab_size,
+        "document_begin": list(job.begin),
         "document_end": job.end,
+        "eos": tokenizer.eos_id,
         "text_key": job.text_key,
         "dtype": np.dtype(dtype).name,
     }
@@ -272,32 +290,45 @@ def _terminate_as_exception() -> Iterator[None]:
 
 @contextmanager
 def _workspace(prefix: Path) -> Iterator[Path]:
-    """A hidden folder beside the output (so that renaming is atomic), gone afterwards."""
+    """A hidden folder beside the output (so that renaming is atomic), gone afterwards.
+
+    Its process holds a lock on a file in it: folders of this host whose lock is free were left by processes that were
+    killed outright, and go. (A process number would not tell: containers have the same host name and their own numbers.)
+    """
     host = socket.gethostname()
-    folder = prefix.parent / f".{prefix.name}.{host}-{os.getpid()}.tmp"
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        for stale in prefix.parent.glob(f".{glob.escape(prefix.name)}.{glob.escape(host)}-*.tmp"):
-            pid = stale.name.rsplit("-", 1)[-1].removesuffix(".tmp")
-            if pid == str(os.getpid()) or not _alive(pid):  # our own: of a container before this one
-                shutil.rmtree(stale, ignore_errors=True)  # left by a process that was killed outright
-        folder.mkdir()
+        # The whole name: other hosts' names may begin with ours.
+        ours = re.compile(rf"\.{re.escape(prefix.name)}\.{re.escape(host)}-\d+(-\w{{8}})?\.tmp")
+        for stale in prefix.parent.iterdir():
+            if ours.fullmatch(stale.name) and _left_behind(stale):
+                shutil.rmtree(stale, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(".tmp", f".{prefix.name}.{host}-{os.getpid()}-", prefix.parent))
+        lock = (folder / f"{_LOCK}.new").open("w")
+        with suppress(OSError):  # a file system without locks: then nobody removes the folder but its process
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.rename(lock.name, folder / _LOCK)  # locked when it appears
     except OSError as error:
         raise UserError(f"{prefix.parent}: cannot be written ({error.strerror})") from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with lock:
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _alive(pid: str) -> bool:
+def _left_behind(folder: Path) -> bool:
+    """Is no process at work in this workspace of our host? One without a lock file begins just now, unless it is old."""
     try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
+        with (folder / _LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
-    return True
+    except FileNotFoundError:
+        with suppress(OSError):
+            return time.time() - folder.stat().st_mtime > _BEGINNING
+        return False
+    except OSError:
+        return False
 
 
 def _publish(folder: Path, prefix: Path) -> None:

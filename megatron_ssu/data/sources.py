@@ -10,7 +10,7 @@ from rich.console import Console
 from megatron_ssu.config.schema import DataSource, RunConfig
 from megatron_ssu.data.indexed import check_prefix, idx_path, prepared_prefix, source_kind
 from megatron_ssu.data.prepare import PrepareReport, prepare
-from megatron_ssu.data.tokenizer import Tokenizer
+from megatron_ssu.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ssu.errors import UserError
 
 
@@ -36,10 +36,19 @@ def valid_sources(given: str | dict[str, str] | None) -> dict[str, str]:
     return {"": given} if isinstance(given, str) else dict(given)
 
 
+def run_tokenizer(run: RunConfig) -> Tokenizer:
+    """The tokenizer of model.path with the run file's data.document_end. Raises UserError."""
+    return load_tokenizer(
+        run.model.path, trust_remote_code=run.model.trust_remote_code, document_end=run.data.document_end
+    )
+
+
 def prepare_run(
     run: RunConfig, tokenizer: Tokenizer, console: Console | None = None, *, skip_bad_lines: bool = False
 ) -> tuple[Prefixes, list[PrepareReport]]:
     """Tokenize every JSONL file of the run file that is not tokenized yet, into <checkpoint.directory>/data.
+
+    `tokenizer` is `run_tokenizer(run)`.
 
     Raises:
         UserError: a bad line (file and line named), a damaged dataset, no room to write.
@@ -64,6 +73,7 @@ def prepare_run(
                     prefix,
                     run.model.path,
                     trust_remote_code=run.model.trust_remote_code,
+                    document_end=run.data.document_end,
                     workers=run.data.workers,
                     text_key=run.data.text_key,
                     skip_bad_lines=skip_bad_lines,
@@ -83,4 +93,11 @@ def prepare_run(
 
 def _prepared(run: RunConfig, path: str, tokenizer: Tokenizer) -> Path:
     folder = Path(run.checkpoint.directory) / "data"
-    return prepared_prefix(folder, path, tokenizer.digest, run.data.text_key, chat_template=tokenizer.chat_template)
+    return prepared_prefix(
+        folder,
+        path,
+        tokenizer.digest,
+        run.data.text_key,
+        chat_template=tokenizer.chat_template,
+        marks=tokenizer.marks,
+    )

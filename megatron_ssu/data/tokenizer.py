@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -15,15 +16,27 @@ from megatron_ssu.errors import UserError
 _HF_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _HF_FILES = (*_HF_VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 _SENTENCEPIECE = "tokenizer.model"
+# Names of the token that ends a document, most particular first. An instruct model's eos_token may end a chat turn instead.
+_DOCUMENT_ENDS = ("<|end_of_text|>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")
 
 Message = Mapping[str, Any]
 
 
-def load_tokenizer(model_path: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
+def load_tokenizer(
+    model_path: str | Path, *, trust_remote_code: bool = False, document_end: str | None = None
+) -> Tokenizer:
     """The tokenizer in the directory `model_path`; nothing is fetched from elsewhere.
 
-    Raises UserError when the directory or its tokenizer files are missing or damaged.
+    `document_end` names the token that ends documents; None leaves the choice to `Tokenizer.document_end`.
+    Raises UserError when the directory or its tokenizer files are missing or damaged, or the token is none of its own.
     """
+    tokenizer = _load(model_path, trust_remote_code)
+    if document_end is not None:
+        tokenizer.end_documents_with(document_end)
+    return tokenizer
+
+
+def _load(model_path: str | Path, trust_remote_code: bool) -> Tokenizer:
     path = Path(model_path)
     if not path.is_dir():
         raise UserError(f"{path}: not a directory; model.path names a Hugging Face directory with a tokenizer")
@@ -41,13 +54,15 @@ class Tokenizer(ABC):
     """Text to token ids and back.
 
     `encode` takes text as text: it adds nothing, and the letters of a special token in a document do not become that
-    token. `encode_rendered` is for rendered chats, where they do.
+    token, nor those of another token that the chat template writes. `encode_rendered` is for rendered chats, where they do.
+    A document of plain text is `document_begin`, its ids, `document_end`.
     """
 
     path: Path
     vocab_size: int  # every id is below it, those of added tokens too
     eos_id: int | None
     bos_id: int | None
+    _chosen_end: int | None = None
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without special tokens."""
@@ -67,12 +82,60 @@ class Tokenizer(ABC):
 
     @property
     def document_end(self) -> int:
-        """The id that ends a document. Raises UserError when the tokenizer has no end token."""
-        if self.eos_id is None:
+        """The id that ends a document of plain text: the one given to `load_tokenizer`, else the token that the tokenizer
+        itself writes after a text, else eos_token where its name is known to end documents, else a special token with
+        such a name (<|end_of_text|>, <|endoftext|>, </s>, ...), else eos_token.
+
+        Raises UserError when the tokenizer has none of them.
+        """
+        end = self._document_end
+        if end is None:
             raise UserError(
-                f"{self.path}: the tokenizer has no eos_token, which ends documents; name one in its config"
+                f"{self.path}: the tokenizer has no eos_token, which ends documents; name a token with data.document_end"
             )
-        return self.eos_id
+        return end
+
+    @property
+    def document_begin(self) -> list[int]:
+        """The ids that the tokenizer itself writes before a text, such as <s> or <|begin_of_text|>; often none."""
+        return self._frame[0]
+
+    def end_documents_with(self, token: str) -> None:
+        """Let `token` end documents. Raises UserError unless the vocabulary has it."""
+        found = self._token_id(token)
+        if found is None:
+            raise UserError(
+                f"data.document_end: {token!r} is no token of the tokenizer in {self.path}; name one, or leave the key out"
+            )
+        self._chosen_end = found
+
+    @cached_property
+    def _document_end(self) -> int | None:
+        if self._chosen_end is not None:
+            return self._chosen_end
+        if self._frame[1]:
+            return self._frame[1][-1]
+        special = self._special_tokens()
+        known = [special[name] for name in _DOCUMENT_ENDS if name in special]
+        return self.eos_id if self.eos_id in known or not known else known[0]
+
+    @property
+    @abstractmethod
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """Ids that the tokenizer itself writes before and after a text."""
+
+    @abstractmethod
+    def _special_tokens(self) -> dict[str, int]:
+        """Name -> id of the special tokens."""
+
+    @abstractmethod
+    def _token_id(self, token: str) -> int | None:
+        """The id of a token by its name, None where there is none."""
+
+    @property
+    def marks(self) -> list[int]:
+        """Sorted ids of the tokens that are not marked special but are kept out of plain text like those."""
+        return []
 
     @property
     def has_chat_template(self) -> bool:
@@ -93,8 +156,10 @@ class Tokenizer(ABC):
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over what decides how text is tokenized: vocabulary files and end token, not the chat template."""
+        """sha256 over what decides how text is tokenized: vocabulary files, begin and end tokens, not the chat template."""
         digest = hashlib.sha256(f"eos={self.eos_id}\n".encode())
+        if self.document_begin or self._document_end != self.eos_id:
+            digest.update(f"begin={self.document_begin} end={self._document_end}\n".encode())
         for file in self._digest_files():
             content = file.read_bytes()
             digest.update(f"{file.name}:{len(content)}\n".encode())
@@ -130,10 +195,59 @@ class _HuggingFaceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
+        if self._text_backend is not None:
+            return [encoding.ids for encoding in self._text_backend.encode_batch(list(texts), add_special_tokens=False)]
         encoded = self._hf(
             list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
         )
         return encoded["input_ids"]
+
+    @cached_property
+    def _text_backend(self) -> Any:
+        """A copy of the Rust tokenizer in which `marks` are special too, so that plain text does not become one of them;
+        None where there are no marks."""
+        if not self.marks:
+            return None
+        from tokenizers import Tokenizer as Backend
+
+        definition = json.loads(self._hf.backend_tokenizer.to_str())
+        for token in definition["added_tokens"]:
+            token["special"] = token["special"] or token["id"] in self.marks
+        backend = Backend.from_str(json.dumps(definition))
+        backend.encode_special_tokens = True
+        backend.no_padding()
+        backend.no_truncation()
+        return backend
+
+    @cached_property
+    def marks(self) -> list[int]:  # type: ignore[override]
+        if not self._hf.is_fast:  # Python tokenizers split every added token in plain text
+            return []
+        special = {i for i, token in self._hf.added_tokens_decoder.items() if token.special}
+        try:
+            written = set(self.special_token_ids_of_chat_template())
+        except UserError:  # a template that renders nothing: chats are refused where there are some
+            written = self._written_in_template()
+        return sorted(written - special - set(self._hf.all_special_ids))
+
+    @cached_property
+    def _frame(self) -> tuple[list[int], list[int]]:
+        plain = self.encode_rendered(_SAMPLE_TEXT)
+        framed = self._hf(_SAMPLE_TEXT, return_attention_mask=False, verbose=False)["input_ids"]
+        for cut in range(len(framed) - len(plain) + 1):
+            if plain and framed[cut : cut + len(plain)] == plain:
+                return framed[:cut], framed[cut + len(plain) :]
+        raise UserError(
+            f"{self.path}: the tokenizer makes {framed} of the text {_SAMPLE_TEXT!r} and {plain} without special tokens, so "
+            "which ones begin a document is not known; mend its post-processor"
+        )
+
+    def _special_tokens(self) -> dict[str, int]:
+        special = {token.content: i for i, token in self._hf.added_tokens_decoder.items() if token.special}
+        return special | dict(zip(self._hf.all_special_tokens, self._hf.all_special_ids))
+
+    def _token_id(self, token: str) -> int | None:
+        return self._hf.get_vocab().get(token)
 
     def encode_rendered(self, text: str) -> list[int]:
         return self._hf(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -160,16 +274,22 @@ class _HuggingFaceTokenizer(Tokenizer):
         if not self.has_chat_template:
             return []
         special = set(self._hf.all_special_ids)
-        added = {i: token.content for i, token in self._hf.added_tokens_decoder.items()}
         special |= {i for i, token in self._hf.added_tokens_decoder.items() if token.special}
-        # Runs of blanks are added tokens of some vocabularies; they are layout, not marks of the template.
-        marks = special | {i for i, content in added.items() if content.strip()}
         in_content = set(self.encode_rendered(_SAMPLE_TEXT)) - special
-        found = {i for text in self._sample_renderings() for i in self.encode_rendered(text)} & marks - in_content
+        found = {i for text in self._sample_renderings() for i in self.encode_rendered(text)}
+        found &= special | self._no_layout() - in_content
+        return sorted(found | self._written_in_template())
+
+    def _no_layout(self) -> set[int]:
+        """Added tokens without the runs of blanks of some vocabularies: those are layout, not marks of the template."""
+        return {i for i, token in self._hf.added_tokens_decoder.items() if token.content.strip()}
+
+    def _written_in_template(self) -> set[int]:
+        """Added tokens that stand literally in the chat template's source."""
         templates = self.chat_template or ""
         source = "\n".join(templates.values()) if isinstance(templates, dict) else templates
-        found |= {i for i, content in added.items() if i in marks and content in source}
-        return sorted(found)
+        added = self._hf.added_tokens_decoder
+        return {i for i in self._no_layout() if added[i].content in source}
 
     def _sample_renderings(self) -> list[str]:
         user, assistant = ({"role": role, "content": _SAMPLE_TEXT} for role in ("user", "assistant"))
@@ -206,6 +326,18 @@ class _SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._sp.vocab_size()
         self.eos_id = None if self._sp.eos_id() < 0 else self._sp.eos_id()
         self.bos_id = None if self._sp.bos_id() < 0 else self._sp.bos_id()
+
+    @property
+    def _frame(self) -> tuple[list[int], list[int]]:
+        # Such a directory is Llama's own, whose code begins every text with bos; the model file itself does not say.
+        return ([] if self.bos_id is None else [self.bos_id]), []
+
+    def _special_tokens(self) -> dict[str, int]:
+        return {self._sp.id_to_piece(i): i for i in range(self.vocab_size) if self._sp.is_control(i)}
+
+    def _token_id(self, token: str) -> int | None:
+        found = self._sp.piece_to_id(token)
+        return found if self._sp.id_to_piece(found) == token else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._sp.encode(text, out_type=int) for text in texts]

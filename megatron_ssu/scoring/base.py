@@ -55,11 +55,11 @@ GRADIENT = ("fisher",)
 NAMES = (*SCORES, *DRAWN, *GRADIENT)
 
 
-def check_names(names: list[str]) -> None:
-    """Raises UserError, listing what there is, for an unknown score."""
+def check_names(names: list[str], key: str = "shield.score") -> None:
+    """Raises UserError, listing what there is, for an unknown score; `key` is the run file's that names them."""
     for name in names:
         if name not in NAMES:
-            raise UserError(f"shield.score: {name!r} is unknown; choose from {', '.join(NAMES)}")
+            raise UserError(f"{key}: {name!r} is unknown; choose from {', '.join(NAMES)}")
 
 
 def needs_calibration(names: list[str]) -> bool:

@@ -17,7 +17,8 @@ from megatron_ssu.scoring.calibrate import score_model
 from megatron_ssu.scoring.file import Scores
 from megatron_ssu.session import Session, Source
 from megatron_ssu.shield.file import Shield, check_model, load_shield
-from megatron_ssu.shield.plan import PlanOptions, ProtectRule, check_options, plan_shield
+from megatron_ssu.shield.options import check_names, plan_options
+from megatron_ssu.shield.plan import plan_shield
 
 log = logging.getLogger(__name__)
 
@@ -90,23 +91,6 @@ def _score(session: Session, calibration: Calibration | None) -> Scores | None:
     return scores
 
 
-def plan_options(run: RunConfig) -> PlanOptions:
-    """The planner's options out of a run file."""
-    section = run.shield
-    return PlanOptions(
-        score=section.score,
-        granularity=section.granularity,  # type: ignore[arg-type]
-        budget=section.budget,
-        ratio=section.ratio,
-        kinds=section.kinds,
-        floor=section.floor,
-        ceiling=section.ceiling,
-        seed=section.seed,
-        protect=[ProtectRule(rule.pattern, rule.action) for rule in section.protect],
-        norms=section.norms,
-    )
-
-
 def plan(run: RunConfig, source: Source, scores: Scores, *, method: str = "ssu") -> Shield:
     """A shield for the run's model out of scores. Raises UserError for scores of another model."""
     fingerprint = model_fingerprint(source.path)
@@ -144,7 +128,7 @@ def make_shield(session: Session, *, begun: bool = False) -> Shield:
     run has `begun` and its scores or shield would come out others.
     """
     run, source = session.run, session.source
-    runtime.on_rank_zero(lambda: check_options(plan_options(run)))
+    runtime.on_rank_zero(lambda: check_names(run))
     planned = begun and runtime.on_rank_zero(lambda: shield_path(run).exists() and not scores_path(run).exists())
     if run.shield.file is None and not planned:
         base.check_names([run.shield.score, *run.shield.also_score])

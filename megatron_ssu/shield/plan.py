@@ -85,6 +85,11 @@ def check_options(options: PlanOptions) -> None:
         check_ratio(getattr(options, key), f"shield.{key}")
     for kind, ratio in options.kinds.items():
         check_ratio(ratio, f"shield.kinds.{kind}")
+    if options.budget == "layerwise" and not options.floor <= options.ratio <= options.ceiling:
+        raise UserError(
+            f"shield.ratio: {options.ratio} does not lie between shield.floor {options.floor} and shield.ceiling "
+            f"{options.ceiling}; move one of them"
+        )
     if options.kinds and options.budget != "per-kind":
         raise UserError(f"shield.kinds: has a meaning with shield.budget per-kind alone, not {options.budget}")
     if options.granularity == "element" and options.score not in ELEMENT_SCORES:
@@ -114,7 +119,7 @@ def plan_shield(
     that are missing, NaN or infinite (naming the matrix) and a rule that fits nothing.
     """
     check_options(options)
-    fixed = _protected(scores.matrices, options.protect)
+    fixed = protected(scores.matrices, options.protect)
     planned = {n: m for n, m in sorted(scores.matrices.items()) if m.scored and n not in fixed}
     counts = _counts(scores, options, planned)
     masks: dict[str, Mask] = {}
@@ -285,8 +290,8 @@ def _row_mask(matrices: Mapping[str, Matrix], name: str, shape: tuple[int, ...],
     return Mask.of("row", tuple(shape), frozen)
 
 
-def _protected(matrices: Mapping[str, Matrix], rules: Sequence[ProtectRule]) -> dict[str, str]:
-    """Matrix name -> 'frozen' or 'trainable', by the last rule that fits it."""
+def protected(matrices: Mapping[str, Matrix], rules: Sequence[ProtectRule]) -> dict[str, str]:
+    """Matrix name -> 'frozen' or 'trainable', by the last rule that fits it; UserError for a rule that fits nothing."""
     result: dict[str, str] = {}
     for rule in rules:
         names = select(matrices, rule.pattern)

@@ -15,7 +15,7 @@ class TrainingStopped(Exception):
 
 
 STATUS_NOT_FINITE = 3  # max_skipped steps in a row
-STATUS_RANK_LOST = 4  # a rank died or hangs
+STATUS_RANK_LOST = 4  # a rank, or a data loader process of one, died or hangs
 
 
 class SpikeWatch:

@@ -53,7 +53,7 @@ def identity_of(run: RunConfig, shield: Shield, train_digests: Sequence[str]) ->
         "precision.dtype": run.precision.dtype,
         "data.train (its weights)": [source.weight for source in train_sources(run)],
         "data.train (its documents' digests)": [digest[:16] for digest in train_digests],
-        "data.split": run.data.split,
+        "data.split": run.data.used_split,
         "data.seed": run.data.seed,
         "data.sequence_length": run.data.sequence_length,
         "data.text_key": run.data.text_key,

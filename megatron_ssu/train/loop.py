@@ -26,7 +26,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megatron_ssu import runtime
-from megatron_ssu.data.loader import iterate
+from megatron_ssu.data.loader import iterate, lost_loader
 from megatron_ssu.session import Session
 from megatron_ssu.shield.file import Shield
 from megatron_ssu.shield.local import LocalShield
@@ -438,7 +438,7 @@ def train(
         try:
             loop.work(requests)
         except (RuntimeError, dist.DistError) as error:
-            who = watchdog.lost(error)
+            who = lost_loader(error) or watchdog.lost(error)
             if who is None:
                 raise
             raise TrainingStopped(f"iteration {progress.iteration + 1}: {who}", STATUS_RANK_LOST) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -10,6 +12,8 @@ from megatron_ssu.config.schema import RunConfig
 
 def build_schedule(run: RunConfig, optimizer: MegatronOptimizer, start: int = 0) -> OptimizerParamScheduler:
     """Warm-up from 0 to train.optimizer.lr, then the decay style down to min_lr at the last iteration.
+
+    The steps of warm-up are rounded up, as Hugging Face's Trainer does, but leave one step to decay.
 
     It begins after iteration `start`, and its step 0 is there: a new phase warms up again.
     """
@@ -21,7 +25,7 @@ def build_schedule(run: RunConfig, optimizer: MegatronOptimizer, start: int = 0)
         init_lr=0.0,
         max_lr=settings["lr"],
         min_lr=settings["min_lr"],
-        lr_warmup_steps=round(schedule.warmup_fraction * iterations),
+        lr_warmup_steps=min(math.ceil(schedule.warmup_fraction * iterations), iterations - 1),
         lr_decay_steps=iterations,
         lr_decay_style=schedule.decay_style,
         start_wd=decay,

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import json
 import logging
-import os
 import resource
 import sys
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from megatron_ssu import runtime
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.errors import UserError
+from megatron_ssu.train.sinks import Guarded, open_sinks
 
 log = logging.getLogger(__name__)
 
@@ -44,21 +40,12 @@ class Telemetry:
     ) -> None:
         self.run, self.console, self.active = run, console, active
         self.flops, self.peak = flops, peak
-        self._writer: Any = None
-        self._wandb: Any = None
-        self._file: Any = None
+        self._sinks: list[Guarded] = []
         self._bar: Progress | None = None
         self._busy, self._steps = 0.0, 0  # seconds and steps since the last line
         if not active:
             return
-        directory = Path(run.checkpoint.directory)
-        self._file = _open_metrics(directory / "metrics.jsonl", start)
-        if run.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1 if start else None)
-        if run.log.wandb_project:
-            self._wandb = _open_wandb(run, directory)
+        self._sinks = open_sinks(run, start, self.warn)
         if console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.completed}/{task.total}"),
@@ -136,75 +123,17 @@ class Telemetry:
             self.say(f"evaluation {iteration:>5} | {told}")
 
     def _write(self, iteration: int, record: dict[str, Any]) -> None:
-        try:
-            self._file.write(json.dumps({"iteration": iteration, **record}) + "\n")
-            self._file.flush()
-        except OSError as error:  # no reason to lose the run; the checkpoint will say so too
-            self.warn(f"metrics.jsonl: iteration {iteration} cannot be written: {error.strerror}")
-        numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
-        if self._writer is not None:
-            for key, value in numbers.items():
-                self._writer.add_scalar(key, value, iteration)
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=iteration)
+        for sink in self._sinks:
+            sink.write(iteration, record)
 
     def close(self) -> None:
+        """Close every sink; never raises, so that it hides no other error."""
         if self._bar is not None:
-            self._bar.stop()
-        if self._file is not None:
-            with suppress(OSError):  # of a record that could not be written, which was told
-                self._file.close()
-        if self._writer is not None:
-            self._writer.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._file = self._writer = self._wandb = self._bar = None
-
-
-def _open_metrics(path: Path, start: int) -> Any:
-    """metrics.jsonl for appending, without records after iteration `start`: those steps are done again."""
-    try:
-        if path.exists():
-            kept = []
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError, TypeError, KeyError):  # a line that a killed process left unfinished
-                    if json.loads(line)["iteration"] <= start:
-                        kept.append(line + "\n")
-            part = path.with_name(path.name + ".part")
-            part.write_text("".join(kept if start else []), encoding="utf-8")
-            os.replace(part, path)
-        return path.open("a", encoding="utf-8", buffering=1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def check_installed(run: RunConfig) -> None:
-    """Raises UserError where the run asks for Weights & Biases and the package is not there."""
-    if run.log.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise UserError("log.wandb_project: the package wandb is not installed; install it, or leave it out")
-
-
-def _open_wandb(run: RunConfig, directory: Path) -> Any:
-    """Raises UserError where Weights & Biases does not start."""
-    import wandb
-
-    place = directory.resolve()
-    name = place.name
-    identity = f"{name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"  # others may have the same name
-    try:
-        return wandb.init(
-            project=run.log.wandb_project,
-            name=name,
-            id=identity,
-            resume="allow",
-            dir=str(directory),
-            config=asdict(run),
-        )
-    except wandb.errors.Error as error:
-        raise UserError(
-            f"log.wandb_project: Weights & Biases does not start ({' '.join(str(error).split())}); "
-            "run `wandb login`, or set WANDB_MODE=offline"
-        ) from error
+            with suppress(Exception):
+                self._bar.stop()
+        for sink in self._sinks:
+            sink.close()
+        self._sinks, self._bar = [], None
 
 
 def _memory() -> dict[str, float]:

@@ -3,8 +3,8 @@
 Every rank has a thread that writes a heartbeat into the job's store: where its main thread is (iteration, what it does,
 whether it waits for other ranks). A rank whose main thread gets no further within the limit, or meets the broken
 connection of a dead one, reads all heartbeats and names the rank whose heartbeat stopped, or, where all hearts beat, those
-that are late or do not wait for others. The first verdict goes into the store and is every rank's: a rank that ended after
-it is not taken for the one that hung.
+that are late or do not wait for others. (The first few such ranks read; the others wait for what they find.) The
+first verdict goes into the store and is every rank's: a rank that ended after it is not taken for the one that hung.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ log = logging.getLogger(__name__)
 
 _BROKEN = ("onnection", "closed by peer", "imed out", "NCCL", "gloo", "Broken pipe", "imeout")
 _VERDICT = "verdict"
+_FOUND = "found"
 _STORE_TRIES = 3  # failures in a row
+_READERS = 4  # ranks that read all heartbeats: n that read n would be too much for the store
+_PATIENCE = 8  # heartbeats that the others wait for them, who take three
 _WAITING = ("distributed_c10d.py", "p2p_communication.py")  # files of a main thread that waits for other ranks
 
 
@@ -97,7 +100,7 @@ class Watchdog:
                 self._publish()
                 line = self._verdict()
                 if line is None and time.monotonic() - self._marked > self._limit:
-                    line = self._agree(f"no progress for {self._limit:.0f} s: {self.suspects()}")
+                    line = self._agree(f"no progress for {self._limit:.0f} s: {self.found()}")
                 if line is not None:
                     if not self._stop.is_set():
                         self._end(line)
@@ -142,17 +145,34 @@ class Watchdog:
         """Who holds the job up, in words; waits for three heartbeats to tell the dead from the living."""
         before = self._read()
         for _ in range(3):
-            time.sleep(self._beat)
-            if threading.current_thread() is self._thread:  # else it beats on by itself
-                self._publish()
+            self._pause(self._beat)
         return describe(before, self._read(), self._world, self._rank)
+
+    def found(self) -> str:
+        """`suspects`, found here by the first few ranks that ask; the others wait for one of those, and ask where none
+        answers."""
+        if self._store.add("readers", 1) > _READERS:
+            for _ in range(4 * _PATIENCE):
+                if self._store.check([_FOUND]):
+                    return self._store.get(_FOUND).decode()
+                self._pause(self._beat / 4)
+        line = self.suspects()
+        self._store.set(_FOUND, line)
+        if self._world > _READERS:  # who ends now may take the store along, which the others have still to ask
+            self._pause(self._beat)
+        return line
+
+    def _pause(self, seconds: float) -> None:
+        time.sleep(seconds)
+        if threading.current_thread() is self._thread:  # else it beats on by itself
+            self._publish()
 
     def lost(self, error: BaseException) -> str | None:
         """Who broke the connection that `error` tells of, in words; None where all hearts beat: then it is a bug here."""
         if self._thread is None or not any(word in str(error) for word in _BROKEN):
             return None
         try:
-            said = self._verdict() or self.suspects()
+            said = self._verdict() or self.found()
         except Exception as gone:  # the store died as well
             return f"lost the other ranks ({_short(error)}), and the job's store with them ({_short(gone)})"
         return f"lost the other ranks ({_short(error)}): {said}"

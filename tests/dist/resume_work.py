@@ -179,9 +179,9 @@ def compare_update_norms(run: RunConfig) -> tuple[dict[str, float], dict[str, fl
     before = {p: main.detach().clone() for p, main in member.pairs()}
     computed = trainer.step(batches, measure=True).update_norms
     squares = dict.fromkeys(updates.NAMES, 0.0)
-    kinds = {local.param: updates._kind(local.pieces) for local in session.layout}
+    kinds = {local.param: updates._kind(local.pieces) for local in session.layout if local.pieces}
     for param, main in member.pairs():
-        if not hasattr(param, "shared") and updates.param_is_not_tensor_parallel_duplicate(param):
+        if param in kinds and not hasattr(param, "shared") and updates.param_is_not_tensor_parallel_duplicate(param):
             squares[kinds[param]] += (main.detach() - before[param]).double().square().sum().item()
     total = torch.tensor(list(squares.values()), dtype=torch.float64)
     torch.distributed.all_reduce(total)

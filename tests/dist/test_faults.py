@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -71,36 +73,77 @@ def test_a_checkpoint_before_the_first_step_that_counts(ranks, model, tmp_path):
             assert all(torch.equal(x, y) for x, y in zip(a[what], b[what], strict=True))
 
 
+def start_ranks(folder: Path, ranks: int) -> list[subprocess.Popen]:
+    """A long run over text with two loader processes a rank, as `megatron-ssu train` in processes of their own; returned
+    once it has taken a few steps."""
+    model = make_model("llama", folder / "model", num_hidden_layers=2, vocab_size=321)
+    make_hf_tokenizer(model)
+    write_jsonl(folder / "text.jsonl", ["Some words that are said again and again. " * 20] * 300)
+    run = {
+        "model.path": model, "shield.method": "none", "data.train": folder / "text.jsonl", "data.sequence_length": 16,
+        "data.loader_workers": 2, "train.iterations": 100000, "train.global_batch_size": 2, "precision.dtype": "fp32",
+        "checkpoint.directory": folder / "run",
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(f"model: {{path: {model}}}\ncheckpoint: {{directory: x}}\n")
+    command = [sys.executable, "-m", "megatron_ssu", "train", "run.yaml", *(f"{k}={v}" for k, v in run.items())]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    if ranks > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**environment, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})},
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        for rank in range(ranks)
+    ]
+    metrics, deadline = folder / "run" / "metrics.jsonl", time.monotonic() + 600
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
+        gone = [process for process in processes if process.poll() is not None]
+        if gone or time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+            raise AssertionError([process.stderr.read().decode() for process in processes])
+        time.sleep(0.05)
+    return processes
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_a_signal_to_all_processes_of_a_rank_leaves_a_checkpoint(again, tmp_path):
     """torchrun and SLURM signal a rank's loader processes too; none may take the rank with it, or stay."""
-    model = make_model("llama", tmp_path / "model", num_hidden_layers=2, vocab_size=321)
-    make_hf_tokenizer(model)
-    write_jsonl(tmp_path / "text.jsonl", ["Some words that are said again and again. " * 20] * 300)
-    run = {
-        "model.path": model, "shield.method": "none", "data.train": tmp_path / "text.jsonl", "data.sequence_length": 16,
-        "data.loader_workers": 2, "train.iterations": 100000, "train.global_batch_size": 2, "precision.dtype": "fp32",
-        "checkpoint.directory": tmp_path / "run",
-    }  # fmt: skip
-    (tmp_path / "run.yaml").write_text(f"model: {{path: {model}}}\ncheckpoint: {{directory: x}}\n")
-    command = [sys.executable, "-m", "megatron_ssu", "train", "run.yaml", *(f"{k}={v}" for k, v in run.items())]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    (process,) = start_ranks(tmp_path, 1)
     try:
-        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
-        while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
-            assert process.poll() is None, process.stderr.read().decode()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
         for _ in range(1 + again):
             os.killpg(process.pid, signal.SIGTERM)
-        said = process.communicate(timeout=60)[1].decode()
+        said = process.communicate(timeout=300)[1].decode()
     finally:
         process.kill()
     assert process.returncode == 143 and "stopped by SIGTERM" in said and "Traceback" not in said, said
     assert int((tmp_path / "run" / "checkpoints" / "latest").read_text()) > 0
     with pytest.raises(ProcessLookupError):  # nobody of the group is left
         os.killpg(process.pid, 0)
+
+
+def test_a_loader_process_that_is_killed_ends_all_ranks_with_a_line(tmp_path):
+    """As the kernel does where memory runs out."""
+    processes = start_ranks(tmp_path, 2)
+    try:
+        victim = psutil.Process(processes[1].pid)
+        loader = next(child for child in victim.children() if child.cmdline() == victim.cmdline())
+        loader.kill()
+        said = [process.communicate(timeout=300)[1].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [4, 4], said
+    assert "a data loader process was killed" in said[1] and "data.loader_workers" in said[1]
+    assert "rank 1" in said[0]
+    assert not any("Traceback" in text for text in said), said
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -124,8 +167,9 @@ def test_wall_clock_budget(ranks, model, tmp_path):
 
 
 def test_update_norms_are_those_of_the_weights(ranks, model, tmp_path):
-    for world, parallel in ((1, mesh()), (4, mesh(2, 2))):
+    for world, parallel, padding in ((1, mesh(), 128), (4, mesh(2, 2), 128), (2, mesh(2), 4096)):
         run = work.make_run(str(model), parallel, str(tmp_path / f"run{world}"))
+        run.model.make_vocab_size_divisible_by = padding  # 4096: the second rank holds nothing but padding
         computed, measured = ranks.run(work.compare_update_norms, world, run)[0]
         assert sorted(computed) == sorted(measured) and len(computed) == 7
         for kind, value in measured.items():

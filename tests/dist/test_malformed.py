@@ -367,6 +367,9 @@ ROWS = [
     row("changed file", text("text.jsonl", '{"text": "Other words."}\n' * 40), RESUME, "data.train", "documents"),
     row("a run that began is not to go on", nothing, RESUME + " checkpoint.resume=false", "checkpoint.resume", "iter_0000001"),
     row("plan anew under a run", nothing, PLAN.replace("=new", "=begun") + " shield.ratio=0.25", "begun/shield.safetensors", "began"),
+    row("plan with a method that has no shield", nothing, PLAN + " shield.method=none", "shield.method", "none has no shield"),
+    row("plan with a method that there is not", nothing, PLAN + " shield.method=sus", "shield.method", "sus"),
+    row("document end that is no token", nothing, FRESH + " data.document_end=<|eod|>", "data.document_end", "<|eod|>", "hf"),
     row("plan over a given shield", nothing, PLAN + " shield.file=run/shield.safetensors", "shield.file", "plan"),
     row("score over given scores", nothing, SCORE + " shield.scores=run/scores.safetensors", "shield.scores", "score"),
     row("score anew under a run", nothing, SCORE.replace("=new", "=begun"), "begun/scores.safetensors", "begun"),
@@ -408,6 +411,25 @@ def test_one_line_and_nothing_changed(row, world, capsys):
     kept = ("begun/data/", "planned/", "new/run.yaml", "new/data/", "new/scores.safetensors", "new/shield.safetensors", "new/metrics.jsonl")
     assert not [n for n in left if not n.startswith(kept)], left
     assert not [n for n in left if ".part" in n or ".tmp" in n], left
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "shield.method=sus",
+        "shield.score=wander",
+        "shield.also_score=[magnitud]",
+        "shield.granularity=colum",
+        "shield.budget=kinds",
+        "shield.protect.0={pattern: '*.qkv.weight', action: frozen}",
+        "train.optimizer.min_lr=",
+    ],
+)
+def test_a_name_that_there_is_not_is_refused_before_anything_is_made(wrong, world, capsys):
+    overrides = ["shield.protect=[{pattern: norms, action: trainable}]", wrong]
+    assert main("train", "run.yaml", "checkpoint.directory=new", *overrides) == 2
+    assert wrong.split("=")[0].removesuffix(".0") in capsys.readouterr().err
+    assert not (world / "new").exists()
 
 
 def test_the_table_is_long_enough():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import sentencepiece
 import zstandard
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 TEXTS = [
@@ -81,3 +81,42 @@ def write_jsonl(path: Path, texts: Sequence[str], *, text_key: str = "text") -> 
         content = zstandard.ZstdCompressor(write_checksum=True).compress(content)  # as the zstd command does
     path.write_bytes(content)
     return path
+
+
+def make_instruct_tokenizer(folder: Path, form: str) -> Path:
+    """A tokenizer with the special tokens of a family of instruct models: llama-3, qwen, olmo-2, llama-2.
+
+    llama-3 and llama-2 begin a text with bos; the eos_token of llama-3 and qwen ends a chat turn, not a document.
+    """
+    names, bos, eos, first = {
+        "llama-3": (["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"], "<|begin_of_text|>", "<|eot_id|>", True),
+        "qwen": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>", False),
+        "olmo-2": (["<|endoftext|>", "<|user|>"], "<|endoftext|>", "<|endoftext|>", False),
+        "llama-2": (["<unk>", "<s>", "</s>"], "<s>", "</s>", True),
+    }[form]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=names,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    if first:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    template = (
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    hf = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token=eos,
+        chat_template=("{{ bos_token }}" if bos else "") + template,
+    )
+    hf.save_pretrained(str(folder))
+    return folder

@@ -229,6 +229,21 @@ def test_times_are_no_numbers_to_the_base_60(tmp_path: Path) -> None:
     assert seconds(again.train.exit_after) == 6600
 
 
+@pytest.mark.parametrize("written", ["010", "0200", "08", "-010", "0_10"])
+def test_a_leading_zero_is_refused_and_not_read_as_octal(tmp_path: Path, written: str) -> None:
+    decimal = int(written)
+    for text, override in (
+        (MINIMAL, [f"train.iterations={written}"]),
+        (MINIMAL + f"train: {{iterations: {written}}}\n", []),
+    ):
+        with pytest.raises(UserError, match=rf"train\.iterations: expected a whole number, .*write {decimal}"):
+            load(tmp_path, text, *override)
+    run = load(tmp_path, MINIMAL, f"data.text_key={written}", "train.iterations=0x10", "data.sequence_length=1_000")
+    assert (run.data.text_key, run.train.iterations, run.data.sequence_length) == (written, 16, 1000)
+    assert load(tmp_path, dump_run(run)).data.text_key == written
+    assert load(tmp_path, MINIMAL, "train.iterations=0").train.iterations == 0
+
+
 def test_override_changes_one_use_of_an_alias(tmp_path: Path) -> None:
     text = MINIMAL + "data:\n  train:\n  - &part {path: a, weight: 1}\n  - *part\n"
     run = load(tmp_path, text, "data.train.0.weight=5")

@@ -11,7 +11,8 @@ import pytest
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 
-from megatron_ssu.data.datasets import build_train_valid, build_valid, iterate, parse_split
+from megatron_ssu.config.schema import DataSection
+from megatron_ssu.data.datasets import build_train_valid, build_valid, iterate
 from megatron_ssu.data.prepare import prepare
 from megatron_ssu.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ssu.errors import UserError
@@ -131,7 +132,7 @@ def test_cache_survives_a_killed_writer_and_follows_the_data(
     [
         ({"sources": []}, "data.train: empty"),
         ({"train_samples": 0}, "train samples: 0"),
-        ({"split": "99,1,x"}, r"data.split: '99,1,x'"),
+        ({"split": "99,1,x"}, r"data.split: .*, got '99,1,x'"),
         ({"split": "0,1,0"}, "leaves nothing to train on"),
         ({"split": "999,1,0"}, r"/a: the valid part of data.split '999,1,0' has 0 of 120 documents, 0 tokens"),
         (
@@ -155,12 +156,23 @@ def test_weights_and_cache_folder_are_checked(folder: Path, tokenizer: Tokenizer
         build(folder, tokenizer, tmp_path / "file")
 
 
-def test_split() -> None:
-    assert parse_split("98,1,1") == pytest.approx((0.98, 0.01, 0.01))
-    assert parse_split(" 3 , 1") == (0.75, 0.25, 0.0)
-    for bad in ("", "a", "1,2,3,4", "-1,2,0", "0,0,0", "1;2"):
-        with pytest.raises(UserError, match=r"data\.split"):
-            parse_split(bad)
+@pytest.mark.parametrize(("given", "documents"), [(None, 120), ("3,1,0", 90)])
+def test_with_a_target_valid_all_documents_train_unless_a_split_is_given(
+    folder: Path, tokenizer: Tokenizer, tmp_path: Path, given: str | None, documents: int
+) -> None:
+    data = DataSection(split=given, target_valid="valid.jsonl")
+    train, valid = build_train_valid(
+        [(folder / "a", 1.0)],
+        tokenizer,
+        sequence_length=S,
+        split=data.used_split,
+        seed=1,
+        train_samples=10,
+        valid_samples=0,
+        cache_dir=tmp_path,
+    )
+    assert valid is None and len(train.document_index) == documents
+    assert DataSection(split=given).used_split == (given or "99,1,0")
 
 
 # ---- in order

@@ -19,8 +19,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ssu.config.schema import CheckpointSection, DataSection, ModelSection, RunConfig
 from megatron_ssu.data.indexed import CheckedIndexedDataset, check_prefix, content_digest, prepared_prefix, source_kind
-from megatron_ssu.data.jsonl import LineReader, iter_lines
-from megatron_ssu.data.prepare import prepare
+from megatron_ssu.data.jsonl import LineReader, iter_lines, source_digest
+from megatron_ssu.data.prepare import _workspace, prepare
 from megatron_ssu.data.sources import prepare_run
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.errors import UserError
@@ -263,7 +263,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path, model: Path, number: int, work
     arguments = [sys.executable, str(script), str(source), str(out), str(model), str(workers)]
     process = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not [f for f in out.parent.glob(".out.*/data.bin") if f.stat().st_size > 0]:
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
             assert time.monotonic() < deadline
@@ -293,13 +293,48 @@ def test_a_dying_tokenizer_process_leaves_nothing(tmp_path: Path, model: Path) -
     assert files_of(tmp_path / "out") == []
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path, model: Path) -> None:
-    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    stale = tmp_path / f".out.{socket.gethostname()}-{int(process.stdout)}.tmp"
-    stale.mkdir()
-    (stale / "data.bin").write_bytes(b"half")
-    prepare([write_jsonl(tmp_path / "text.jsonl", TEXTS)], tmp_path / "out", model)
-    assert not stale.exists()
+WORKSPACE = """
+import pathlib, sys, time
+from megatron_ssu.data import prepare
+with prepare._workspace(pathlib.Path(sys.argv[1])) as folder:
+    (folder / "data.bin").write_bytes(b"half")
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", WORKSPACE, str(tmp_path / "out")]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        theirs = Path(process.stdout.readline().strip())
+        assert theirs.name.startswith(f".out.{socket.gethostname()}-{process.pid}-")
+        with _workspace(tmp_path / "out"):
+            assert (theirs / "data.bin").exists()
+    finally:
+        process.kill()
+        process.wait()
+    assert theirs.exists()
+    with _workspace(tmp_path / "out"):
+        assert not theirs.exists()
+    assert files_of(tmp_path / "out") == []
+
+
+def test_workspaces_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of hosts whose names begin with ours, and of processes that are about to make their lock file."""
+    others = [".out.vm-2-123-abcdefgh.tmp", ".out.vm-2-123.tmp", ".out2.vm-123-abcdefgh.tmp", ".out.vm-123-notyet1.tmp"]
+    old = ".out.vm-123.tmp"  # old, and without a lock file
+    for name in (*others, old):
+        (tmp_path / name).mkdir()
+        if "notyet" not in name and name != old:
+            (tmp_path / name / "lock").touch()
+    os.utime(tmp_path / old, (0, 0))
+    monkeypatch.setattr(socket, "gethostname", lambda: "vm")
+    with _workspace(tmp_path / "out"):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(others)
 
 
 # ---- datasets on disk
@@ -317,6 +352,31 @@ def test_prepared_prefix_depends_on_content_tokenizer_and_key(tmp_path: Path) ->
     assert prepared_prefix(tmp_path, source, "d", "text", chat_template="{{ messages }}") != name
     copy.write_bytes(gzip.compress(b"other"))
     assert prepared_prefix(tmp_path, copy, "d", "text") != name
+
+
+def test_a_large_source_is_known_by_its_content_and_not_by_its_times(tmp_path: Path) -> None:
+    """Sparse files of 3 GiB: a block's change is seen wherever blocks are read, a copy or `touch` is none."""
+    size = 3 << 30
+
+    def large(name: str, *changes: int, size: int = size) -> str:
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)
+            for offset in changes:
+                file.seek(offset)
+                file.write(b"x")
+        return source_digest(tmp_path / name)
+
+    first = large("a.jsonl", 7)
+    os.utime(tmp_path / "a.jsonl", (0, 0))
+    assert source_digest(tmp_path / "a.jsonl") == first == large("b.jsonl", 7)
+    middle = 512 * (size - (1 << 20)) // 1023 + 5
+    others = [
+        large("c.jsonl"),
+        large("d.jsonl", 7, middle),
+        large("e.jsonl", 7, size - 1),
+        large("f.jsonl", 7, size=size + 1),
+    ]
+    assert len({first, *others}) == 5
 
 
 def test_a_dataset_without_its_index_is_prepared_again(tmp_path: Path, model: Path) -> None:
@@ -343,13 +403,6 @@ def test_content_digest_follows_the_documents(tmp_path: Path, model: Path) -> No
     assert digest("c", ["two one", "three"]) != first  # as many tokens, other ones
     (tmp_path / "a.json").unlink()
     assert content_digest(tmp_path / "a") != first
-
-
-def test_a_leftover_of_a_killed_process_with_our_number_is_removed(tmp_path: Path, model: Path) -> None:
-    stale = tmp_path / f".out.{socket.gethostname()}-{os.getpid()}.tmp"
-    stale.mkdir()
-    prepare([write_jsonl(tmp_path / "text.jsonl", TEXTS)], tmp_path / "out", model)
-    assert not stale.exists()
 
 
 def test_source_kind(tmp_path: Path, model: Path) -> None:

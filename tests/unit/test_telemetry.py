@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from rich.console import Console
 
 from megatron_ssu.config.schema import CheckpointSection, LogSection, ModelSection, RunConfig, TrainSection
 from megatron_ssu.errors import UserError
-from megatron_ssu.train.telemetry import Telemetry, check_installed
+from megatron_ssu.train.sinks import check_wandb
+from megatron_ssu.train.telemetry import Telemetry
 
 
 def run_of(folder: Path, **log) -> RunConfig:
@@ -20,7 +22,7 @@ def run_of(folder: Path, **log) -> RunConfig:
         model=ModelSection(path="model"),
         train=TrainSection(iterations=4, global_batch_size=2),
         checkpoint=CheckpointSection(directory=str(folder)),
-        log=LogSection(interval=2, tensorboard=False, **log),
+        log=LogSection(interval=2, **{"tensorboard": False, **log}),
     )
 
 
@@ -59,9 +61,9 @@ def test_steps_that_are_done_again_are_told_once(tmp_path):
 
 def test_weights_and_biases_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    check_installed(run_of(tmp_path))
+    check_wandb(run_of(tmp_path))
     with pytest.raises(UserError, match=r"log\.wandb_project: the package wandb is not installed"):
-        check_installed(run_of(tmp_path, wandb_project="p"))
+        check_wandb(run_of(tmp_path, wandb_project="p"))
 
 
 def test_weights_and_biases_offline(tmp_path, monkeypatch):
@@ -70,3 +72,112 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     tell(run_of(tmp_path, wandb_project="p"), range(1, 5))
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     assert b"tokens_per_second" in written.read_bytes()
+
+
+def test_weights_and_biases_without_a_login(tmp_path, monkeypatch):
+    class Error(Exception):
+        pass
+
+    def login():
+        raise Error("api_key not configured (no-tty)\ncall wandb.login")
+
+    fake = types.ModuleType("wandb")
+    fake.__spec__, fake.errors, fake.login = object(), types.SimpleNamespace(Error=Error), login
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(UserError, match=r"^log\.wandb_project: Weights & Biases is not logged in \(.*wandb login.*$"):
+        check_wandb(run_of(tmp_path, wandb_project="p"))
+
+
+def test_numbers_that_are_none_are_null(tmp_path):
+    """metrics.jsonl is strict JSON, which has no NaN."""
+    telemetry = Telemetry(run_of(tmp_path), Console(file=io.StringIO(), width=200), active=True)
+    telemetry.step(1, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 0.1, "skipped": True})
+    telemetry.close()
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    (record,) = [json.loads(x, parse_constant=refuse) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert (record["loss"], record["grad_norm"], record["lr"], record["skipped"]) == (None, None, 0.1, True)
+
+
+class Full:
+    """A library's writer that fails with `fails` and counts what is asked of it."""
+
+    def __init__(self, fails: str, asked: list[str]) -> None:
+        self._fails, self._asked = fails, asked
+        self._do("open")
+
+    def _do(self, what: str) -> None:
+        self._asked.append(what)
+        if what == self._fails:
+            raise OSError(28, "No space left on device")
+
+    def add_scalar(self, *args) -> None:
+        self._do("write")
+
+    def log(self, *args, **kwargs) -> None:
+        self._do("write")
+
+    def flush(self) -> None:
+        self._do("flush")
+
+    def close(self) -> None:
+        self._do("close")
+
+    finish = close
+
+
+class FullFile(Full):
+    def write(self, text) -> None:
+        self._do("write")
+
+
+SINKS = {"metrics.jsonl": {}, "TensorBoard": {"tensorboard": True}, "Weights & Biases": {"wandb_project": "p"}}
+
+
+FAILURES = [(sink, fails) for sink in SINKS for fails in ("open", "write", "close")] + [("metrics.jsonl", "flush")]
+
+
+@pytest.mark.parametrize(("sink", "fails"), FAILURES)
+def test_a_sink_that_fails_is_told_once_and_left_out(sink, fails, tmp_path, monkeypatch):
+    asked: list[str] = []
+    if sink == "metrics.jsonl":
+        monkeypatch.setattr(Path, "open", lambda self, *args, **kwargs: FullFile(fails, asked))
+    elif sink == "TensorBoard":
+        monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *args, **kwargs: Full(fails, asked))
+    else:
+        fake = types.SimpleNamespace(init=lambda **kwargs: Full(fails, asked))
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+    text = tell(run_of(tmp_path, **SINKS[sink]), range(1, 5))
+    (warning,) = [line for line in text.splitlines() if line.startswith("warning")]
+    assert sink in warning and "No space left on device" in warning
+    assert text.count("iteration ") - warning.count("iteration ") == 2, "the console goes on"
+    assert asked.count(fails) == 1
+    if sink != "metrics.jsonl":  # the others have everything
+        assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_event_and_metrics_files_on_a_full_device(tmp_path, monkeypatch):
+    """The libraries' own errors: the event file is written by a thread of TensorBoard's."""
+    from tensorboard.summary.writer import event_file_writer
+
+    monkeypatch.setattr("threading.excepthook", lambda *args: None)  # that thread's traceback
+    stock = event_file_writer.tf.io.gfile.GFile
+    monkeypatch.setattr(event_file_writer.tf.io.gfile, "GFile", lambda name, mode: stock("/dev/full", mode))
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    monkeypatch.setattr("megatron_ssu.train.sinks._keep_records", lambda path, start: None)
+    text = tell(run_of(tmp_path, tensorboard=True), range(1, 5))
+    warnings = [line for line in text.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 2 and all("No space left on device" in line for line in warnings), text
+
+
+def test_closing_hides_no_other_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *args, **kwargs: Full("close", []))
+    telemetry = Telemetry(run_of(tmp_path, tensorboard=True), Console(file=io.StringIO(), width=200), active=True)
+    with pytest.raises(UserError, match="no room"):
+        try:
+            raise UserError("no room")
+        finally:
+            telemetry.close()

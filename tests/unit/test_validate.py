@@ -107,7 +107,7 @@ BAD: list[tuple[int, list[str], dict[str, Any], list[str]]] = [
     (1, ["train.optimizer.optimizer=sgd"], {}, ["train.optimizer.optimizer", "'sgd'", "adam"]),
     (1, ["train.optimizer.decoupled_weight_decay=false"], {}, ["decoupled_weight_decay", "AdamW"]),
     (1, ["train.optimizer.use_precision_aware_optimizer=true"], {}, ["use_precision_aware_optimizer", "shield"]),
-    (1, ["parallel.gradient_accumulation_fusion=true"], {}, ["parallel.gradient_accumulation_fusion", "needs CUDA"]),
+    (1, ["parallel.gradient_accumulation_fusion=true", "shield.method=none"], {}, ["parallel.gradient_accumulation_fusion", "needs CUDA"]),
     (1, ["model.attention_backend=flash"], {}, ["model.attention_backend", "flash", "Transformer Engine"]),
     (1, ["parallel.ddp.overlap_param_gather=true"], {}, ["parallel.ddp.overlap_param_gather", "overlap_grad_reduce"]),
     (1, ["parallel.timeout_minutes=0"], {}, ["parallel.timeout_minutes", "above 0"]),
@@ -159,10 +159,19 @@ BAD: list[tuple[int, list[str], dict[str, Any], list[str]]] = [
     (1, ["train.optimizer.adam_beta1=1"], {}, ["train.optimizer.adam_beta1", "[0, 1)"]),
     (1, ["train.optimizer.exp_avg_dtype=bf16"], {}, ["train.optimizer", "exp_avg_dtype"]),
     # shield
-    (1, ["shield.ratio=1.01"], {}, ["shield.ratio", "1.01", "[0, 1]"]),
-    (1, ["shield.kinds={mlp: -1}"], {}, ["shield.kinds.mlp", "-1.0", "[0, 1]"]),
-    (1, ["shield.ceiling=2"], {}, ["shield.ceiling", "2.0", "[0, 1]"]),
+    (1, ["shield.ratio=1.01"], {}, ["shield.ratio", "1.01", "from 0 to 1"]),
+    (1, ["shield.kinds={mlp: -1}"], {}, ["shield.kinds.mlp", "-1.0", "from 0 to 1"]),
+    (1, ["shield.ceiling=2"], {}, ["shield.ceiling", "2.0", "from 0 to 1"]),
     (1, ["shield.budget=layerwise", "shield.floor=0.6"], {}, ["shield.ratio", "0.5", "floor 0.6"]),
+    (1, ["shield.score=wander"], {}, ["shield.score: 'wander'", "wanda", "fisher"]),
+    (1, ["shield.also_score=[magnitud]"], {}, ["shield.also_score: 'magnitud'", "magnitude"]),
+    (1, ["shield.granularity=colum"], {}, ["shield.granularity: 'colum'", "column, row, element"]),
+    (1, ["shield.budget=kinds"], {}, ["shield.budget: 'kinds'", "uniform, layerwise, per-kind"]),
+    (1, ["shield.kinds={mlp: 0.5}"], {}, ["shield.kinds", "per-kind alone, not uniform"]),
+    (1, ["shield.budget=per-kind", "shield.kinds={mpl: 0.5}"], {}, ["shield.kinds.mpl", "attention, mlp", "down_proj"]),
+    (1, ["shield.protect=[{pattern: '*.qkv.weight', action: frozen}]"], {}, ["'*.qkv.weight' fits no weight of the model"]),
+    (1, ["shield.protect=[{pattern: 'layers:0-8', action: frozen}]"], {}, ["layers:0-8", "outside layers 0-7"]),
+    (1, ["shield.score=magnitude", "shield.norms=half", "shield.calibration.path="], {}, ["calibration.path", "norms half"]),
     (1, ["shield.seed=-1"], {}, ["shield.seed", "-1", "from 0"]),
     (1, ["shield.calibration.samples=0"], {}, ["shield.calibration.samples", "at least 1"]),
     (1, ["shield.calibration.path="], {}, ["shield.calibration.path", "'wanda'", "magnitude, random"]),
@@ -182,8 +191,13 @@ BAD: list[tuple[int, list[str], dict[str, Any], list[str]]] = [
     (1, ["data.source_valid=gone.jsonl"], {}, ["data.source_valid", "does not exist"]),
     (1, ["data.target_valid=notes.txt"], {}, ["data.target_valid", "notes.txt"]),
     (1, ["data.split=99"], {}, ["data.split", "expected text"]),
-    (1, ["data.split='99,1'"], {}, ["data.split", "three shares"]),
-    (1, ["data.split='99,-1,0'"], {}, ["data.split", "three shares"]),
+    (1, ["data.split='99,-1,0'"], {}, ["data.split", "up to three numbers"]),
+    (1, ["train.optimizer.min_lr="], {}, ["train.optimizer.min_lr", "got null", "write 0"]),
+    (1, ["train.optimizer.decoupled_min_lr=1e-6"], {}, ["train.optimizer.decoupled_min_lr", "without decoupled_lr"]),
+    (1, ["train.optimizer.min_lr=1e-5", "train.optimizer.decoupled_lr=1e-6"], {}, ["decoupled_lr: 1e-06 is below min_lr"]),
+    (1, ["train.optimizer.log_num_zeros_in_grad=true"], {}, ["train.optimizer.log_num_zeros_in_grad", "not logged"]),
+    (1, ["train.optimizer.loss_scale=128"], {}, ["train.optimizer.loss_scale", "fp16"]),
+    (1, ["train.optimizer.hysteresis=3"], {}, ["train.optimizer.hysteresis", "fp16"]),
     (1, ["data.split='0,1,0'"], {}, ["data.split", "nothing to train on"]),
     (1, ["data.workers=0"], {}, ["data.workers", "at least 1"]),
     # checkpoint
@@ -258,6 +272,12 @@ def test_what_a_gpu_allows(world: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(UserError, match=r"parallel\.ddp\.fp8_param_gather: true does not go with a shield"):
         validate_mesh(run, 1)
     assert validate_mesh(load_run("run.yaml", ["parallel.ddp.fp8_param_gather=true", "shield.method=none"]), 1) == 1
+    fusion = "parallel.gradient_accumulation_fusion=true"
+    with pytest.raises(
+        UserError, match=r"gradient_accumulation_fusion: true does not go with a shield; .*method: none"
+    ):
+        validate_mesh(load_run("run.yaml", [fusion]), 1)
+    assert validate_mesh(load_run("run.yaml", [fusion, "shield.method=none"]), 1) == 1
 
 
 def test_parse_size() -> None:
@@ -272,11 +292,24 @@ def test_parse_size() -> None:
 
 
 def test_parse_split() -> None:
-    assert parse_split("99,1,0") == (99.0, 1.0, 0.0)
-    assert parse_split(" 0.9, 0.1, 0") == (0.9, 0.1, 0.0)
-    for split in ("", "1,2", "1,2,3,4", "a,b,c", "nan,1,1", "inf,0,0", "0,1,1"):
+    assert parse_split("98,1,1") == pytest.approx((0.98, 0.01, 0.01))
+    assert parse_split(" 0.9, 0.1, 0") == pytest.approx((0.9, 0.1, 0.0))
+    assert parse_split(" 3 , 1") == (0.75, 0.25, 0.0)
+    for split in ("", "a", "1,2,3,4", "a,b,c", "nan,1,1", "inf,0,0", "-1,2,0", "0,1,1", "0,0,0", "1;2"):
         with pytest.raises(UserError, match=r"data\.split"):
             parse_split(split)
+
+
+def test_documents_that_a_split_keeps_from_training_are_told(world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from megatron_ssu.commands import _warn_of_unused_documents
+
+    for overrides, told in (([], 0), (["data.split='99,1,0'"], 1), (["data.split='1,0,0'"], 0)):
+        caplog.clear()
+        _warn_of_unused_documents(load_run("run.yaml", ["data.target_valid=a.jsonl", *overrides]))
+        assert len(caplog.records) == told
+        assert all("data.split: 99,1,0 keeps 1 % of the documents out" in record.message for record in caplog.records)
+    _warn_of_unused_documents(load_run("run.yaml", ["data.split='99,1,0'"]))
+    assert not [record for record in caplog.records if "out of training" in record.message]
 
 
 def test_read_hf_config(world: Path) -> None:

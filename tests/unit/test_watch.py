@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.family import Dims, family_of
+from megatron_ssu.train import updates, watchdog
 from megatron_ssu.train.faults import SpikeWatch
 from megatron_ssu.train.flops import flops_per_token, peak_flops
 from megatron_ssu.train.identity import Identity
-from megatron_ssu.train.watchdog import Heartbeat, describe
+from megatron_ssu.train.watchdog import Heartbeat, Watchdog, describe
 from tests.models import make_model
 
 
@@ -62,6 +67,99 @@ def test_all_alike_blames_nobody():
     beats = {r: heartbeat(beat=4, waiting=False) for r in range(3)}
     later = {r: heartbeat(beat=6, waiting=False) for r in range(3)}
     assert "none is behind the others" in describe(beats, later, 3, 0)
+
+
+class CountingStore:
+    """A store for one job's ranks that counts how often every key is read."""
+
+    def __init__(self) -> None:
+        self.read: Counter[str] = Counter()
+        self._values: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def set(self, key: str, value: str) -> None:
+        self._values[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        with self._lock:
+            self.read[key] += 1
+        return self._values[key]
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self._values for key in keys)
+
+    def add(self, key: str, amount: int) -> int:
+        with self._lock:
+            self._values[key] = str(int(self._values.get(key, b"0")) + amount).encode()
+            return int(self._values[key])
+
+
+def test_a_few_ranks_read_all_heartbeats_and_the_others_hear_of_it(monkeypatch):
+    """Else n hung ranks ask the store for n heartbeats each, twice."""
+    world, store, said = 24, CountingStore(), {}
+    monkeypatch.setattr(watchdog, "_own_store", lambda rank: store)
+    monkeypatch.setattr(watchdog, "_PATIENCE", 10**6)
+    monkeypatch.setattr(watchdog.dist, "get_world_size", lambda: world)
+    dogs: list[Watchdog] = []
+    for rank in range(world - 1):  # the last is dead
+        monkeypatch.setattr(watchdog.dist, "get_rank", lambda rank=rank: rank)
+        dogs.append(Watchdog(1000.0))
+
+    def beat(self: Watchdog, seconds: float = 0.0) -> None:
+        time.sleep(0.001)
+        for dog in dogs:
+            dog._publish()
+
+    monkeypatch.setattr(Watchdog, "_pause", beat)
+    beat(dogs[0])
+    threads = [threading.Thread(target=lambda r=r, d=d: said.update({r: d.found()})) for r, d in enumerate(dogs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert set(said.values()) == {"rank 23 is dead or stopped (it never began)"} and len(said) == world - 1
+    assert store.read["heartbeat/0"] <= 2 * watchdog._READERS
+
+
+def test_a_rank_asks_itself_where_those_that_read_have_died(monkeypatch):
+    store = CountingStore()
+    monkeypatch.setattr(watchdog, "_own_store", lambda rank: store)
+    monkeypatch.setattr(watchdog.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(watchdog.dist, "get_rank", lambda: 0)
+    dog = Watchdog(1000.0, beat=0.01)
+    store.add("readers", watchdog._READERS)
+    assert dog.found() == "rank 1 is dead or stopped (it never began)"
+
+
+class LargestOutput(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that an operation allocates."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        if isinstance(found, torch.Tensor) and found.untyped_storage().data_ptr() not in given:
+            self.bytes = max(self.bytes, found.nbytes)
+        return found
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_update_norms_need_no_copy_of_a_shard(decay, monkeypatch):
+    """The squares are those of torch's own AdamW steps, and no temporary is larger than a chunk."""
+    monkeypatch.setattr(updates, "CHUNK", 1000)
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(300, 37))
+    optimizer = torch.optim.AdamW([weight], lr=0.01, weight_decay=decay)
+    for _ in range(3):
+        before = weight.detach().clone()
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+    with LargestOutput() as largest:
+        found = updates.change_square(weight.detach(), optimizer.state[weight], optimizer.param_groups[0], True)
+    assert found.dtype == torch.float64
+    assert found.item() == pytest.approx((weight.detach() - before).double().square().sum().item(), rel=1e-5)
+    assert 0 < largest.bytes <= 8 * 1000
 
 
 @pytest.mark.parametrize(
