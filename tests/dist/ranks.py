@@ -1,6 +1,8 @@
-"""Ranks for tests: processes that are started once and run many small distributed functions over gloo.
+"""Ranks for tests: processes that run small distributed functions over gloo.
 
-They are forked from a server that has imported everything, so that a start costs a fraction of a second.
+Every job gets processes of its own, forked from a server that has imported everything, so that a start costs a fraction
+of a second. Processes that go on to another job would keep the threads of the first one's gloo groups, each of which wakes up a
+hundred times per second.
 """
 
 from __future__ import annotations
@@ -14,8 +16,7 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-
-PRELOADED = ["transformers", "megatron_ssu.commands", "tests.dist.work"]
+PRELOADED = ["transformers", "megatron_ssu.commands", "megatron_ssu.models.specs", "tests.dist.work"]
 
 
 class RankError(Exception):
@@ -26,66 +27,61 @@ class RankError(Exception):
         self.kind, self.message = kind, message
 
 
-def _serve(rank: int, pipe: Any) -> None:
+def _serve(rank: int, world: int, store: str, pipe: Any, work: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
     import torch
-
-    torch.set_num_threads(1)
     import torch.distributed as dist
 
     from megatron_ssu import runtime
 
+    torch.set_num_threads(1)
     runtime.install_cpu_backend()
-    while True:
-        job = pipe.recv()
-        if job is None:
-            os._exit(0)  # the threads that gloo groups leave behind take seconds to end
-        work, world, store, args, kwargs = job
-        try:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-            result = ("done", work(*args, **kwargs))
-            dist.barrier()
-        except Exception as error:
-            result = ("raised", type(error).__name__, str(error), traceback.format_exc())
-        finally:
-            runtime.stop_processes()
-        pipe.send(result)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        result = ("done", work(*args, **kwargs))
+        dist.barrier()
+    except Exception as error:
+        result = ("raised", type(error).__name__, str(error), traceback.format_exc())
+    pipe.send(result)
+    pipe.poll(60)  # tensors go through files that live as long as this process: wait until they are read
+    os._exit(0)  # taking the groups down takes longer than the work of many a test
 
 
 class Ranks:
     """`run(work, world, *args)` runs a module-level function on `world` ranks and returns their results in order."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        self.most, self.pipes, self.processes = most, [], []
-        for rank in range(most):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs), daemon=False)
-            process.start()
-            self.pipes.append(ours)
-            self.processes.append(process)
+        self._context = mp.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOADED)
 
     def run(self, work: Callable, world: int, *args: Any, timeout: float = 300.0, **kwargs: Any) -> list[Any]:
         """Raises RankError with the first failing rank's traceback."""
         with tempfile.TemporaryDirectory() as folder:
             store = str(Path(folder) / "store")
-            for pipe in self.pipes[:world]:
-                pipe.send((work, world, store, args, kwargs))
-            answers = []
-            for rank, pipe in enumerate(self.pipes[:world]):
-                if not pipe.poll(timeout):
-                    raise TimeoutError(f"rank {rank} did not answer in {timeout} s")
-                answers.append(pipe.recv())
+            pipes, processes = [], []
+            try:
+                for rank in range(world):
+                    ours, theirs = self._context.Pipe()
+                    process = self._context.Process(target=_serve, args=(rank, world, store, theirs, work, args, kwargs))
+                    process.start()
+                    theirs.close()
+                    pipes.append(ours)
+                    processes.append(process)
+                answers = [self._answer(rank, pipe, timeout) for rank, pipe in enumerate(pipes)]
+            finally:
+                for process in processes:
+                    process.kill()
+                    process.join()
         for answer in answers:
             if answer[0] == "raised":
                 raise RankError(*answer[1:])
         return [answer[1] for answer in answers]
 
-    def close(self) -> None:
-        for pipe in self.pipes:
-            pipe.send(None)
-        for process in self.processes:
-            process.join(20)
-            if process.is_alive():
-                process.kill()
+    @staticmethod
+    def _answer(rank: int, pipe: Any, timeout: float) -> tuple:
+        if not pipe.poll(timeout):
+            raise TimeoutError(f"rank {rank} did not answer in {timeout} s")
+        try:
+            return pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"rank {rank} died without an answer") from None
