@@ -437,7 +437,7 @@ ROWS = [
         "planned/shield.safetensors", "shield.file"),
     row("changed model", nothing, RESUME + " model.path=other", "scores of model hf, not of other", "weights"),
     row("changed model definition", config(rms_norm_eps=0.5), RESUME, "config.json", "scores"),
-    row("changed model definition, no shield", both(config(rms_norm_eps=0.5), plain("plain")), "train run.yaml checkpoint.directory=plain shield.method=none train.iterations=3", "plain/checkpoints/iter_0000002", "rms_norm_eps was 1e-05", "0.5 now"),
+    row("changed model definition, no shield", both(config(rms_norm_eps=0.5), plain("plain")), "train run.yaml checkpoint.directory=plain shield.method=none train.iterations=3", "plain/checkpoints/iter_0000002", "rms_norm_eps) was 1e-05", "0.5 now"),
     row("a phase of nothing", nothing, "train run.yaml train.phase.number=2", "train.phase.number: 2", "train.iterations is 2", "raise train.iterations"),
     row("fewer iterations than there are", nothing, "train run.yaml train.iterations=1", "train.iterations: 1", "iter_0000002"),
     row("exported, of another shield", nothing, FINISHED + " shield.ratio=0.9", "run/shield.safetensors", "change it back"),
@@ -447,7 +447,7 @@ ROWS = [
     row("an export of another run", replace("adapted/megatron-ssu.json", '"iteration": 2', '"iteration": 1'), FINISHED, "checkpoint.export", "adapted", "another export"),
     row("something else in the export's place", both(lambda w: (w / "junk").mkdir(), text("junk/thesis.txt", "")), FINISHED.replace("=adapted", "=junk"), "checkpoint.export", "junk"),
     row("export of another model", nothing, "export run.yaml --output out model.path=other", "weights' fingerprint"),
-    row("export with another config.json", config(rms_norm_eps=0.5), "export run.yaml --output out", "rms_norm_eps was 1e-05"),
+    row("export with another config.json", config(rms_norm_eps=0.5), "export run.yaml --output out", "rms_norm_eps) was 1e-05"),
     row("export in another precision", both(tensors(bfloat16), config(dtype="bfloat16")), "export run.yaml --output out precision.dtype=bf16", "iter_0000002"),
     row("export here", nothing, "export run.yaml --output .", "--output", "current directory"),
     row("export up", nothing, "export run.yaml --output ..", "--output", "exists"),
@@ -485,7 +485,7 @@ def test_one_line_and_nothing_changed(row, world, capsys):
     assert {n: d for n, d in after.items() if n in before} == before, "something was overwritten"
     left = sorted(set(after) - set(before))
     # Datasets and scores that were complete before the mistake showed, and the run file, are kept.
-    kept = ("begun/data/", "planned/", "new/run.yaml", "new/data/", "new/scores.safetensors", "new/shield.safetensors", "new/metrics.jsonl")
+    kept = ("begun/data/", "planned/", "seeded/run.yaml", "seeded/data/", "plain/run.yaml", "plain/data/", "new/run.yaml", "new/data/", "new/scores.safetensors", "new/shield.safetensors", "new/metrics.jsonl")
     assert not [n for n in left if not n.startswith(kept)], left
     assert not [n for n in left if ".part" in n or ".tmp" in n], left
 
