@@ -25,9 +25,10 @@ a run, from a Hugging Face model to an adapted one:
 score, train and export run alone, or on every rank of
   torchrun --nproc-per-node 8 -m megatron_ssu train run.yaml parallel.tensor_model_parallel_size=2
 
-exit status: 0 done; 1 verify found a frozen weight that moved, or a bug; 2 bad input or a checkpoint that could not be
-  written, told in one line; 3 too many steps skipped; 4 a rank was lost or hangs; 75, 130, 143 training was stopped, with a
-  checkpoint, by SIGUSR1 or train.exit_after, SIGINT, SIGTERM: start again
+exit status: 0 done; 1 verify found a frozen weight that moved or another model definition, or a bug; 2 bad input, a run that
+  another job holds, a checkpoint that could not be written, told in one line, or nothing frozen that verify could check;
+  3 too many steps skipped; 4 a rank was lost or hangs; 75, 130, 143 training was stopped, with a checkpoint, by SIGUSR1 or
+  train.exit_after, SIGINT, SIGTERM: start again
 """
 OVERRIDES = "section.key=value: goes before what the run file says, such as shield.ratio=0.25"
 
@@ -209,7 +210,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
 def _export(options: argparse.Namespace, console: Console) -> int:
     from megatron_ssu import commands
 
-    commands.export(_load(options), Path(options.output), options.iteration, console)
+    commands.export(_load(options), options.output, options.iteration, console)
     return 0
 
 
@@ -255,13 +256,15 @@ def _prepare(options: argparse.Namespace, console: Console) -> int:
 def _verify(options: argparse.Namespace, console: Console) -> int:
     import json
 
+    from megatron_ssu.io.atomic import check_writable, write_text
     from megatron_ssu.shield.verify import verify
 
+    target = check_writable(options.json) if options.json else None
     report = verify(options.source, options.adapted, options.shield)
     report.render(console)
-    if options.json:
-        Path(options.json).write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-    return 0 if report.ok else 1
+    if target:
+        write_text(target, json.dumps(report.to_dict(), indent=1) + "\n")
+    return report.status
 
 
 def _estimate(options: argparse.Namespace, console: Console) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from megatron_ssu.config.load import save_run
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.units import parse_split
 from megatron_ssu.config.validate import read_hf_config
-from megatron_ssu.config.validate_train import parse_size, validate_data
+from megatron_ssu.config.validate_train import parse_size, validate_checkpoint, validate_data
 from megatron_ssu.data.datasets import build_train_valid, build_valid
 from megatron_ssu.data.indexed import content_digest
 from megatron_ssu.data.sources import Prefixes, prepare_run, run_tokenizer
 from megatron_ssu.errors import UserError
+from megatron_ssu.io.atomic import write_text
 from megatron_ssu.methods.base import method_named
-from megatron_ssu.models.hf_export import export_model
+from megatron_ssu.models.hf_export import check_target, export_model
 from megatron_ssu.scoring.file import Scores
 from megatron_ssu.session import Session, Source, check_run, open_session, open_source
 from megatron_ssu.shield import make
@@ -36,6 +37,8 @@ from megatron_ssu.train.checkpoint import Checkpoints, Progress
 from megatron_ssu.train.flops import flops_per_token, peak_flops
 from megatron_ssu.train.identity import identity_of
 from megatron_ssu.train.loop import Datasets, Trainer, train
+from megatron_ssu.train.resume_check import check_exported, checkpoint_record, may_be_exported, newest
+from megatron_ssu.train.run_lock import held
 from megatron_ssu.train.sinks import check_wandb
 from megatron_ssu.train.telemetry import Telemetry, log_to_file
 
@@ -46,9 +49,9 @@ def score(run: RunConfig, console: Console) -> None:
     """Write the scores file of a run file."""
     source = _start(run, training=False)
     _refuse_given("score", "shield.scores", run.shield.scores)
-    runtime.on_rank_zero(lambda: _check_not_begun(run))
-    session = open_session(run, source)
-    scores = make.make_scores(session)
+    with held(run.checkpoint.directory, "score"):
+        runtime.on_rank_zero(lambda: _check_not_begun(run))
+        scores = make.make_scores(open_session(run, source))
     if scores is not None:
         console.print(
             f"{make.scores_path(run)}: {', '.join(scores.scores)} of {scores.model} over {scores.tokens:,} tokens "
@@ -68,13 +71,15 @@ def plan(run: RunConfig, console: Console) -> Shield:
         raise UserError(
             "shield.method: none has no shield to plan; name a method that has one (ssu), or leave the key out"
         )
+    validate_checkpoint(run)
     source = open_source(run.model.path)
     check_names(run)
     check_rules(run, source.family.matrices(source.dims))
     path = make.scores_path(run)
     if not path.exists():
         raise UserError(f"{path}: no scores there; run `megatron-ssu score` first, or name a file with shield.scores")
-    shield = make.write_plan(run, source, Scores.load(path), replace=True, begun=_has_begun(run))
+    with held(run.checkpoint.directory, "plan"):
+        shield = make.write_plan(run, source, Scores.load(path), replace=True, begun=_has_begun(run))
     linear = shield.realised()["linear"]
     console.print(
         f"{make.shield_path(run)}: {linear['ratio']:.4f} of {linear['elements']:,} weights frozen by {shield.granularity}, "
@@ -106,8 +111,10 @@ def _check_not_begun(run: RunConfig) -> None:
 def prepare(run: RunConfig, console: Console, *, skip_bad_lines: bool) -> None:
     """Tokenize what the run file names and is not tokenized yet."""
     validate_data(run)
+    validate_checkpoint(run)
     tokenizer = run_tokenizer(run)
-    prefixes, reports = prepare_run(run, tokenizer, console, skip_bad_lines=skip_bad_lines)
+    with held(run.checkpoint.directory, "prepare"):
+        prefixes, reports = prepare_run(run, tokenizer, console, skip_bad_lines=skip_bad_lines)
     for report in reports:
         console.print(
             f"{report.prefix}: {report.documents:,} documents, {report.tokens:,} tokens"
@@ -122,24 +129,32 @@ def prepare(run: RunConfig, console: Console, *, skip_bad_lines: bool) -> None:
 def train_run(run: RunConfig, console: Console) -> Progress:
     """Make what is missing (datasets, scores, shield), train, and export where the run file asks for it."""
     source = _start(run, training=True)
-    if runtime.on_rank_zero(lambda: _is_finished(run)):
-        console.print(f"{run.checkpoint.export}: the run has ended and is exported; nothing to do", highlight=False)
-        return Progress(run.train.iterations, run.train.iterations * run.train.global_batch_size)
+    with held(run.checkpoint.directory, "train"):
+        return _train(run, source, console)
+
+
+def _train(run: RunConfig, source: Source, console: Console) -> Progress:
+    checkpoints, method = Checkpoints(run.checkpoint.directory), method_named(run.shield.method)
+    latest = runtime.on_rank_zero(lambda: newest(run, checkpoints))
+    exported = runtime.on_rank_zero(lambda: may_be_exported(run, latest))
     runtime.on_rank_zero(lambda: _begin_directory(run))
     runtime.on_all_ranks(lambda: _log(run))
-    checkpoints = Checkpoints(run.checkpoint.directory)
-    latest = runtime.on_rank_zero(lambda: _newest(run, checkpoints))
     tokenizer = runtime.on_all_ranks(lambda: run_tokenizer(run))
     prefixes = runtime.on_rank_zero(lambda: prepare_run(run, tokenizer, console)[0])
+    if exported:
+        digests_of = partial(_train_digests, prefixes)
+        shield_of = partial(method.present_shield, run, source)
+        runtime.on_rank_zero(lambda: check_exported(run, source, checkpoints, shield_of, digests_of))
+        console.print(f"{run.checkpoint.export}: the run has ended and is exported; nothing to do", highlight=False)
+        return Progress(run.train.iterations, run.train.iterations * run.train.global_batch_size)
     session = open_session(run, source)
-    shield = method_named(run.shield.method).shield(session, begun=latest is not None)
-    trainer = Trainer(session, shield)
     datasets = runtime.on_all_ranks(lambda: _datasets(run, session, prefixes, tokenizer))
+    shield = method.shield(session, begun=latest is not None)
+    identity = identity_of(run, shield, datasets.train_digests)
+    trainer = Trainer(session, shield)
     progress = Progress(phase=run.train.phase.number)
     if latest is not None:
-        progress = checkpoints.load(
-            latest, session, identity_of(run, shield, datasets.train_digests), trainer.optimizer
-        )
+        progress = checkpoints.load(latest, session, identity, trainer.optimizer)
         trainer.resume(progress)
     runtime.on_rank_zero(lambda: save_run(run, Path(run.checkpoint.directory) / "run.yaml"))
     telemetry = _telemetry(session, console, progress)
@@ -149,31 +164,21 @@ def train_run(run: RunConfig, console: Console) -> Progress:
     finally:
         telemetry.close()
     if run.checkpoint.export:
-        _export(session, Path(run.checkpoint.export), console)
+        _export(session, Path(run.checkpoint.export), identity.facts, progress, console)
     return progress
 
 
-def _newest(run: RunConfig, checkpoints: Checkpoints) -> int | None:
-    """The checkpoint to go on from. Raises UserError where there is one and the run is not to go on from it."""
-    latest = checkpoints.latest()
-    if latest is not None and not run.checkpoint.resume:
-        raise UserError(
-            f"checkpoint.resume: false, and {checkpoints.path(latest)} is there; choose another checkpoint.directory, "
-            "or remove the checkpoints"
-        )
-    return latest
-
-
-def export(run: RunConfig, target: Path, iteration: int | None, console: Console) -> None:
+def export(run: RunConfig, output: str | Path, iteration: int | None, console: Console) -> None:
     """Write a checkpoint of the run as a Hugging Face directory, from whatever mesh the run file names now."""
-    source = _start(run, training=False)
+    source = _start(run, training=False, shielding=False)
+    target = runtime.on_rank_zero(lambda: check_target(output, "--output"))
     checkpoints = Checkpoints(run.checkpoint.directory)
     found = iteration if iteration is not None else runtime.on_rank_zero(checkpoints.latest)
     if found is None:
         raise UserError(f"{checkpoints.folder}: no checkpoint to export; train first, or name the run's directory")
     session = open_session(run, source, load=False)
-    checkpoints.load_weights(found, session)
-    _export(session, target, console)
+    common = checkpoints.load_weights(found, session)
+    _export(session, target, common["identity"], Progress(**common["progress"]), console)
 
 
 def estimate(run: RunConfig, options: argparse.Namespace, console: Console) -> None:
@@ -195,7 +200,7 @@ def estimate(run: RunConfig, options: argparse.Namespace, console: Console) -> N
     found = count(run, hf, world, shield=shield, engine=not options.local_layers)
     render(found, gpu, console, options.efficiency)
     if options.json:
-        _write_text(Path(options.json), json.dumps(to_dict(found, gpu, options.efficiency), indent=1) + "\n")
+        write_text(Path(options.json), json.dumps(to_dict(found, gpu, options.efficiency), indent=1) + "\n")
 
 
 def inspect(options: argparse.Namespace, console: Console) -> None:
@@ -207,7 +212,7 @@ def inspect(options: argparse.Namespace, console: Console) -> None:
     other = load_shield(options.compare, check=True) if options.compare else None
     found = inspect_shield(shield, scores, other, score=options.score)
     if options.json:
-        _write_text(Path(options.json), json.dumps(found.to_dict(), indent=1) + "\n")
+        write_text(Path(options.json), json.dumps(found.to_dict(), indent=1) + "\n")
     paths = draw(found, options.output) if options.output else []
     # A table that does not fit a pipe's assumed 80 columns would be cut, so it gets what it needs there.
     found.render(console if console.is_terminal else Console(file=console.file, quiet=console.quiet, width=160))
@@ -229,33 +234,11 @@ def compose(operation: str, files: Sequence[Path], target: Path, console: Consol
     )
 
 
-def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text)
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-def _start(run: RunConfig, *, training: bool) -> Source:
+def _start(run: RunConfig, *, training: bool, shielding: bool = True) -> Source:
     """Join the ranks and check the run file; all ranks get through, or none."""
     method_named(run.shield.method)
     runtime.start_processes(run.parallel.timeout_minutes)
-    return runtime.on_all_ranks(lambda: check_run(run, training=training))
-
-
-def _is_finished(run: RunConfig) -> bool:
-    """Whether the last checkpoint is exported already. Raises UserError where something else is in the export's place."""
-    target = Path(run.checkpoint.export) if run.checkpoint.export else None
-    if target is None or not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return False
-    if run.checkpoint.resume and Checkpoints(run.checkpoint.directory).latest() == run.train.iterations:
-        return True
-    raise UserError(
-        f"checkpoint.export: {target} exists already and is not overwritten; name another directory or remove it"
-    )
+    return runtime.on_all_ranks(lambda: check_run(run, training=training, shielding=shielding))
 
 
 def _begin_directory(run: RunConfig) -> None:
@@ -294,7 +277,11 @@ def _datasets(run: RunConfig, session: Session, prefixes: Prefixes, tokenizer) -
     }
     if from_split is not None:
         watched["target_valid_loss"] = from_split
-    return Datasets(trained, watched, [content_digest(prefix) for prefix, _ in prefixes.train])
+    return Datasets(trained, watched, _train_digests(prefixes))
+
+
+def _train_digests(prefixes: Prefixes) -> list[str]:
+    return [content_digest(prefix) for prefix, _ in prefixes.train]
 
 
 def _warn_of_unused_documents(run: RunConfig) -> None:
@@ -350,8 +337,12 @@ def _announce(telemetry: Telemetry, session: Session, shield: Shield, progress: 
         telemetry.say(f"going on after iteration {progress.iteration}")
 
 
-def _export(session: Session, target: Path, console: Console) -> None:
-    size = parse_size(session.run.checkpoint.max_shard_size)
-    export_model(session.layout, session.mesh, session.source.checkpoint, target, size)
+def _export(session: Session, target: Path, facts: dict[str, Any], progress: Progress, console: Console) -> None:
+    """Export the session's weights, which are those of the checkpoint with this identity and progress."""
+    run = session.run
+    size = parse_size(run.checkpoint.max_shard_size)
+    name = Path(run.checkpoint.directory).resolve().name
+    record = runtime.on_rank_zero(lambda: checkpoint_record(session.source, facts, progress).to_json(name))
+    export_model(session.layout, session.mesh, session.source.checkpoint, target, size, record=record)
     if session.mesh.rank == 0:
         console.print(f"{target}: exported", highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_ssu import runtime
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.validate import read_hf_config, validate_run
-from megatron_ssu.models.build import DTYPES, build_chunks, transformer_config
+from megatron_ssu.models.build import DTYPES, build_chunks, rope_frequencies, transformer_config
 from megatron_ssu.models.family import Dims, Family, family_of, padded_vocab
 from megatron_ssu.models.hf_files import HFCheckpoint
 from megatron_ssu.models.hf_import import check_checkpoint, import_weights
@@ -40,6 +40,7 @@ def open_source(path: str | Path) -> Source:
     path = Path(path)
     hf = read_hf_config(str(path))
     family = family_of(hf)
+    rope_frequencies(hf, str(path))
     return Source(path, hf, family, Dims.from_hf(hf), HFCheckpoint(path))
 
 
@@ -55,10 +56,13 @@ class Session:
     layout: Layout
 
 
-def check_run(run: RunConfig, *, training: bool = True) -> Source:
-    """Everything that can be checked without weights, before any process group is made. Raises UserError."""
+def check_run(run: RunConfig, *, training: bool = True, shielding: bool = True) -> Source:
+    """Everything that can be checked without weights, before any process group is made. Raises UserError.
+
+    Without `training` the settings of the training loop are not checked, without `shielding` nor is the shield section.
+    """
     source = open_source(run.model.path)
-    validate_run(run, runtime.world_size(), source.hf, training=training)
+    validate_run(run, runtime.world_size(), source.hf, training=training, shielding=shielding)
     check_checkpoint(source.checkpoint, source.family, source.dims, DTYPES[run.precision.dtype])
     return source
 

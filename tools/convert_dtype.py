@@ -15,7 +15,11 @@ import sys
 import warnings
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from megatron_ssu.errors import UserError
+from megatron_ssu.models.hf_config import read_hf_config
+from megatron_ssu.models.hf_files import INDEX_FILE, SINGLE_FILE, HFCheckpoint, carry_files
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names in torch and in config.json
 
@@ -24,49 +28,58 @@ def convert(source: Path, target: Path, dtype: str) -> None:
     """Cast every floating-point tensor of `source`; files, names and index stay.
 
     Raises:
-        UserError: `source` is no model directory, or `target` exists.
+        UserError: `source` is no model directory, or `target` exists or cannot be written; nothing is left behind then.
     """
+    from megatron_ssu.models.hf_export import check_target
+
+    checkpoint = HFCheckpoint(source)
+    read_hf_config(str(source), "--source")
+    target = check_target(target, "--target")
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write(checkpoint, partial, dtype)
+        if target.exists():  # an empty directory
+            target.rmdir()
+        os.replace(partial, target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{target}: cannot be written: {reason}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(checkpoint: HFCheckpoint, folder: Path, dtype: str) -> None:
+    """All files of the converted model, into `folder`."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    from megatron_ssu.models.hf_export import CARRIED
-    from megatron_ssu.models.hf_files import HFCheckpoint
-
-    wanted: torch.dtype = getattr(torch, DTYPES[dtype])
-    checkpoint = HFCheckpoint(source)
-    if target.exists():
-        raise UserError(f"{target}: exists already and is not overwritten; name another directory")
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    source, wanted = checkpoint.directory, getattr(torch, DTYPES[dtype])
     for file in sorted({checkpoint.entry(name).file for name in checkpoint.names()}):
         tensors = {k: t.to(wanted) if t.is_floating_point() else t for k, t in load_file(file).items()}
-        save_file(tensors, partial / file.name, metadata={"format": "pt"})
-        (partial / file.name).chmod(file.stat().st_mode)
-    for pattern in CARRIED:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, partial / file.name)
-    _note_dtype(partial / "config.json", dtype)
-    _fix_index(partial)
-    os.replace(partial, target)
+        save_file(tensors, folder / file.name, metadata={"format": "pt"})
+        (folder / file.name).chmod(file.stat().st_mode)
+    carry_files(source, folder)
+    _note_dtype(folder / "config.json", dtype)
+    if not (source / SINGLE_FILE).is_file():
+        shutil.copyfile(source / INDEX_FILE, folder / INDEX_FILE)
+        _fix_index(folder / INDEX_FILE)
 
 
 def _note_dtype(config: Path, dtype: str) -> None:
-    values = json.loads(config.read_text())
+    values = json.loads(config.read_text(encoding="utf-8-sig"))
     for key in ("dtype", "torch_dtype"):
         if key in values:
             values[key] = DTYPES[dtype]
     config.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _fix_index(folder: Path) -> None:
-    from megatron_ssu.models.hf_files import HFCheckpoint
-
-    for index in folder.glob("*.index.json"):
-        values = json.loads(index.read_text())
-        checkpoint = HFCheckpoint(folder)
-        values.setdefault("metadata", {})["total_size"] = sum(checkpoint.entry(n).nbytes for n in checkpoint.names())
-        index.write_text(json.dumps(values, indent=2) + "\n")
+def _fix_index(index: Path) -> None:
+    values = json.loads(index.read_text(encoding="utf-8"))
+    checkpoint = HFCheckpoint(index.parent)
+    values.setdefault("metadata", {})["total_size"] = sum(checkpoint.entry(n).nbytes for n in checkpoint.names())
+    index.write_text(json.dumps(values, indent=2) + "\n")
 
 
 if __name__ == "__main__":

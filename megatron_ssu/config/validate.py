@@ -8,7 +8,6 @@ raises UserError with the key, the value and what would do.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from contextlib import suppress
@@ -31,6 +30,7 @@ from megatron_ssu.config.validate_train import (
     validate_train,
 )
 from megatron_ssu.errors import UserError
+from megatron_ssu.models.hf_config import read_hf_config
 
 __all__ = [
     "parse_size",
@@ -139,41 +139,20 @@ def _flash_attention() -> bool:
     return False
 
 
-def read_hf_config(path: str, key: str = "model.path") -> dict[str, Any]:
-    """config.json of the Hugging Face directory `path`; `key` is the run file's key or the option that named it."""
-    directory = Path(path)
-    if not path or not directory.is_dir():
-        advice = (
-            "~ is not expanded"
-            if path.startswith("~")
-            else "give a downloaded Hugging Face directory, not a model's name"
-        )
-        raise UserError(f"{key}: {show(path)} is no directory (looked from {Path.cwd()}); {advice}")
-    file = directory / "config.json"
-    try:
-        config = json.loads(file.read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{key}: {file} is missing; {path} is no Hugging Face model directory") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{key}: {file}:{error.lineno}: broken JSON ({error.msg}); copy the file again") from error
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 JSON"
-        raise UserError(f"{key}: {file} cannot be read ({reason}); copy the file again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{key}: {file} is not a JSON object; copy the file again")
-    return config
-
-
-def validate_run(run: RunConfig, world_size: int, hf: dict[str, Any], *, training: bool = True) -> None:
-    """All checks; without `training` those that `score` and `plan` need (mesh, number formats, model, shield)."""
+def validate_run(
+    run: RunConfig, world_size: int, hf: dict[str, Any], *, training: bool = True, shielding: bool = True
+) -> None:
+    """All checks; without `training` those that `score` needs (mesh, number formats, model, shield, where it writes), without
+    `shielding` those that `export` does (mesh, number formats, model)."""
     dp = validate_mesh(run, world_size)
     validate_precision(run)
     validate_model(run, hf, training=training)
     if training:
         validate_train(run, dp)
-    else:
+    elif shielding:
         validate_shield(run)
-    if run.shield.method != "none":
+        validate_checkpoint(run)
+    if shielding and run.shield.method != "none":
         _shield_rules(run, hf)
 
 

@@ -184,6 +184,7 @@ class _HuggingFaceTokenizer(Tokenizer):
             if "trust_remote_code" in str(error):
                 hint = "it brings code of its own; model.trust_remote_code=true lets it run"
             else:
+                _check_config(path)
                 hint = f"{type(error).__name__}: {one_line(error)}"
             raise UserError(f"{path}: the tokenizer cannot be loaded ({hint})") from error
         if not vocabulary:
@@ -312,6 +313,21 @@ class _HuggingFaceTokenizer(Tokenizer):
             return [self.path / "tokenizer.json"]  # the whole definition; the other files repeat parts of it
         files = [self.path / name for name in (*_HF_FILES, _SENTENCEPIECE)]
         return [f for f in files if f.is_file()] + sorted(self.path.glob("tokenization*.py"))
+
+
+def _check_config(path: Path) -> None:
+    """Raises UserError where transformers cannot read config.json, which it does before the tokenizer's files."""
+    from transformers import AutoConfig
+
+    if not (path / "config.json").is_file():
+        return
+    try:
+        AutoConfig.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # as many kinds as for tokenizers
+        raise UserError(
+            f"{path / 'config.json'}: transformers cannot read it ({type(error).__name__}: {one_line(error)}); copy the file "
+            "again"
+        ) from error
 
 
 class _SentencePieceTokenizer(Tokenizer):

@@ -4,6 +4,7 @@ A method is one class in one file, registered by `@register`. The trainer calls
 
     shield(session, begun)   once, on all ranks, before DDP wraps the model: the shield of the run; `begun` where a
                              checkpoint is there to go on from: then the shield is the one that it was trained under
+    present_shield(run, source)   on one rank: the same of a run that has begun, where it needs no scoring, else None
 
 and knows nothing else of methods. True means frozen.
 """
@@ -13,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.errors import UserError
-from megatron_ssu.session import Session
+from megatron_ssu.session import Session, Source
 from megatron_ssu.shield.file import Shield
 
 
@@ -24,6 +26,10 @@ class Method(Protocol):
     def shield(self, session: Session, *, begun: bool) -> Shield:
         """The shield that training starts with. Collective; raises UserError on all ranks alike, also where the shield of
         a run that has begun would come out another, and replaces nothing then."""
+        ...
+
+    def present_shield(self, run: RunConfig, source: Source) -> Shield | None:
+        """The shield of a run that has begun, without the model's weights; None where it takes a session to make it."""
         ...
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.methods.base import register
 from megatron_ssu.models.fingerprint import model_fingerprint
-from megatron_ssu.session import Session
+from megatron_ssu.session import Session, Source
 from megatron_ssu.shield.file import Shield
-from megatron_ssu.shield.make import make_shield
+from megatron_ssu.shield.make import make_shield, present_shield
 
 
 @register("ssu")
@@ -16,11 +17,16 @@ class SourceShieldedUpdates:
     def shield(self, session: Session, *, begun: bool) -> Shield:
         return make_shield(session, begun=begun)
 
+    def present_shield(self, run: RunConfig, source: Source) -> Shield | None:
+        return present_shield(run, source)
+
 
 @register("none")
 class FullFineTuning:
     """Everything trains."""
 
     def shield(self, session: Session, *, begun: bool) -> Shield:
-        source = session.source
+        return self.present_shield(session.run, session.source)
+
+    def present_shield(self, run: RunConfig, source: Source) -> Shield:
         return Shield("none", source.name, model_fingerprint(source.path), matrices={}, masks={})

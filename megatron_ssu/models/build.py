@@ -142,23 +142,55 @@ def rope_frequencies(hf: dict[str, Any], path: str) -> torch.Tensor:
     """Inverse frequencies [head / 2] fp32 as transformers computes them (default, linear, llama3).
 
     Raises:
-        UserError: a rope that changes with the sequence or scales attention.
+        UserError: settings that are no numbers or incomplete; a rope that changes with the sequence or scales attention.
     """
+    file = f"{path}/config.json"
+    kind = _check_rope(hf, file)
+    try:
+        frequencies, attention_factor = _frequencies(hf, kind)
+    except Exception as error:  # transformers raises many kinds for settings that it does not expect
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{file}: the rope settings cannot be used ({reason}); copy the file again") from error
+    if attention_factor != 1.0:
+        raise UserError(f"{file}: rope scales attention by {attention_factor}; that is not supported")
+    if not bool(torch.isfinite(frequencies).all()):
+        raise UserError(f"{file}: the rope settings give frequencies that are not finite; copy the file again")
+    return frequencies
+
+
+def _check_rope(hf: dict[str, Any], file: str) -> str:
+    """The rope's type. Raises UserError for another than is supported, and for numbers that are none."""
+    sections = {name: hf.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
+    kind = "default"
+    for name, settings in sections.items():
+        if not isinstance(settings, dict):
+            raise UserError(f"{file}: {name} must be an object, got {settings!r}; copy the file again")
+        kind = settings.get("rope_type") or settings.get("type") or kind
+    if kind not in ("default", "linear", "llama3"):
+        raise UserError(f"{file}: rope type {kind!r} is not supported; supported are default, linear, llama3")
+    for name, settings in sections.items():
+        for key, value in settings.items():
+            if key not in ("rope_type", "type"):
+                _positive(value, f"{name}.{key}", file)
+    _positive(hf.get("rope_theta", 10000.0), "rope_theta", file)
+    return kind
+
+
+def _positive(value: Any, key: str, file: str) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+        raise UserError(f"{file}: {key} must be a number above 0, got {value!r}; copy the file again")
+
+
+def _frequencies(hf: dict[str, Any], kind: str) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies [head / 2] fp32, and the factor that attention is scaled by."""
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     config = AutoConfig.for_model(**hf)
+    if kind != "default":
+        frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        return frequencies.float(), attention_factor
     scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in ("default", "linear", "llama3"):
-        raise UserError(
-            f"{path}/config.json: rope type {kind!r} is not supported; supported are default, linear, llama3"
-        )
     head = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-    if kind == "default":
-        base = scaling.get("rope_theta") or getattr(config, "rope_theta", 10000.0)
-        return 1.0 / (base ** (torch.arange(0, head, 2, dtype=torch.int64).to(torch.float32) / head))
-    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    if attention_factor != 1.0:
-        raise UserError(f"{path}/config.json: rope scales attention by {attention_factor}; that is not supported")
-    return frequencies.float()
+    base = scaling.get("rope_theta") or getattr(config, "rope_theta", 10000.0)
+    return 1.0 / (base ** (torch.arange(0, head, 2, dtype=torch.int64).to(torch.float32) / head)), 1.0

@@ -68,6 +68,11 @@ class Dims:
             )
         except KeyError as error:
             raise UserError(f"config.json: {error.args[0]} is missing; it is no config of a supported model") from None
+        except (TypeError, ZeroDivisionError):
+            raise UserError(
+                f"config.json: hidden_size {hf['hidden_size']!r} and num_attention_heads {hf['num_attention_heads']!r} must be "
+                "whole numbers above 0; copy the file again"
+            ) from None
 
     def shape(self, kind: str) -> tuple[int, ...]:
         """Shape of a tensor of `kind`, [O, I] or [H]."""

@@ -1,4 +1,8 @@
-"""A model's fingerprint: tells models apart after reading a little of them."""
+"""A model's fingerprint: tells models apart after reading a little of them.
+
+It has two parts, WEIGHTS:CONFIG, so that a message can say which of the two is another: a sha256 over the tensors, and the
+first 16 digits of one over what of config.json defines the model (`hf_config.definition`).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import hashlib
 from pathlib import Path
 
 from megatron_ssu.errors import UserError
+from megatron_ssu.models.hf_config import definition_digest, read_hf_config
 from megatron_ssu.models.hf_files import HFCheckpoint, TensorEntry
 
 _EDGE = 4096  # bytes read at each end of a tensor
@@ -14,11 +19,16 @@ _SAMPLES = 16
 
 
 def model_fingerprint(hf_dir: str | Path) -> str:
+    """WEIGHTS:CONFIG in hex digits, see above. UserError when a file is missing, broken or truncated."""
+    return f"{_weights_fingerprint(hf_dir)}:{definition_digest(read_hf_config(str(hf_dir), 'model'))[:16]}"
+
+
+def _weights_fingerprint(hf_dir: str | Path) -> str:
     """sha256 (hex) over name, dtype, shape and sampled bytes of every tensor, in order of names.
 
     Of each tensor the first and last 4 KiB and 16 evenly spread pieces of 256 bytes are read (all of a small one), so
     it does not depend on how tensors are divided into files, and a changed dtype, shape or training run changes it. It
-    does not prove that two models are equal to the bit. UserError when a file is missing, broken or truncated.
+    does not prove that two models are equal to the bit.
     """
     checkpoint = HFCheckpoint(hf_dir)
     digest = hashlib.sha256()

@@ -20,13 +20,12 @@ import torch.distributed as dist
 
 from megatron_ssu import runtime
 from megatron_ssu.errors import UserError
-from megatron_ssu.models.hf_files import HFCheckpoint
+from megatron_ssu.models.hf_files import EXPORT_RECORD, HFCheckpoint, carry_files
 from megatron_ssu.models.hf_import import DTYPE_NAMES
 from megatron_ssu.models.layout import Layout, Piece, take
 from megatron_ssu.models.matrix import Matrix
 from megatron_ssu.runtime import Mesh
 
-CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 INDEX = "model.safetensors.index.json"
 
 
@@ -61,10 +60,36 @@ def plan_files(tensors: list[Tensor], max_shard_size: int) -> dict[str, list[Ten
     return {f"model-{i:05d}-of-{len(files):05d}.safetensors": part for i, part in enumerate(files, 1)}
 
 
-def export_model(layout: Layout, mesh: Mesh, source: HFCheckpoint, target: Path, max_shard_size: int) -> None:
+def check_target(target: str | Path, key: str) -> Path:
+    """The whole path of `target`, where an export can be written there; asked before a model is loaded.
+
+    `key` names the option or key that gave it. Raises UserError for a place that is taken or cannot be written.
+    """
+    if str(target).startswith("~"):
+        raise UserError(f"{key}: {target}: ~ is not expanded; write the whole path")
+    try:
+        path = Path(target).resolve()
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        parent = next(p for p in path.parents if p.exists())
+    except OSError as error:
+        raise UserError(f"{key}: {target} cannot be made ({error.strerror}); name another directory") from error
+    if path == Path.cwd():
+        raise UserError(f"{key}: {str(target)!r} is the current directory; name a directory to make")
+    if taken:
+        raise UserError(f"{key}: {target} exists already and is not overwritten; name another directory or remove it")
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = "no permission for it" if parent.is_dir() else "it is a file"
+        raise UserError(f"{key}: {target} cannot be made in {parent} ({why}); name another directory")
+    return path
+
+
+def export_model(
+    layout: Layout, mesh: Mesh, source: HFCheckpoint, target: Path, max_shard_size: int, *, record: str | None = None
+) -> None:
     """Write the model to the Hugging Face directory `target`, each tensor in the dtype that `source` stores it in.
 
-    Collective over all ranks. Config, tokenizer and generation config are carried over from `source`.
+    Collective over all ranks. Config, tokenizer and generation config are carried over from `source`. `record` (on rank 0)
+    is the text of the export's own record.
 
     Raises:
         UserError: `target` exists, or cannot be written.
@@ -92,7 +117,7 @@ def export_model(layout: Layout, mesh: Mesh, source: HFCheckpoint, target: Path,
                 writer.write(whole)
         if mesh.rank == 0:
             writer.end()
-    runtime.on_rank_zero(lambda: _finish(writer, files, source.directory, target, partial) if mesh.rank == 0 else None)
+    runtime.on_rank_zero(lambda: _finish(writer, files, source.directory, target, partial, record))
 
 
 def _prepare(target: Path, partial: Path) -> None:
@@ -105,17 +130,18 @@ def _prepare(target: Path, partial: Path) -> None:
         raise UserError(f"{partial}: cannot be made: {error.strerror}; name a directory that can be written") from error
 
 
-def _finish(writer: _Writer, files: dict[str, list[Tensor]], source: Path, target: Path, partial: Path) -> None:
+def _finish(
+    writer: _Writer, files: dict[str, list[Tensor]], source: Path, target: Path, partial: Path, record: str | None
+) -> None:
     def rest() -> None:
         if len(files) > 1:
             total = sum(t.nbytes for part in files.values() for t in part)
             weight_map = {t.name: name for name, part in files.items() for t in part}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        for pattern in CARRIED:
-            for file in source.glob(pattern):
-                if not file.name.endswith(".index.json"):
-                    shutil.copyfile(file, partial / file.name)
+        carry_files(source, partial)
+        if record is not None:
+            (partial / EXPORT_RECORD).write_text(record, encoding="utf-8")
         if target.exists():
             target.rmdir()
         os.replace(partial, target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+EXPORT_RECORD = "megatron-ssu.json"  # what an export of this project says of itself
+# What belongs to a model beside its weights: config, tokenizer with its code, chat templates, generation config.
+_CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "additional_chat_templates/*.jinja")
 # Width in bytes of one number, by safetensors' own dtype names.
 ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1),
@@ -45,6 +49,23 @@ def open_checkpoint(hf_dir: str | Path) -> dict[str, Path]:
     index puts there.
     """
     return {name: entry.file for name, entry in _entries(Path(hf_dir)).items()}
+
+
+def carried_files(directory: Path) -> list[Path]:
+    """The files beside the weights that every copy of a model needs, relative to `directory`, sorted."""
+    found = {file for pattern in _CARRIED for file in directory.glob(pattern) if file.is_file()}
+    return sorted(
+        file.relative_to(directory)
+        for file in found
+        if file.name != EXPORT_RECORD and not file.name.endswith(".index.json")
+    )
+
+
+def carry_files(source: Path, target: Path) -> None:
+    """Copy them. Raises OSError."""
+    for name in carried_files(source):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
 
 
 class HFCheckpoint:

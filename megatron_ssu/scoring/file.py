@@ -30,7 +30,7 @@ class Scores:
     """What a calibration pass found. `matrices` lists every weight a shield may name, norms and embeddings too."""
 
     model: str  # name of the model directory
-    fingerprint: str
+    fingerprint: str  # of weights and config.json, see models/fingerprint.py
     matrices: dict[str, Matrix]
     tensors: dict[str, np.ndarray]  # "{score}/{axis}/{matrix}" -> float64 [I] or [O]
     scores: list[str]  # names that can be planned with; other prefixes of `tensors` are statistics

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_ssu.errors import UserError
+from megatron_ssu.models.hf_config import difference
 from megatron_ssu.models.matrix import Matrix
 from megatron_ssu.scoring.file import matrices_from_json, matrices_to_json
 from megatron_ssu.sealed import SealedFile, seal, write_sealed
@@ -129,7 +130,7 @@ class Shield:
 
     method: str
     model: str  # name of the model directory
-    fingerprint: str
+    fingerprint: str  # of weights and config.json, see models/fingerprint.py
     matrices: dict[str, Matrix]
     masks: Mapping[str, Mask]  # keys: those of `matrices`
     score: str = "none"
@@ -277,6 +278,6 @@ def check_model(shield: Shield, fingerprint: str, model_name: str) -> None:
     """UserError with both names when the shield was made for another model than the one with this fingerprint."""
     if shield.fingerprint != fingerprint:
         raise UserError(
-            f"the shield was made for model {shield.model} (fingerprint {shield.fingerprint[:12]}), not for"
-            f" {model_name} ({fingerprint[:12]}); plan one for this model"
+            f"the shield was made for model {shield.model} and not for {model_name}: other "
+            f"{difference(shield.fingerprint, fingerprint)}; plan one for this model"
         )

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_ssu.errors import UserError
+from megatron_ssu.models.hf_config import difference
 from megatron_ssu.models.matrix import KINDS, Matrix
 from megatron_ssu.scoring.file import Scores
 from megatron_ssu.shield.file import Mask, Shield, check_model
@@ -120,7 +121,10 @@ def inspect_shield(
             raise UserError(f"inspect: score {score} was asked for without a scores file; give one")
     else:
         if scores.fingerprint != shield.fingerprint:
-            raise UserError(f"inspect: the scores are of model {scores.model}, the shield of {shield.model}")
+            raise UserError(
+                f"inspect: the scores are of model {scores.model}, the shield of {shield.model}: other "
+                f"{difference(scores.fingerprint, shield.fingerprint)}"
+            )
         score = score or shield.score
         if score not in scores.scores and score != "random":
             raise UserError(

@@ -12,6 +12,7 @@ from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.family import Dims
 from megatron_ssu.models.fingerprint import model_fingerprint
+from megatron_ssu.models.hf_config import difference
 from megatron_ssu.scoring import base
 from megatron_ssu.scoring.calibrate import score_model
 from megatron_ssu.scoring.file import Scores
@@ -68,11 +69,15 @@ def load_samples(run: RunConfig, dims: Dims) -> Calibration | None:
 def make_scores(session: Session) -> Scores | None:
     """Score the session's model and write the scores file; the scores on rank 0, None elsewhere. Collective.
 
+    Scores of the same model that are there are replaced.
+
     Raises:
-        UserError: bad calibration data, NaN or infinite values, or a scores file that cannot be written.
+        UserError: bad calibration data, scores of another model in the place, NaN or infinite values, or a scores file that
+            cannot be written.
     """
     run = session.run
     base.check_names([run.shield.score, *run.shield.also_score])
+    runtime.on_rank_zero(lambda: _check_replaceable(run, session.source))
     calibration = runtime.on_all_ranks(lambda: load_samples(run, session.source.dims))
     return _score(session, calibration)
 
@@ -92,13 +97,7 @@ def _score(session: Session, calibration: Calibration | None) -> Scores | None:
 
 
 def plan(run: RunConfig, source: Source, scores: Scores, *, method: str = "ssu") -> Shield:
-    """A shield for the run's model out of scores. Raises UserError for scores of another model."""
-    fingerprint = model_fingerprint(source.path)
-    if scores.fingerprint != fingerprint:
-        raise UserError(
-            f"{scores_path(run)}: scores of model {scores.model} (fingerprint {scores.fingerprint[:12]}), not of "
-            f"{source.name} ({fingerprint[:12]}); score this model"
-        )
+    """A shield for the run's model out of its scores."""
     return plan_shield(
         scores,
         plan_options(run),
@@ -124,33 +123,71 @@ def special_token_rows(run: RunConfig, source: Source) -> dict[str, tuple[tuple[
 def make_shield(session: Session, *, begun: bool = False) -> Shield:
     """The run's shield: `shield.file` when given, else planned into the run directory, scored first where that is missing.
 
-    Collective; every rank opens the file. Raises UserError when a given file is damaged or for another model, or when the
-    run has `begun` and its scores or shield would come out others.
+    Only what is missing is made; no scores and no shield that are there are replaced. Collective; every rank opens the
+    file. Raises UserError when a given file is damaged or for another model, or when scores or shield are there that do not
+    fit the run file.
     """
     run, source = session.run, session.source
-    runtime.on_rank_zero(lambda: check_names(run))
-    planned = begun and runtime.on_rank_zero(lambda: shield_path(run).exists() and not scores_path(run).exists())
-    if run.shield.file is None and not planned:
-        base.check_names([run.shield.score, *run.shield.also_score])
-        scored = run.shield.calibration.path is None and runtime.on_rank_zero(scores_path(run).exists)
-        calibration = None if scored else runtime.on_all_ranks(lambda: load_samples(run, source.dims))
-        usable = runtime.on_rank_zero(lambda: _scores_are_usable(run, source, calibration, begun))
-        scores = None if usable else _score(session, calibration)
-        runtime.on_rank_zero(lambda: write_plan(run, source, scores or Scores.load(scores_path(run)), begun=begun))
+    if runtime.on_rank_zero(lambda: needs_scoring(run, source, begun=begun)):
+        calibration = runtime.on_all_ranks(lambda: load_samples(run, source.dims))
+        scores = _score(session, calibration)
+        runtime.on_rank_zero(lambda: write_plan(run, source, scores, begun=begun))  # type: ignore[arg-type]
+    else:
+        runtime.on_rank_zero(lambda: _plan_from_files(run, source, begun))
 
-    def load() -> Shield:
-        shield = load_shield(shield_path(run), check=True)
-        check_model(shield, model_fingerprint(source.path), source.name)
-        return shield
+    return runtime.on_all_ranks(lambda: _load(run, source))
 
-    return runtime.on_all_ranks(load)
+
+def present_shield(run: RunConfig, source: Source) -> Shield | None:
+    """The shield of a run that has begun, where it needs no scoring; else None. For one process.
+
+    Raises UserError as `make_shield` does.
+    """
+    if needs_scoring(run, source, begun=True):
+        return None
+    _plan_from_files(run, source, begun=True)
+    return _load(run, source)
+
+
+def needs_scoring(run: RunConfig, source: Source, *, begun: bool) -> bool:
+    """Whether the run's shield cannot be had without scoring the model: neither a shield that it may take nor scores are there.
+
+    Raises UserError where scores or a shield are there that do not fit the run file: they are not replaced.
+    """
+    check_names(run)
+    if run.shield.file is not None:
+        return False
+    scores, shield = scores_path(run), shield_path(run)
+    if begun and shield.exists() and not scores.exists():
+        return False
+    if run.shield.scores is not None or scores.exists():
+        _check_scores(run, source, begun)
+        return False
+    if shield.exists():
+        raise UserError(
+            f"{shield}: is there already, without the scores that it was planned from; name it with shield.file to train "
+            "under it, or remove it"
+        )
+    return True
+
+
+def _plan_from_files(run: RunConfig, source: Source, begun: bool) -> None:
+    """Plan from the scores file; a shield file without one stays as it is."""
+    if run.shield.file is None and (run.shield.scores is not None or scores_path(run).exists()):
+        write_plan(run, source, Scores.load(scores_path(run)), begun=begun)
+
+
+def _load(run: RunConfig, source: Source) -> Shield:
+    shield = load_shield(shield_path(run), check=True)
+    check_model(shield, model_fingerprint(source.path), source.name)
+    return shield
 
 
 def write_plan(run: RunConfig, source: Source, scores: Scores, *, replace: bool = False, begun: bool = False) -> Shield:
     """Plan and write the shield file; one that says the same is left as it is.
 
     Raises UserError where it says otherwise, unless it may be `replace`d and the run has not `begun`, and for scores
-    that do not fit.
+    that do not fit. A shield of another model is never replaced.
     """
     wanted, path = run.shield.score, shield_path(run)
     if wanted not in (*base.DRAWN, *scores.scores):
@@ -158,11 +195,18 @@ def write_plan(run: RunConfig, source: Source, scores: Scores, *, replace: bool 
             f"{scores_path(run)}: has no score {wanted}, only {', '.join(scores.scores)}; run `score` with "
             f"shield.score={wanted}"
         )
+    _check_scores_model(run, source, scores)
+    present = load_shield(path) if path.exists() else None
+    if present is not None and present.fingerprint != scores.fingerprint:
+        raise UserError(
+            f"{path}: was made for another model, {present.model}: other "
+            f"{difference(present.fingerprint, scores.fingerprint)}; choose another checkpoint.directory, or remove it"
+        )
     shield = plan(run, source, scores)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and load_shield(path).digest() == shield.digest():
+    if present is not None and present.digest() == shield.digest():
         return shield
-    if path.exists() and (begun or not replace):
+    if present is not None and (begun or not replace):
         which, advice = "the run began under this shield", "start in another checkpoint.directory"
         if not begun:
             which, advice = "is there already", "name it with shield.file to train under it, or remove it"
@@ -171,32 +215,53 @@ def write_plan(run: RunConfig, source: Source, scores: Scores, *, replace: bool 
     return shield
 
 
-def _scores_are_usable(run: RunConfig, source: Source, calibration: Calibration | None, begun: bool) -> bool:
-    """Whether the scores file is there and fits model and calibration data; one that the user named must, and that of a run
-    that has begun."""
-    path = scores_path(run)
-    if not path.exists() and run.shield.scores is None:
-        return False
-    scores = Scores.load(path)
+def _check_scores(run: RunConfig, source: Source, begun: bool) -> None:
+    """Raises UserError unless the scores file is there and fits the model, the shield section and the calibration data."""
+    path, scores = scores_path(run), Scores.load(scores_path(run))
+    _check_scores_model(run, source, scores)
     missing = [n for n in wanted_scores(run) if n not in scores.scores]
     why = None
-    if scores.fingerprint != model_fingerprint(source.path):
-        why = f"was made for another model, {scores.model}"
-    elif missing:
+    if missing:
         why = f"has no score {missing[0]}"
     elif run.shield.norms == "half" and not any(_of_norm(scores, key) for key in scores.tensors):
         why = "has no statistics of the norms' inputs, which shield.norms: half needs"
-    elif calibration is not None and scores.calibration != calibration.digest:
-        why = "was made with other calibration samples"
-    if why is not None and run.shield.scores is not None:
+    elif run.shield.calibration.path is not None:
+        calibration = load_samples(run, source.dims)
+        if calibration is not None and scores.calibration != calibration.digest:
+            why = "was made with other calibration samples"
+    if why is None:
+        return
+    if run.shield.scores is not None:
         raise UserError(f"{path}: {why}; run `score` again or leave shield.scores out")
-    if why is not None and begun:
+    if begun:
         raise UserError(
             f"{path}: {why}, and the run has begun with it; change that back, or start in another checkpoint.directory"
         )
-    if why is not None:
-        log.warning("%s: %s; scoring anew", path, why)
-    return why is None
+    raise UserError(f"{path}: {why}; change that back, or run `megatron-ssu score` to replace it")
+
+
+def _check_scores_model(run: RunConfig, source: Source, scores: Scores) -> None:
+    """Raises UserError for scores of another model than the run's."""
+    fingerprint = model_fingerprint(source.path)
+    if scores.fingerprint != fingerprint:
+        advice = "leave shield.scores out, or name scores of this model"
+        if run.shield.scores is None:
+            advice = "they are not replaced: choose another checkpoint.directory, or remove the file"
+        raise UserError(
+            f"{scores_path(run)}: scores of model {scores.model}, not of {source.name}: other "
+            f"{difference(scores.fingerprint, fingerprint)}; {advice}"
+        )
+
+
+def _check_replaceable(run: RunConfig, source: Source) -> None:
+    """Raises UserError where the place of the scores holds anything but scores of this model."""
+    if not scores_path(run).exists():
+        return
+    try:
+        scores = Scores.load(scores_path(run))
+    except UserError as error:
+        raise UserError(f"{error}: remove it first") from error
+    _check_scores_model(run, source, scores)
 
 
 def _of_norm(scores: Scores, key: str) -> bool:

@@ -1,7 +1,12 @@
-"""Did every frozen bit stay? Compares two Hugging Face directories under a shield, bit by bit."""
+"""Did every frozen bit stay? Compares two Hugging Face directories under a shield, bit by bit.
+
+The model's definition in config.json must be the same as well: equal weights under another definition are another model.
+Files that define no weight, as the tokenizer's, are compared and told.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +15,12 @@ import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.fingerprint import model_fingerprint
-from megatron_ssu.models.hf_files import HFCheckpoint
+from megatron_ssu.models.hf_config import CONFIG, differing_keys, read_hf_config
+from megatron_ssu.models.hf_files import HFCheckpoint, carried_files
 from megatron_ssu.shield.file import Mask, Shield, check_model, load_shield
 
 _CHUNK = 1 << 24  # elements compared at a time
@@ -35,16 +42,41 @@ class MatrixReport:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found; `ok` when no frozen bit moved."""
+    """What `verify` found.
+
+    `ok` when something is frozen, no frozen bit moved and the adapted model is defined as the source model is.
+    """
 
     source: str
     adapted: str
     shield: str  # digest
     matrices: tuple[MatrixReport, ...]
+    definition: tuple[tuple[str, Any, Any], ...] = ()  # keys of config.json that differ: key, source's value, adapted's
+    files: tuple[tuple[str, str], ...] = ()  # other files that differ: name, 'differs', 'missing' or 'added'
 
     @property
     def ok(self) -> bool:
-        return not any(m.moved_frozen for m in self.matrices)
+        return self.status == 0
+
+    @property
+    def moved(self) -> bool:
+        return any(m.moved_frozen for m in self.matrices)
+
+    @property
+    def status(self) -> int:
+        """Exit status: 0 ok; 1 a frozen bit moved, or the definition differs; 2 nothing is frozen, so nothing is shown."""
+        if self.moved or self.definition:
+            return 1
+        return 0 if any(m.frozen for m in self.matrices) else 2
+
+    @property
+    def verdict(self) -> str:
+        """The last line of the table."""
+        if self.moved:
+            return "FAILED: frozen bits moved"
+        if self.definition:
+            return "FAILED: no frozen bit moved, but config.json defines another model"
+        return "OK: no frozen bit moved" if self.ok else "NOTHING CHECKED: nothing is frozen by this shield"
 
     def totals(self, granularity: str) -> dict[str, int]:
         """Sums over the matrices of one granularity."""
@@ -59,9 +91,12 @@ class VerifyReport:
         """For JSON."""
         return {
             "ok": self.ok,
+            "verdict": self.verdict,
             "source": self.source,
             "adapted": self.adapted,
             "shield": self.shield,
+            "definition": [{"key": k, "source": a, "adapted": b} for k, a, b in self.definition],
+            "files": dict(self.files),
             "totals": {g: self.totals(g) for g in self.granularities()},
             "matrices": [
                 asdict(m) | {"shape": list(m.shape), "first_moved": list(m.first_moved)} for m in self.matrices
@@ -69,7 +104,7 @@ class VerifyReport:
         }
 
     def render(self, console: Console) -> None:
-        """Print the table: a line per shielded matrix, sums, and the verdict."""
+        """Print the table: a line per shielded matrix, sums, what else differs, and the verdict."""
         table = Table(header_style="bold", box=SIMPLE, pad_edge=False)
         table.add_column("matrix", overflow="fold")
         for heading in ("shape", "by", "frozen", "of these moved", "trainable", "of these moved"):
@@ -89,18 +124,24 @@ class VerifyReport:
             if m.moved_frozen:
                 where = ", ".join(map(str, m.first_moved)) + (", ..." if m.moved_frozen > len(m.first_moved) else "")
                 console.print(f"[red]moved though frozen:[/] {m.name}: {m.moved_frozen} {m.granularity}s ({where})")
-        verdict = "[green]OK: no frozen bit moved[/]" if self.ok else "[red]FAILED: frozen bits moved[/]"
-        console.print(verdict)
+        for key, ours, theirs in self.definition:
+            console.print(
+                Text.assemble(("another definition:", "red"), f" {CONFIG}: {key} is {_show(theirs)}, was {_show(ours)}")
+            )
+        for name, what in self.files:
+            console.print(Text.assemble(("another file:", "yellow"), f" {name}: {what}"))
+        console.print(Text(self.verdict, {0: "green", 1: "red"}.get(self.status, "yellow")))
 
 
 def verify(source_dir: str | Path, adapted_dir: str | Path, shield_path: str | Path) -> VerifyReport:
-    """Compare raw bits (so -0.0 is not 0.0, and NaN payloads count), one matrix at a time.
+    """Compare raw bits (so -0.0 is not 0.0, and NaN payloads count), one matrix at a time, and the files beside the weights.
 
     UserError when a file is missing or damaged, the shield is of another model than `source_dir`, or the directories
     differ in tensor names, dtypes or shapes.
     """
     shield = load_shield(shield_path)
     source, adapted = HFCheckpoint(source_dir), HFCheckpoint(adapted_dir)
+    configs = [read_hf_config(str(path), key) for path, key in ((source_dir, "--source"), (adapted_dir, "--adapted"))]
     check_model(shield, model_fingerprint(source_dir), _directory_name(source_dir))
     _check_tensors(source, adapted)
     for name, matrix in shield.matrices.items():
@@ -112,7 +153,41 @@ def verify(source_dir: str | Path, adapted_dir: str | Path, shield_path: str | P
     for name in sorted(source.names(), key=lambda n: _order(shield, n)):
         mask = shield.masks.get(name)
         reports.append(_compare(name, source.raw(name), adapted.raw(name), mask))
-    return VerifyReport(_directory_name(source_dir), _directory_name(adapted_dir), shield.digest(), tuple(reports))
+    return VerifyReport(
+        _directory_name(source_dir),
+        _directory_name(adapted_dir),
+        shield.digest(),
+        tuple(reports),
+        tuple(differing_keys(*configs)),
+        tuple(_differing_files(source.directory, adapted.directory)),
+    )
+
+
+def _differing_files(source: Path, adapted: Path) -> list[tuple[str, str]]:
+    """Files beside the weights that are not the same, config.json apart; JSON files are compared by content."""
+    ours, theirs = set(carried_files(source)), set(carried_files(adapted))
+    found = []
+    for name in sorted((ours | theirs) - {Path(CONFIG)}):
+        if name not in theirs:
+            found.append((str(name), "missing"))
+        elif name not in ours:
+            found.append((str(name), "added"))
+        elif not _same_content(source / name, adapted / name):
+            found.append((str(name), "differs"))
+    return found
+
+
+def _same_content(one: Path, other: Path) -> bool:
+    try:
+        a, b = one.read_bytes(), other.read_bytes()
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    if a == b or one.suffix != ".json":
+        return a == b
+    try:
+        return json.loads(a) == json.loads(b)
+    except ValueError:
+        return False
 
 
 def _compare(name: str, source: np.ndarray, adapted: np.ndarray, mask: Mask | None) -> MatrixReport:
@@ -179,6 +254,10 @@ def _order(shield: Shield, name: str) -> tuple[int, str]:
 
 def _directory_name(path: str | Path) -> str:
     return Path(path).resolve().name
+
+
+def _show(value: Any) -> str:
+    return "not set" if value is None else json.dumps(value)
 
 
 def _cells(values: dict[str, Any]) -> list[str]:

@@ -30,10 +30,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ssu import runtime
 from megatron_ssu.errors import UserError
+from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.session import Session
 from megatron_ssu.train import state as states
 from megatron_ssu.train.digests import Digests, check_digests, digest_files, write_digests, written_by
-from megatron_ssu.train.identity import Identity
+from megatron_ssu.train.identity import Identity, model_facts
 from megatron_ssu.train.state import one_line, read_common
 from megatron_ssu.train.writer import Saver, to_disk, watched
 
@@ -121,7 +122,8 @@ class Checkpoints:
 
     def save_weights(self, session: Session) -> Path:
         """Write the model's weights alone, as iteration 0: for export, not to go on from; collective."""
-        return self._write(session, lambda: states.model_state(session), Progress(), Identity({}))
+        identity = runtime.on_rank_zero(lambda: _model_identity(session))
+        return self._write(session, lambda: states.model_state(session), Progress(), identity)
 
     def _write(
         self, session: Session, state_of: Callable[[], dict[str, Any]], progress: Progress, identity: Identity
@@ -295,11 +297,20 @@ class Checkpoints:
                 _reset_moments(optimizer)
         return progress
 
-    def load_weights(self, iteration: int, session: Session) -> None:
-        """Load the model's weights alone; collective."""
+    def load_weights(self, iteration: int, session: Session) -> dict[str, Any]:
+        """Load the model's weights alone; the checkpoint's common part. Collective.
+
+        Raises UserError where they are weights of another model than the session's, or in another precision.
+        """
         path = self.path(iteration)
-        runtime.on_all_ranks(lambda: _checked(path))
+        common = runtime.on_all_ranks(lambda: _checked(path))
+        runtime.on_rank_zero(lambda: _model_identity(session).compare_model(common["identity"], path))
         states.load_model(session, path)
+        return common
+
+
+def _model_identity(session: Session) -> Identity:
+    return Identity(model_facts(session.run, model_fingerprint(session.source.path)))
 
 
 def _checked(path: Path) -> dict[str, Any]:

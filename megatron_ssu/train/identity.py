@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.data.sources import train_sources
 from megatron_ssu.errors import UserError
+from megatron_ssu.models.hf_config import definition, read_hf_config, weights_part
 from megatron_ssu.shield.file import Shield
 
 # Keys of megatron's that choose how fast or how large a step is, not what it computes.
@@ -23,6 +26,8 @@ _FREE_MODEL = (
 )
 _FREE_OPTIMIZER = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "log_num_zeros_in_grad", "overlap_")
 _PHASE = ("data.", "train.global_batch_size", "train.optimizer.")  # what a new phase may change
+_MODEL = ("model.path (", "model.make_vocab_size_divisible_by", "precision.dtype")  # what decides how weights are read
+SHIELD = "shield.file (its digest)"
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,22 @@ class Identity:
                 advice += ", or raise train.phase.number to begin a new phase"
             raise UserError(f"{path}: {key} was {_show(was)} in this checkpoint and is {_show(now)} now; {advice}")
 
+    def compare_model(self, saved: dict[str, Any], path: Path) -> None:
+        """Raises UserError where the weights of the checkpoint at `path` are not those of the run's model and precision."""
+        model = {key: value for key, value in self.facts.items() if key.startswith(_MODEL)}
+        Identity(model).compare({key: value for key, value in saved.items() if key.startswith(_MODEL)}, path)
+
+    def digest(self) -> str:
+        """sha256 (hex) that stands for all facts."""
+        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
+
 
 def identity_of(run: RunConfig, shield: Shield, train_digests: Sequence[str]) -> Identity:
     """The facts of a run under a shield, on training data whose indexed datasets have these digests."""
-    facts: dict[str, Any] = {
-        "model.path (its weights' fingerprint)": shield.fingerprint,
-        "model.make_vocab_size_divisible_by": run.model.make_vocab_size_divisible_by,
+    facts = model_facts(run, shield.fingerprint)
+    facts |= {
         "shield.method": shield.method,
-        "shield.file (its digest)": shield.digest(),
-        "precision.dtype": run.precision.dtype,
+        SHIELD: shield.digest(),
         "data.train (its weights)": [source.weight for source in train_sources(run)],
         "data.train (its documents' digests)": [digest[:16] for digest in train_digests],
         "data.split": run.data.used_split,
@@ -65,6 +77,17 @@ def identity_of(run: RunConfig, shield: Shield, train_digests: Sequence[str]) ->
     facts |= _section("precision", run.precision.transformer, ())
     facts |= _section("train.optimizer", run.train.optimizer, _FREE_OPTIMIZER)
     return Identity(facts)
+
+
+def model_facts(run: RunConfig, fingerprint: str) -> dict[str, Any]:
+    """The facts that say whose weights a checkpoint holds and in which precision, for the model of this fingerprint."""
+    facts: dict[str, Any] = {
+        "model.path (its weights' fingerprint)": weights_part(fingerprint),
+        "model.make_vocab_size_divisible_by": run.model.make_vocab_size_divisible_by,
+        "precision.dtype": run.precision.dtype,
+    }
+    config = definition(read_hf_config(run.model.path))
+    return facts | {f"model.path (its config.json: {key})": value for key, value in config.items()}
 
 
 def _section(name: str, values: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:

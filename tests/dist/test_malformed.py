@@ -60,7 +60,11 @@ def make_world(folder: Path) -> Path:
     (folder / "run.yaml").write_text(RUN)
     assert main("train", "run.yaml") == 0
     assert main("export", "run.yaml", "--output", "adapted") == 0
+    assert not list((folder / "run").glob("run.lock*"))
     assert main("prepare", "--model", "hf", "--output", "ready", "text.jsonl") == 0
+    other = ("run.yaml", "model.path=other", "checkpoint.directory=foreign")
+    assert main("score", *other) == 0 and main("plan", *other) == 0
+    (folder / "foreign" / "shield.safetensors").rename(folder / "foreign.safetensors")
     shutil.copytree(folder / "run", folder / "begun")  # a run that is not at its end
     (folder / "begun" / "checkpoints" / "latest").write_text("1\n")
     shutil.rmtree(folder / "begun" / "checkpoints" / "iter_0000002")
@@ -236,6 +240,7 @@ SCORE = "score run.yaml checkpoint.directory=new"
 PLAN = "plan run.yaml checkpoint.directory=new shield.scores=run/scores.safetensors"
 SHIELDED = "train run.yaml checkpoint.directory=new shield.file=run/shield.safetensors"
 VERIFY = "verify --source hf --adapted adapted --shield run/shield.safetensors"
+FINISHED = "train run.yaml checkpoint.export=adapted"
 ITER = "begun/checkpoints/iter_0000001"
 
 
@@ -252,6 +257,41 @@ def planned(directory: str) -> Damage:
         assert main("plan", "run.yaml", f"checkpoint.directory={directory}", "shield.ratio=0.25") == 0
 
     return damage
+
+
+def seeded(directory: str) -> Damage:
+    """A run that has not begun, with the scores and the shield of the run file."""
+
+    def damage(world: Path) -> None:
+        (world / directory).mkdir()
+        for name in ("scores", "shield"):
+            shutil.copy(world / "run" / f"{name}.safetensors", world / directory)
+
+    return damage
+
+
+def plain(directory: str) -> Damage:
+    """The ended run without its scores and shield, as if nothing had been shielded."""
+
+    def damage(world: Path) -> None:
+        shutil.copytree(world / "run" / "checkpoints", world / directory / "checkpoints")
+
+    return damage
+
+
+def held_by_another(directory: str) -> Damage:
+    """A job on another host writes there."""
+
+    def damage(world: Path) -> None:
+        (world / directory).mkdir(exist_ok=True)
+        holder = {"command": "train", "host": "node7", "boot": "another", "pid": 1, "job": "4711"}
+        (world / directory / "run.lock.1").write_text(json.dumps(holder))
+
+    return damage
+
+
+def bfloat16(loaded: dict) -> None:
+    loaded.update({name: tensor.bfloat16() for name, tensor in loaded.items()})
 
 
 ROWS = [
@@ -306,6 +346,10 @@ ROWS = [
     row("no tokenizer", both(gone("hf/tokenizer.json"), gone("hf/tokenizer_config.json")), FRESH, "hf", "tokenizer"),
     row("broken tokenizer", cut("hf/tokenizer.json"), FRESH, "tokenizer"),
     row("tokenizer larger than the model", both(config(vocab_size=100), tensors(lambda t: t.update({n: t[n][:100].clone() for n in ("lm_head.weight", "model.embed_tokens.weight")}))), FRESH, "vocab"),
+    row("rope_theta is no number", config(rope_theta="big"), FRESH, "config.json", "rope_theta", "'big'"),
+    row("rope settings lack a part", config(rope_parameters=None, rope_scaling={"rope_type": "llama3", "factor": 8.0}), FRESH, "config.json", "rope"),
+    row("rope settings that break the tokenizer's loading", config(rope_parameters=None, rope_scaling={"rope_type": "llama3", "factor": 8.0}), "prepare run.yaml checkpoint.directory=new", "config.json"),
+    row("hidden size is a word", config(hidden_size="big"), "plan run.yaml checkpoint.directory=run", "config.json", "hidden_size"),
     # data
     row("no data file", nothing, FRESH + " data.train=none.jsonl", "data.train", "none.jsonl"),
     row("empty data file", text("text.jsonl", ""), FRESH, "text.jsonl"),
@@ -343,6 +387,22 @@ ROWS = [
     row("no shield", nothing, "inspect none.safetensors", "none.safetensors"),
     row("compose over what is there", nothing, "compose union run/shield.safetensors run/shield.safetensors --output adapted/config.json", "adapted/config.json"),
     row("compose one", nothing, "compose union run/shield.safetensors --output x", "two"),
+    row("scores of another model stay", seeded("seeded"), "train run.yaml checkpoint.directory=seeded model.path=other", "seeded/scores.safetensors", "hf", "weights"),
+    row("scores of another model stay, without a shield", both(seeded("seeded"), gone("seeded/shield.safetensors")), "train run.yaml checkpoint.directory=seeded model.path=other", "seeded/scores.safetensors"),
+    row("score over scores of another model", seeded("seeded"), "score run.yaml checkpoint.directory=seeded model.path=other", "seeded/scores.safetensors", "hf"),
+    row("scores of another config.json", both(seeded("seeded"), config(rms_norm_eps=0.5)), "train run.yaml checkpoint.directory=seeded", "seeded/scores.safetensors", "config.json"),
+    row("train does not score anew", seeded("seeded"), "train run.yaml checkpoint.directory=seeded shield.calibration.samples=5", "seeded/scores.safetensors", "megatron-ssu score"),
+    row("plan over a shield of another model", both(seeded("seeded"), lambda w: shutil.copy(w / "foreign.safetensors", w / "seeded/shield.safetensors")), "plan run.yaml checkpoint.directory=seeded", "seeded/shield.safetensors", "other"),
+    row("shield without its scores", both(seeded("seeded"), gone("seeded/scores.safetensors")), "train run.yaml checkpoint.directory=seeded", "seeded/shield.safetensors", "shield.file"),
+    row("score into the model", nothing, "score run.yaml checkpoint.directory=hf", "checkpoint.directory", "model.path"),
+    row("plan into the model", nothing, PLAN.replace("=new", "=hf"), "checkpoint.directory", "model.path"),
+    row("prepare into the model", nothing, "prepare run.yaml checkpoint.directory=hf", "checkpoint.directory", "model.path"),
+    row("score under a file", nothing, "score run.yaml checkpoint.directory=run.yaml/new", "run.yaml/new", "cannot be written"),
+    row("plan under a file", nothing, PLAN.replace("=new", "=run.yaml/new"), "run.yaml/new", "cannot be written"),
+    row("another job holds the run", held_by_another("begun"), RESUME, "begun", "node7", "SLURM job 4711"),
+    row("another job holds the run, score", held_by_another("new"), SCORE, "node7"),
+    row("another job holds the run, plan", held_by_another("new"), PLAN, "node7"),
+    row("another job holds the run, prepare", held_by_another("new"), "prepare run.yaml checkpoint.directory=new", "node7"),
     # checkpoints
     row("latest names nothing", text("begun/checkpoints/latest", "7\n"), RESUME, "latest", "7"),
     row("latest is no number", text("begun/checkpoints/latest", "newest\n"), RESUME, "latest"),
@@ -378,12 +438,32 @@ ROWS = [
     row("prepare files with an override", nothing, "prepare --model hf --output new/x text.jsonl --overwrite a.b=1", "a.b=1"),
     row("a shield that is there already", planned("planned"), "train run.yaml checkpoint.directory=planned",
         "planned/shield.safetensors", "shield.file"),
-    row("changed model", nothing, RESUME + " model.path=other", "other"),
+    row("changed model", nothing, RESUME + " model.path=other", "scores of model hf, not of other", "weights"),
+    row("changed model definition", config(rms_norm_eps=0.5), RESUME, "config.json", "scores"),
+    row("changed model definition, no shield", both(config(rms_norm_eps=0.5), plain("plain")), "train run.yaml checkpoint.directory=plain shield.method=none train.iterations=3", "plain/checkpoints/iter_0000002", "rms_norm_eps) was 1e-05", "0.5 now"),
+    row("a phase of nothing", nothing, "train run.yaml train.phase.number=2", "train.phase.number: 2", "train.iterations is 2", "raise train.iterations"),
+    row("fewer iterations than there are", nothing, "train run.yaml train.iterations=1", "train.iterations: 1", "iter_0000002"),
+    row("exported, of another shield", nothing, FINISHED + " shield.ratio=0.9", "run/shield.safetensors", "change it back"),
+    row("exported, in another phase", nothing, FINISHED + " train.phase.number=3", "train.phase.number"),
+    row("exported, of other data", nothing, FINISHED + " data.train=valid.jsonl", "data.train"),
+    row("exported, of another seed", nothing, FINISHED + " train.seed=7", "train.seed was 1234"),
+    row("an export of another run", replace("adapted/megatron-ssu.json", '"iteration": 2', '"iteration": 1'), FINISHED, "checkpoint.export", "adapted", "another export"),
+    row("something else in the export's place", both(lambda w: (w / "junk").mkdir(), text("junk/thesis.txt", "")), FINISHED.replace("=adapted", "=junk"), "checkpoint.export", "junk"),
+    row("export of another model", nothing, "export run.yaml --output out model.path=other", "weights' fingerprint"),
+    row("export with another config.json", config(rms_norm_eps=0.5), "export run.yaml --output out", "rms_norm_eps) was 1e-05"),
+    row("export in another precision", both(tensors(bfloat16), config(dtype="bfloat16")), "export run.yaml --output out precision.dtype=bf16", "iter_0000002"),
+    row("export here", nothing, "export run.yaml --output .", "--output", "current directory"),
+    row("export up", nothing, "export run.yaml --output ..", "--output", "exists"),
+    row("export under a file", nothing, "export run.yaml --output run.yaml/x", "--output", "run.yaml"),
+    row("export to a home that is not expanded", nothing, "export run.yaml --output ~/x", "--output", "~"),
+    row("export to a name that is too long", nothing, f"export run.yaml --output {'x' * 300}", "--output", "cannot be made"),
     row("changed learning", nothing, RESUME + " train.optimizer.weight_decay=0.5", "train.optimizer.weight_decay was"),
     row("no checkpoint to export", nothing, "export run.yaml checkpoint.directory=new --output out", "checkpoint"),
     row("no such iteration", nothing, "export run.yaml --iteration 9 --output out", "9"),
     row("export over what is there", nothing, "export run.yaml --output hf", "hf", "exists"),
     # verify
+    row("verify with a report to nowhere", nothing, VERIFY + " --json none/x", "none/x", "cannot be written"),
+    row("verify with a report in a folder's place", nothing, VERIFY + " --json hf", "hf", "directory"),
     row("verify without a model", nothing, VERIFY.replace("adapted --", "none --"), "none"),
     row("verify a cut model", cut("adapted/model.safetensors"), VERIFY, "adapted/model.safetensors"),
     row("verify the wrong source", nothing, VERIFY.replace("--source hf", "--source other"), "other"),
@@ -408,7 +488,7 @@ def test_one_line_and_nothing_changed(row, world, capsys):
     assert {n: d for n, d in after.items() if n in before} == before, "something was overwritten"
     left = sorted(set(after) - set(before))
     # Datasets and scores that were complete before the mistake showed, and the run file, are kept.
-    kept = ("begun/data/", "planned/", "new/run.yaml", "new/data/", "new/scores.safetensors", "new/shield.safetensors", "new/metrics.jsonl")
+    kept = ("begun/data/", "planned/", "seeded/run.yaml", "seeded/data/", "plain/run.yaml", "plain/data/", "new/run.yaml", "new/data/", "new/scores.safetensors", "new/shield.safetensors", "new/metrics.jsonl")
     assert not [n for n in left if not n.startswith(kept)], left
     assert not [n for n in left if ".part" in n or ".tmp" in n], left
 
@@ -430,6 +510,33 @@ def test_a_name_that_there_is_not_is_refused_before_anything_is_made(wrong, worl
     assert main("train", "run.yaml", "checkpoint.directory=new", *overrides) == 2
     assert wrong.split("=")[0].removesuffix(".0") in capsys.readouterr().err
     assert not (world / "new").exists()
+
+
+def test_a_finished_run_has_nothing_to_do(world, capsys):
+    """By the record in its export, after its identity was compared; nothing changes."""
+    before = state(world)
+    assert main(*FINISHED.split()) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert state(world) == before
+    record = json.loads((world / "adapted" / "megatron-ssu.json").read_text())
+    assert (record["run"], record["iteration"], record["phase"], record["source"]) == ("run", 2, 1, "hf")
+
+
+def test_an_export_reads_no_calibration_data(world):
+    (world / "chats.jsonl").unlink()
+    assert main("export", "run.yaml", "--output", "out") == 0
+
+
+def test_an_export_carries_code_and_templates_of_the_tokenizer(world):
+    folder = world / "hf" / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "tools.jinja").write_text("{{ messages }}")
+    (world / "hf" / "tokenization_mine.py").write_text("X = 1\n")
+    (world / "hf" / "megatron-ssu.json").write_text("of an earlier run")
+    assert main("export", "run.yaml", "--output", "out") == 0
+    assert (world / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ messages }}"
+    assert (world / "out" / "tokenization_mine.py").read_text() == "X = 1\n"
+    assert json.loads((world / "out" / "megatron-ssu.json").read_text())["iteration"] == 2
 
 
 def test_the_table_is_long_enough():

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_ssu.errors import UserError
 from tests.models import make_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,3 +47,34 @@ def test_convert_dtype_rounds_once_and_does_not_overwrite(tmp_path):
     assert transformers.AutoModelForCausalLM.from_pretrained(target, dtype="auto").dtype == torch.bfloat16
     refused = tool("convert_dtype.py", *options)
     assert refused.returncode != 0 and "not overwritten" in refused.stderr
+
+
+def test_convert_dtype_says_in_a_line_what_cannot_be_written(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("convert_dtype", ROOT / "tools" / "convert_dtype.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = make_model("llama", tmp_path / "model", num_hidden_layers=1)
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path / "model")
+    for target, word in (
+        (tmp_path / "file" / "x", "it is a file"),
+        (Path("."), "current directory"),
+        (tmp_path, "exists"),
+    ):
+        with pytest.raises(UserError, match=word):
+            module.convert(model, target, "bf16")
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = sorted(tmp_path.iterdir())
+    for name in ("save_file", "carry_files"):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+            patch.setattr(module, name, full)
+            module.convert(model, tmp_path / "target", "bf16")
+        assert sorted(tmp_path.iterdir()) == before
+    (model / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json"):
+        module.convert(model, tmp_path / "target", "bf16")
+    assert sorted(tmp_path.iterdir()) == before

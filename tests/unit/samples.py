@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from megatron_ssu.models.matrix import Matrix
 from megatron_ssu.scoring.file import Scores
 
+CONFIG = {"model_type": "llama", "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "dtype": "bfloat16"}
 HIDDEN, KV, FFN, VOCAB = 20, 12, 28, 36  # no multiples of 8 alone: spare bits occur
 
 
@@ -71,8 +72,9 @@ def scores_of(members: dict[str, Matrix], weights: dict[str, torch.Tensor], seed
 
 
 def write_hf(directory: Path, weights: dict[str, torch.Tensor], shards: int = 1) -> Path:
-    """A Hugging Face directory of safetensors in `shards` files."""
+    """A Hugging Face directory of safetensors in `shards` files, with a config.json."""
     directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(CONFIG))
     if shards == 1:
         save_file(weights, directory / "model.safetensors")
         return directory

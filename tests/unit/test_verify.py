@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ from safetensors.torch import save_file
 import megatron_ssu.shield.verify as verify_module
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.fingerprint import model_fingerprint
+from megatron_ssu.models.hf_config import difference
 from megatron_ssu.models.hf_files import HFCheckpoint, open_checkpoint
+from megatron_ssu.shield.file import Mask
 from megatron_ssu.shield.plan import PlanOptions, plan_shield
 from megatron_ssu.shield.verify import VerifyReport, verify
-from tests.unit.samples import matrices, scores_of, weights_of, write_hf
+from tests.unit.samples import CONFIG, matrices, scores_of, weights_of, write_hf
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 EMBED = "model.embed_tokens.weight"
@@ -148,6 +151,72 @@ def test_report_renders_and_is_json(tmp_path):
     value = json.loads(json.dumps(bad.to_dict()))
     assert value["ok"] is False and value["totals"]["column"]["moved_frozen"] == 1
     assert value["totals"]["column"]["matrices"] == 14
+
+
+def test_another_definition_fails_though_no_bit_moved(tmp_path):
+    case = Case(tmp_path)
+    adapted = write_hf(tmp_path / "adapted", case.adapted)
+    config = {**CONFIG, "transformers_version": "9", "dtype": "float32", "use_cache": False, "rope_scaling": None}
+    (adapted / "config.json").write_text(json.dumps(config | {"rope_theta": 10000}))
+    assert verify(case.source, adapted, case.shield_path).status == 0
+    (adapted / "config.json").write_text(json.dumps(config | {"rope_theta": 500000.0, "head_dim": 4}))
+    report = verify(case.source, adapted, case.shield_path)
+    assert (report.ok, report.moved, report.status) == (False, False, 1)
+    assert report.definition == (("head_dim", None, 4), ("rope_theta", 10000, 500000))
+    console = Console(file=io.StringIO(), width=140)
+    report.render(console)
+    text = console.file.getvalue()
+    assert "config.json: rope_theta is 500000, was 10000" in text and "head_dim is 4, was not set" in text
+    assert "FAILED: no frozen bit moved, but" in text and json.loads(json.dumps(report.to_dict()))["ok"] is False
+
+
+def test_another_tokenizer_is_told_and_does_not_fail(tmp_path):
+    case = Case(tmp_path)
+    adapted = write_hf(tmp_path / "adapted", case.adapted)
+    for folder, words, spacing in ((case.source, {"a": 1}, 1), (adapted, {"a": 1}, 3)):
+        (folder / "vocab.json").write_text(json.dumps(words, indent=spacing))  # the same in other layout
+        (folder / "merges.txt").write_text(str(spacing))
+    (case.source / "chat_template.jinja").write_text("x")
+    (adapted / "added_tokens.json").write_text("{}")
+    (adapted / "megatron-ssu.json").write_text("{}")
+    report = verify(case.source, adapted, case.shield_path)
+    assert report.ok
+    assert report.files == (
+        ("added_tokens.json", "added"),
+        ("chat_template.jinja", "missing"),
+        ("merges.txt", "differs"),
+    )
+    console = Console(file=io.StringIO(), width=140)
+    report.render(console)
+    assert "merges.txt: differs" in console.file.getvalue() and "OK: no frozen" in console.file.getvalue()
+
+
+def test_a_shield_that_freezes_nothing_proves_nothing(tmp_path):
+    case = Case(tmp_path)
+    masks = {n: Mask.constant(m.granularity, m.shape, False) for n, m in case.shield.masks.items()}
+    replace(case.shield, masks=masks, counts={}).save(case.shield_path, overwrite=True)
+    report = case.verify()
+    assert (report.ok, report.status) == (False, 2)
+    console = Console(file=io.StringIO(), width=140)
+    report.render(console)
+    assert "nothing is frozen" in console.file.getvalue() and "OK" not in console.file.getvalue()
+
+
+def test_the_fingerprint_tells_config_from_weights(tmp_path):
+    weights = {"a": torch.randn(5)}
+    one = write_hf(tmp_path / "one", weights)
+    first = model_fingerprint(one)
+    (one / "config.json").write_text(json.dumps(CONFIG | {"_name_or_path": "x", "torch_dtype": "float16", "pad": None}))
+    assert model_fingerprint(one) == first
+    (one / "config.json").write_text(json.dumps(CONFIG | {"rms_norm_eps": 1e-6}))
+    config = difference(first, model_fingerprint(one))
+    assert config.startswith("config.json (") and "weights" not in config
+    other = difference(first, model_fingerprint(write_hf(tmp_path / "two", {"a": weights["a"] + 1})))
+    assert other.startswith("weights (") and "config" not in other
+    assert difference(first, first) == ""
+    (one / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config.json is missing"):
+        model_fingerprint(one)
 
 
 def test_verify_refuses_directories_that_do_not_fit(tmp_path):

@@ -1,0 +1,39 @@
+"""Small files written whole or not at all: beside their place, to disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from megatron_ssu.errors import UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, replacing what is there. Raises UserError where it cannot be written; then nothing changed."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def check_writable(path: str | Path) -> Path:
+    """`path`, where a file can be written there; asked before long work. Raises UserError.
+
+    What only a write shows, such as a full disk, `write_text` reports.
+    """
+    path = Path(path)
+    if not path.name or path.is_dir():
+        raise UserError(f"{path}: is a directory; name a file")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: cannot be written (there is no directory {path.parent}); make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be written (no permission for {path.parent}); name another place")
+    return path

@@ -1,0 +1,105 @@
+"""config.json of a Hugging Face directory, and what of it defines the model.
+
+Every key counts, except those that say how the weights are stored, what wrote the file and how the model's code is to run
+(`COSMETIC`): a key that nobody here knows may change what the model computes. null is the same as a key that is missing, and
+1 the same as 1.0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_ssu.config.coerce import show
+from megatron_ssu.errors import UserError
+
+CONFIG = "config.json"
+COSMETIC = frozenset(
+    (
+        "_name_or_path",
+        "_commit_hash",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "attn_implementation",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "torchscript",
+    )
+)
+
+
+def read_hf_config(path: str, key: str = "model.path") -> dict[str, Any]:
+    """config.json of the Hugging Face directory `path`; `key` is the run file's key or the option that named it."""
+    directory = Path(path)
+    if not path or not directory.is_dir():
+        advice = (
+            "~ is not expanded"
+            if path.startswith("~")
+            else "give a downloaded Hugging Face directory, not a model's name"
+        )
+        raise UserError(f"{key}: {show(path)} is no directory (looked from {Path.cwd()}); {advice}")
+    file = directory / "config.json"
+    try:
+        config = json.loads(file.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{key}: {file} is missing; {path} is no Hugging Face model directory") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{key}: {file}:{error.lineno}: broken JSON ({error.msg}); copy the file again") from error
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 JSON"
+        raise UserError(f"{key}: {file} cannot be read ({reason}); copy the file again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{key}: {file} is not a JSON object; copy the file again")
+    return config
+
+
+def definition(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config.json that define the model, with their values, sorted."""
+    return {k: _plain(v) for k, v in sorted(config.items()) if k not in COSMETIC and v is not None}
+
+
+def definition_digest(config: Mapping[str, Any]) -> str:
+    """sha256 (hex) over `definition`."""
+    return hashlib.sha256(json.dumps(definition(config), sort_keys=True).encode()).hexdigest()
+
+
+def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, value in `a`, value in `b`) of all that defines the model and differs between two config.json; sorted."""
+    ours, theirs = definition(a), definition(b)
+    keys = sorted(ours.keys() | theirs.keys())
+    return [(k, ours.get(k), theirs.get(k)) for k in keys if _text(ours.get(k)) != _text(theirs.get(k))]
+
+
+def weights_part(fingerprint: str) -> str:
+    """The part of a fingerprint that tells the weights."""
+    return fingerprint.partition(":")[0]
+
+
+def difference(one: str, other: str) -> str:
+    """What differs between two models by their fingerprints, in words; '' where nothing does."""
+    names = ("weights", "config.json")
+    pairs = zip(names, one.partition(":")[::2], other.partition(":")[::2], strict=True)
+    found = [f"{name} ({a[:12] or 'unknown'}, {b[:12] or 'unknown'})" for name, a, b in pairs if a != b]
+    return " and ".join(found)
+
+
+def _text(value: Any) -> str:
+    """JSON, in which true is not 1 and NaN equals itself."""
+    return json.dumps(value, sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    """`value` without nulls in its objects, whole numbers without a decimal point."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,0 +1,99 @@
+"""May a run go on from what its directory and its export's place hold? Asked before anything is made or loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.errors import UserError
+from megatron_ssu.models.fingerprint import model_fingerprint
+from megatron_ssu.models.hf_export import check_target
+from megatron_ssu.session import Source
+from megatron_ssu.shield.file import Shield
+from megatron_ssu.train.checkpoint import Checkpoints, Progress
+from megatron_ssu.train.export_record import ExportRecord, read_record, record_of
+from megatron_ssu.train.identity import identity_of
+from megatron_ssu.train.state import read_common
+
+
+def newest(run: RunConfig, checkpoints: Checkpoints) -> int | None:
+    """The checkpoint to go on from, or None.
+
+    Raises UserError where there is one and the run is not to go on from it, or would have nothing to train that its phase
+    or its iterations ask for.
+    """
+    latest = checkpoints.latest()
+    if latest is None:
+        return None
+    path, train = checkpoints.path(latest), run.train
+    if not run.checkpoint.resume:
+        raise UserError(
+            f"checkpoint.resume: false, and {path} is there; choose another checkpoint.directory, or remove the checkpoints"
+        )
+    if train.iterations < latest:
+        raise UserError(
+            f"train.iterations: {train.iterations} is less than {latest}, the iteration of {path}; raise it, or write an "
+            f"older checkpoint's number into {checkpoints.folder / 'latest'}"
+        )
+    phase = Progress(**read_common(path)["progress"]).phase
+    if train.phase.number > phase and train.iterations == latest:
+        raise UserError(
+            f"train.phase.number: {train.phase.number} begins a phase after iteration {latest} of {path} (phase {phase}), and "
+            f"train.iterations is {train.iterations}, so it would train nothing; raise train.iterations, which counts from "
+            "the very beginning"
+        )
+    return latest
+
+
+def may_be_exported(run: RunConfig, latest: int | None) -> bool:
+    """Whether the place of the export holds one that may be this run's, which then has ended.
+
+    Raises UserError where something else is there, or the export could not be written.
+    """
+    if run.checkpoint.export is None:
+        return False
+    target = Path(run.checkpoint.export)
+    if latest == run.train.iterations and target.is_dir() and read_record(target) is not None:
+        return True
+    check_target(run.checkpoint.export, "checkpoint.export")
+    return False
+
+
+def check_exported(
+    run: RunConfig,
+    source: Source,
+    checkpoints: Checkpoints,
+    shield_of: Callable[[], Shield | None],
+    digests_of: Callable[[], Sequence[str]],
+) -> None:
+    """Returns where the export at checkpoint.export is that of the run's last checkpoint, so that nothing is left to do.
+
+    `shield_of`: the run's shield, where it can be had without scoring; `digests_of`: those of its training documents.
+    Raises UserError where the run file is not the checkpoint's any more, or the export is another's.
+    """
+    path = checkpoints.path(run.train.iterations)
+    common = read_common(path)
+    shield = shield_of()
+    if shield is None:
+        raise UserError(f"{checkpoints.folder.parent}: scores and shield are gone; restore them, or export elsewhere")
+    identity_of(run, shield, digests_of()).compare(common["identity"], path)
+    progress = Progress(**common["progress"])
+    if run.train.phase.number < progress.phase:
+        raise UserError(
+            f"{path}: train.phase.number was {progress.phase} in this checkpoint and is {run.train.phase.number} now; "
+            "phases only go up"
+        )
+    expected = checkpoint_record(source, common["identity"], progress)
+    found = read_record(Path(run.checkpoint.export or ""))
+    if found != expected:
+        raise UserError(
+            f"checkpoint.export: {run.checkpoint.export} holds another export ({found}; this run's is {expected}) and is not "
+            "overwritten; name another directory or remove it"
+        )
+
+
+def checkpoint_record(source: Source, facts: dict[str, Any], progress: Progress) -> ExportRecord:
+    """The record of an export of the checkpoint with these identity facts and this progress."""
+    return record_of(source.name, model_fingerprint(source.path), facts, progress.iteration, progress.phase)
