@@ -75,6 +75,7 @@ def measure(model: str, shield: str, directory: str, background: bool) -> dict[s
     found = {"parameters": sum(p.numel() for p in session.chunks[0].parameters())}
     for work in (save, load):
         found[f"{work.__name__}_peak"] = _peak(work)
+        gc.collect()
         before = _live()
         gc.disable()
         try:
