@@ -187,30 +187,30 @@ def _load(options: argparse.Namespace):
 
 
 def _score(options: argparse.Namespace, console: Console) -> int:
-    from megatron_ssu import commands
+    from megatron_ssu.commands import jobs
 
-    commands.score(_load(options), console)
+    jobs.score(_load(options), console)
     return 0
 
 
 def _plan(options: argparse.Namespace, console: Console) -> int:
-    from megatron_ssu import commands
+    from megatron_ssu.commands import shields
 
-    commands.plan(_load(options), console)
+    shields.plan(_load(options), console)
     return 0
 
 
 def _train(options: argparse.Namespace, console: Console) -> int:
-    from megatron_ssu import commands
+    from megatron_ssu.commands import jobs
 
-    commands.train_run(_load(options), console)
+    jobs.train_run(_load(options), console)
     return 0
 
 
 def _export(options: argparse.Namespace, console: Console) -> int:
-    from megatron_ssu import commands
+    from megatron_ssu.commands import jobs
 
-    commands.export(_load(options), options.output, options.iteration, console)
+    jobs.export(_load(options), options.output, options.iteration, console)
     return 0
 
 
@@ -218,7 +218,7 @@ def _prepare(options: argparse.Namespace, console: Console) -> int:
     if (options.model is None) != (options.output is None):
         raise UserError("prepare: --model and --output go together; or give a run file")
     if options.output is None:
-        from megatron_ssu import commands
+        from megatron_ssu.commands import jobs
         from megatron_ssu.config.load import load_run
 
         for name in ("workers", "text_key", "document_end", "overwrite", "trust_remote_code"):
@@ -228,7 +228,7 @@ def _prepare(options: argparse.Namespace, console: Console) -> int:
                     "data.text_key, data.document_end and model.trust_remote_code, and makes datasets of changed files anew"
                 )
         run = load_run(options.inputs[0], options.inputs[1:] + options.overrides)
-        commands.prepare(run, console, skip_bad_lines=options.skip_bad_lines)
+        jobs.prepare(run, console, skip_bad_lines=options.skip_bad_lines)
         return 0
     if options.overrides:
         raise UserError(f"prepare: {options.overrides[0]} goes with a run file, not with --model and --output")
@@ -268,21 +268,21 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
 
 
 def _estimate(options: argparse.Namespace, console: Console) -> int:
-    from megatron_ssu import commands
+    from megatron_ssu.commands import jobs
 
-    commands.estimate(_load(options), options, console)
+    jobs.estimate(_load(options), options, console)
     return 0
 
 
 def _inspect(options: argparse.Namespace, console: Console) -> int:
-    from megatron_ssu import commands
+    from megatron_ssu.commands import shields
 
-    commands.inspect(options, console)
+    shields.inspect(options, console)
     return 0
 
 
 def _compose(options: argparse.Namespace, console: Console) -> int:
-    from megatron_ssu import commands
+    from megatron_ssu.commands import shields
 
-    commands.compose(options.operation, [Path(s) for s in options.shields], Path(options.output), console)
+    shields.compose(options.operation, [Path(s) for s in options.shields], Path(options.output), console)
     return 0

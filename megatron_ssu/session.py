@@ -3,45 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ssu import runtime
 from megatron_ssu.config.schema import RunConfig
-from megatron_ssu.config.validate import read_hf_config, validate_run
+from megatron_ssu.config.validate import validate_run
 from megatron_ssu.models.build import DTYPES, build_chunks, rope_frequencies, transformer_config
-from megatron_ssu.models.family import Dims, Family, family_of, padded_vocab
-from megatron_ssu.models.hf_files import HFCheckpoint
+from megatron_ssu.models.family import padded_vocab
 from megatron_ssu.models.hf_import import check_checkpoint, import_weights
 from megatron_ssu.models.layout import Layout
-
-
-@dataclass
-class Source:
-    """The source model's files, without a weight read."""
-
-    path: Path
-    hf: dict[str, Any]
-    family: Family
-    dims: Dims
-    checkpoint: HFCheckpoint
-
-    @property
-    def name(self) -> str:
-        """What files and messages call the model: its directory's name."""
-        return self.path.resolve().name
-
-
-def open_source(path: str | Path) -> Source:
-    """Raises UserError where the directory is not that of a supported model, or lacks files."""
-    path = Path(path)
-    hf = read_hf_config(str(path))
-    family = family_of(hf)
-    rope_frequencies(hf, str(path))
-    return Source(path, hf, family, Dims.from_hf(hf), HFCheckpoint(path))
+from megatron_ssu.models.source import Source, open_source
 
 
 @dataclass
@@ -62,6 +35,7 @@ def check_run(run: RunConfig, *, training: bool = True, shielding: bool = True) 
     Without `training` the settings of the training loop are not checked, without `shielding` nor is the shield section.
     """
     source = open_source(run.model.path)
+    rope_frequencies(source.hf, run.model.path)
     validate_run(run, runtime.world_size(), source.hf, training=training, shielding=shielding)
     check_checkpoint(source.checkpoint, source.family, source.dims, DTYPES[run.precision.dtype])
     return source

@@ -7,10 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig
-
 from megatron_ssu.config.coerce import show
+from megatron_ssu.config.megatron_fields import DDP, OPTIMIZER
 from megatron_ssu.config.schema import DataSource, RunConfig
 from megatron_ssu.config.units import parse_split
 from megatron_ssu.errors import UserError
@@ -127,8 +125,8 @@ def _optimizer(run: RunConfig) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= values.get(name, 0.9) < 1:
             raise UserError(f"{key}.{name}: {values[name]} must be in [0, 1)")
-    accepted(key, OptimizerConfig, {**values, "use_distributed_optimizer": True})
-    accepted("parallel.ddp", DistributedDataParallelConfig, {**run.parallel.ddp, "use_distributed_optimizer": True})
+    accepted(key, OPTIMIZER.load(), {**values, "use_distributed_optimizer": True})
+    accepted("parallel.ddp", DDP.load(), {**run.parallel.ddp, "use_distributed_optimizer": True})
 
 
 def _decoupled_rates(key: str, values: dict[str, Any], min_lr: float) -> None:

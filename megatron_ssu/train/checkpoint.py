@@ -35,12 +35,12 @@ from megatron_ssu.session import Session
 from megatron_ssu.train import state as states
 from megatron_ssu.train.digests import Digests, check_digests, digest_files, write_digests, written_by
 from megatron_ssu.train.identity import Identity, model_facts
+from megatron_ssu.train.latest import LATEST, checkpoint_path, checkpoints_folder, latest_iteration
 from megatron_ssu.train.state import one_line, read_common
 from megatron_ssu.train.writer import Saver, to_disk, watched
 
 log = logging.getLogger(__name__)
 
-LATEST = "latest"
 POLL = 5.0  # seconds between two looks at the ranks' writers
 
 
@@ -81,24 +81,16 @@ class Checkpoints:
     """The checkpoints of one run directory."""
 
     def __init__(self, directory: str | Path, keep: int | None = None, *, background: bool = False) -> None:
-        self.folder, self.keep, self.background = Path(directory) / "checkpoints", keep, background
+        self.folder, self.keep, self.background = checkpoints_folder(directory), keep, background
         self.mark: Callable[[], None] = lambda: None  # called while a save makes progress
         self._pending: _Pending | None = None
 
     def path(self, iteration: int) -> Path:
-        return self.folder / f"iter_{iteration:07d}"
+        return checkpoint_path(self.folder, iteration)
 
     def latest(self) -> int | None:
         """Iteration of the newest complete checkpoint, or None. Raises UserError for a damaged `latest`."""
-        file = self.folder / LATEST
-        if not file.exists():
-            return None
-        text = file.read_text(errors="replace").strip()
-        if not text.isdecimal() or not self.path(int(text)).is_dir():
-            raise UserError(
-                f"{file}: says {text[:40]!r}, which is no checkpoint here; write the iteration of one that is"
-            )
-        return int(text)
+        return latest_iteration(self.folder)
 
     def clean(self) -> None:
         """Remove what an interrupted save left behind. On rank 0."""

@@ -146,6 +146,13 @@ class RunLock:
                 path.unlink()
         self._close()
 
+    def __enter__(self) -> RunLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
     def beat(self) -> None:
         """One heartbeat; `on_lost` is called where the lock is another's by now."""
         path = self._path

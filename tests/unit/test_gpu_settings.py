@@ -18,6 +18,7 @@ from megatron_ssu.models.family import Dims, family_of
 from megatron_ssu.scoring import calibrate
 from megatron_ssu.shield import wgrad
 from megatron_ssu.shield.file import Shield
+from megatron_ssu.train import identity
 from megatron_ssu.train.backends import backends, library
 from megatron_ssu.train.identity import identity_of
 from megatron_ssu.train.loop import ddp_fields
@@ -64,7 +65,8 @@ def test_fused_kernels_that_would_change_results_or_are_missing_are_not_taken() 
     assert not build.fused_settings(run_config(use_te_activation_func=True), engine=True)["bias_activation_fusion"]
 
 
-def test_a_run_may_be_resumed_with_other_fused_kernels() -> None:
+def test_a_run_may_be_resumed_with_other_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "read_hf_config", lambda path: LLAMA)
     shield = Shield("none", "m", "f", matrices={}, masks={})
     plain, changed = (
         run_config(),

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
+from safetensors.torch import load_file
 
 from megatron_ssu.cli import main
+from megatron_ssu.models.fingerprint import model_fingerprint
+from megatron_ssu.models.source import open_source
 from megatron_ssu.shield.file import load_shield
 from megatron_ssu.shield.plan import PlanOptions, plan_shield
+from tests.models import make_model
 from tests.unit.samples import matrices, scores_of, weights_of
+
+LIGHT = """
+import sys
+from megatron_ssu.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as ended:
+    assert not ended.code, ended.code
+assert not {"torch", "megatron.core"} & set(sys.modules)
+"""
 
 
 @pytest.fixture
@@ -81,3 +98,27 @@ def test_bad_input_is_one_line_and_writes_nothing(files, capsys):
             assert bad.name in refused(capsys, "inspect", *arguments, "--output", files / "pictures")
             bad.unlink()
     assert sorted(files.iterdir()) == before
+
+
+def test_commands_on_small_files_import_no_megatron(tmp_path):
+    """Nor torch, whose import alone takes longer than their work."""
+    model = make_model("llama", tmp_path / "model")
+    source = open_source(model)
+    scores = scores_of({m.name: m for m in source.family.matrices(source.dims)}, load_file(model / "model.safetensors"))
+    scores.fingerprint = model_fingerprint(model)
+    scores.save(tmp_path / "scores.safetensors")
+    shutil.copytree(model, tmp_path / "adapted")
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{path: {model}}}\ncheckpoint: {{directory: {tmp_path}}}\nshield: {{special_tokens: false}}\n"
+        "parallel: {tensor_model_parallel_size: 2}\n"
+    )
+    shield = str(tmp_path / "shield.safetensors")
+    for command in (
+        ["plan", str(tmp_path / "run.yaml"), "shield.ratio=0.25"],
+        ["inspect", shield, "--scores", str(tmp_path / "scores.safetensors"), "--output", str(tmp_path / "pictures")],
+        ["compose", "union", shield, shield, "--output", str(tmp_path / "both")],
+        ["verify", "--source", str(model), "--adapted", str(tmp_path / "adapted"), "--shield", shield],
+        ["--help"],
+    ):
+        done = subprocess.run([sys.executable, "-c", LIGHT, *command], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr == "", (command, done.stderr)

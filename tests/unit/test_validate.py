@@ -301,7 +301,7 @@ def test_parse_split() -> None:
 
 
 def test_documents_that_a_split_keeps_from_training_are_told(world: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from megatron_ssu.commands import _warn_of_unused_documents
+    from megatron_ssu.commands.jobs import _warn_of_unused_documents
 
     for overrides, told in (([], 0), (["data.split='99,1,0'"], 1), (["data.split='1,0,0'"], 0)):
         caplog.clear()

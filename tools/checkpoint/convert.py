@@ -50,11 +50,11 @@ def to_core(options: argparse.Namespace, console: Console) -> None:
 
 def to_hf(options: argparse.Namespace, console: Console) -> None:
     """A run directory's checkpoint -> Hugging Face directory."""
-    from megatron_ssu import commands
+    from megatron_ssu.commands import jobs
     from megatron_ssu.config.load import load_run
 
     run = load_run(Path(options.load_dir) / "run.yaml", options.overrides)
-    commands.export(run, Path(options.save_dir), options.iteration, console)
+    jobs.export(run, Path(options.save_dir), options.iteration, console)
 
 
 def parse() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""What the commands do, free of argument parsing; `cli.py` calls them."""
+"""Commands that run a model on a mesh, or prepare and estimate such a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from megatron_ssu import runtime
+from megatron_ssu.commands.shields import has_begun, refuse_given
 from megatron_ssu.config.load import save_run
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.units import parse_split
@@ -28,11 +28,11 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.io.atomic import write_text
 from megatron_ssu.methods.base import method_named
 from megatron_ssu.models.hf_export import check_target, export_model
-from megatron_ssu.scoring.file import Scores
-from megatron_ssu.session import Session, Source, check_run, open_session, open_source
-from megatron_ssu.shield import make
+from megatron_ssu.models.source import Source
+from megatron_ssu.session import Session, check_run, open_session
 from megatron_ssu.shield.file import Shield, load_shield
-from megatron_ssu.shield.options import check_names, check_rules
+from megatron_ssu.shield.make import make_scores
+from megatron_ssu.shield.planned import scores_path, shield_path
 from megatron_ssu.train.checkpoint import Checkpoints, Progress
 from megatron_ssu.train.flops import flops_per_token, peak_flops
 from megatron_ssu.train.identity import identity_of
@@ -48,63 +48,23 @@ log = logging.getLogger(__name__)
 def score(run: RunConfig, console: Console) -> None:
     """Write the scores file of a run file."""
     source = _start(run, training=False)
-    _refuse_given("score", "shield.scores", run.shield.scores)
+    refuse_given("score", "shield.scores", run.shield.scores)
     with held(run.checkpoint.directory, "score"):
         runtime.on_rank_zero(lambda: _check_not_begun(run))
-        scores = make.make_scores(open_session(run, source))
+        scores = make_scores(open_session(run, source))
     if scores is not None:
         console.print(
-            f"{make.scores_path(run)}: {', '.join(scores.scores)} of {scores.model} over {scores.tokens:,} tokens "
+            f"{scores_path(run)}: {', '.join(scores.scores)} of {scores.model} over {scores.tokens:,} tokens "
             f"({scores.samples} samples)",
             highlight=False,
             soft_wrap=True,
         )
 
 
-def plan(run: RunConfig, console: Console) -> Shield:
-    """Write the shield file of a run file from its scores file. Needs no weights but for some choices, and one process."""
-    if runtime.world_size() > 1:
-        raise UserError("plan: runs as one process; start it without torchrun")
-    _refuse_given("plan", "shield.file", run.shield.file)
-    method_named(run.shield.method)
-    if run.shield.method == "none":
-        raise UserError(
-            "shield.method: none has no shield to plan; name a method that has one (ssu), or leave the key out"
-        )
-    validate_checkpoint(run)
-    source = open_source(run.model.path)
-    check_names(run)
-    check_rules(run, source.family.matrices(source.dims))
-    path = make.scores_path(run)
-    if not path.exists():
-        raise UserError(f"{path}: no scores there; run `megatron-ssu score` first, or name a file with shield.scores")
-    with held(run.checkpoint.directory, "plan"):
-        shield = make.write_plan(run, source, Scores.load(path), replace=True, begun=_has_begun(run))
-    linear = shield.realised()["linear"]
-    console.print(
-        f"{make.shield_path(run)}: {linear['ratio']:.4f} of {linear['elements']:,} weights frozen by {shield.granularity}, "
-        f"score {shield.score}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return shield
-
-
-def _refuse_given(command: str, key: str, given: str | None) -> None:
-    """Raises UserError for a file of the user's that the command would replace."""
-    if given is not None:
-        raise UserError(f"{key}: {given} was made before and `{command}` does not replace it; leave the key out")
-
-
-def _has_begun(run: RunConfig) -> bool:
-    """Has the run checkpoints, whose shield must stay?"""
-    return Checkpoints(run.checkpoint.directory).latest() is not None
-
-
 def _check_not_begun(run: RunConfig) -> None:
     """Raises UserError where the scores of a run that has begun would be replaced."""
-    path = make.scores_path(run)
-    if path.exists() and _has_begun(run):
+    path = scores_path(run)
+    if path.exists() and has_begun(run):
         raise UserError(f"{path}: the run has begun with these scores; choose another checkpoint.directory")
 
 
@@ -195,43 +155,12 @@ def estimate(run: RunConfig, options: argparse.Namespace, console: Console) -> N
     if world < 1:
         raise UserError(f"--world-size: {world} must be 1 or more")
     hf = read_hf_config(run.model.path)
-    path = make.shield_path(run)
+    path = shield_path(run)
     shield = load_shield(path) if run.shield.method != "none" and path.exists() else None
     found = count(run, hf, world, shield=shield, engine=not options.local_layers)
     render(found, gpu, console, options.efficiency)
     if options.json:
         write_text(Path(options.json), json.dumps(to_dict(found, gpu, options.efficiency), indent=1) + "\n")
-
-
-def inspect(options: argparse.Namespace, console: Console) -> None:
-    """Print a shield file as a table; with options.output draw it, with options.json write the table as JSON."""
-    from megatron_ssu.shield.inspect import draw, inspect_shield
-
-    shield = load_shield(options.shield, check=True)
-    scores = Scores.load(options.scores) if options.scores else None
-    other = load_shield(options.compare, check=True) if options.compare else None
-    found = inspect_shield(shield, scores, other, score=options.score)
-    if options.json:
-        write_text(Path(options.json), json.dumps(found.to_dict(), indent=1) + "\n")
-    paths = draw(found, options.output) if options.output else []
-    # A table that does not fit a pipe's assumed 80 columns would be cut, so it gets what it needs there.
-    found.render(console if console.is_terminal else Console(file=console.file, quiet=console.quiet, width=160))
-    for path in paths:
-        console.print(f"{path}: drawn", highlight=False, soft_wrap=True)
-
-
-def compose(operation: str, files: Sequence[Path], target: Path, console: Console) -> None:
-    """Write the union, intersection or difference of shield files; `target` must not be there yet."""
-    from megatron_ssu.shield.compose import compose as combine
-
-    shield = combine(operation, [load_shield(file, check=True) for file in files])
-    shield.save(target)
-    linear = shield.realised()["linear"]
-    console.print(
-        f"{target}: {operation} of {len(files)} shields, {linear['ratio']:.4f} of {linear['elements']:,} linear weights frozen",
-        highlight=False,
-        soft_wrap=True,
-    )
 
 
 def _start(run: RunConfig, *, training: bool, shielding: bool = True) -> Source:

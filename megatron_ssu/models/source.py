@@ -1,0 +1,34 @@
+"""The source model's files: what every command that names a model starts from. Reads no weight and imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ssu.models.family import Dims, Family, family_of
+from megatron_ssu.models.hf_config import read_hf_config
+from megatron_ssu.models.hf_files import HFCheckpoint
+
+
+@dataclass
+class Source:
+    """The source model's files, without a weight read."""
+
+    path: Path
+    hf: dict[str, Any]
+    family: Family
+    dims: Dims
+    checkpoint: HFCheckpoint
+
+    @property
+    def name(self) -> str:
+        """What files and messages call the model: its directory's name."""
+        return self.path.resolve().name
+
+
+def open_source(path: str | Path) -> Source:
+    """Raises UserError where the directory is not that of a supported model, or lacks files."""
+    path = Path(path)
+    hf = read_hf_config(str(path))
+    return Source(path, hf, family_of(hf), Dims.from_hf(hf), HFCheckpoint(path))

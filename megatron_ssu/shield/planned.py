@@ -1,0 +1,97 @@
+"""A run's shield file out of its scores file. Imports no megatron-core, and torch for weights alone."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.data.tokenizer import load_tokenizer
+from megatron_ssu.errors import UserError
+from megatron_ssu.models.fingerprint import model_fingerprint
+from megatron_ssu.models.hf_config import difference
+from megatron_ssu.models.source import Source
+from megatron_ssu.scoring import base
+from megatron_ssu.scoring.file import Scores
+from megatron_ssu.shield.file import Shield, load_shield
+from megatron_ssu.shield.options import plan_options
+from megatron_ssu.shield.plan import plan_shield
+
+log = logging.getLogger(__name__)
+
+
+def scores_path(run: RunConfig) -> Path:
+    return Path(run.shield.scores or Path(run.checkpoint.directory) / "scores.safetensors")
+
+
+def shield_path(run: RunConfig) -> Path:
+    return Path(run.shield.file or Path(run.checkpoint.directory) / "shield.safetensors")
+
+
+def plan(run: RunConfig, source: Source, scores: Scores, *, method: str = "ssu") -> Shield:
+    """A shield for the run's model out of its scores."""
+    return plan_shield(
+        scores,
+        plan_options(run),
+        method=method,
+        frozen_rows=special_token_rows(run, source),
+        weights=source.checkpoint.get,
+    )
+
+
+def special_token_rows(run: RunConfig, source: Source) -> dict[str, tuple[tuple[int, ...], list[int]]]:
+    """Rows of embedding and head that the chat template's special tokens use: name -> (shape, rows)."""
+    if not run.shield.special_tokens:
+        return {}
+    tokenizer = load_tokenizer(run.model.path, trust_remote_code=run.model.trust_remote_code)
+    if not tokenizer.has_chat_template:
+        log.warning("%s: no chat template, so no special-token rows are frozen", run.model.path)
+        return {}
+    rows = tokenizer.special_token_ids_of_chat_template()
+    matrices = source.family.matrices(source.dims)
+    return {m.name: (m.shape, rows) for m in matrices if m.kind in ("embedding", "head") and rows}
+
+
+def write_plan(run: RunConfig, source: Source, scores: Scores, *, replace: bool = False, begun: bool = False) -> Shield:
+    """Plan and write the shield file; one that says the same is left as it is.
+
+    Raises UserError where it says otherwise, unless it may be `replace`d and the run has not `begun`, and for scores
+    that do not fit. A shield of another model is never replaced.
+    """
+    wanted, path = run.shield.score, shield_path(run)
+    if wanted not in (*base.DRAWN, *scores.scores):
+        raise UserError(
+            f"{scores_path(run)}: has no score {wanted}, only {', '.join(scores.scores)}; run `score` with "
+            f"shield.score={wanted}"
+        )
+    check_scores_model(run, source, scores)
+    present = load_shield(path) if path.exists() else None
+    if present is not None and present.fingerprint != scores.fingerprint:
+        raise UserError(
+            f"{path}: was made for another model, {present.model}: other "
+            f"{difference(present.fingerprint, scores.fingerprint)}; choose another checkpoint.directory, or remove it"
+        )
+    shield = plan(run, source, scores)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if present is not None and present.digest() == shield.digest():
+        return shield
+    if present is not None and (begun or not replace):
+        which, advice = "the run began under this shield", "start in another checkpoint.directory"
+        if not begun:
+            which, advice = "is there already", "name it with shield.file to train under it, or remove it"
+        raise UserError(f"{path}: {which}, and the shield section asks for another now; change it back, or {advice}")
+    shield.save(path, overwrite=True)
+    return shield
+
+
+def check_scores_model(run: RunConfig, source: Source, scores: Scores) -> None:
+    """Raises UserError for scores of another model than the run's."""
+    fingerprint = model_fingerprint(source.path)
+    if scores.fingerprint != fingerprint:
+        advice = "leave shield.scores out, or name scores of this model"
+        if run.shield.scores is None:
+            advice = "they are not replaced: choose another checkpoint.directory, or remove the file"
+        raise UserError(
+            f"{scores_path(run)}: scores of model {scores.model}, not of {source.name}: other "
+            f"{difference(scores.fingerprint, fingerprint)}; {advice}"
+        )
