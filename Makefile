@@ -29,7 +29,7 @@ test: lint
 	$(PYTEST) tests/unit tests/dist tests/gpu -m "not slow"
 
 test-fast: $(READY)
-	$(PYTEST) tests/unit -m "not slow"
+	$(PYTEST) tests/unit -m "not slow and not process"
 
 # What `make test` leaves out, but for SLURM.
 test-rest: $(READY)

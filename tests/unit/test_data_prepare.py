@@ -18,6 +18,7 @@ import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ssu.config.schema import CheckpointSection, DataSection, ModelSection, RunConfig
+from megatron_ssu.data import jsonl
 from megatron_ssu.data.indexed import CheckedIndexedDataset, check_prefix, content_digest, prepared_prefix, source_kind
 from megatron_ssu.data.jsonl import LineReader, iter_lines, source_digest
 from megatron_ssu.data.prepare import _workspace, prepare
@@ -208,6 +209,7 @@ def test_inputs_and_outputs_that_cannot_be(tmp_path: Path, model: Path) -> None:
     assert check_prefix(tmp_path / "out").documents == 2
 
 
+@pytest.mark.process
 def test_full_disk(tmp_path: Path, model: Path) -> None:
     source = write_jsonl(tmp_path / "text.jsonl", TEXTS * 400)
     script = (
@@ -230,6 +232,7 @@ def test_full_disk(tmp_path: Path, model: Path) -> None:
 # ---- processes
 
 
+@pytest.mark.process
 def test_two_workers_write_the_bytes_of_one(tmp_path: Path, model: Path) -> None:
     lines = [f"{i} {t}" for i in range(300) for t in TEXTS]
     source = write_jsonl(tmp_path / "text.jsonl", lines)
@@ -244,6 +247,7 @@ def test_two_workers_write_the_bytes_of_one(tmp_path: Path, model: Path) -> None
     assert files_of(tmp_path / "three") == []
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("number", "workers", "status"), [(signal.SIGTERM, 2, 143), (signal.SIGINT, 1, -signal.SIGINT)]
 )
@@ -276,6 +280,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path, model: Path, number: int, work
     assert list(out.parent.iterdir()) == []
 
 
+@pytest.mark.process
 def test_a_dying_tokenizer_process_leaves_nothing(tmp_path: Path, model: Path) -> None:
     source = write_jsonl(tmp_path / "text.jsonl", [" ".join(TEXTS) * 20] * 6000)
 
@@ -303,6 +308,7 @@ with prepare._workspace(pathlib.Path(sys.argv[1])) as folder:
 """
 
 
+@pytest.mark.process
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", WORKSPACE, str(tmp_path / "out")]
@@ -354,9 +360,13 @@ def test_prepared_prefix_depends_on_content_tokenizer_and_key(tmp_path: Path) ->
     assert prepared_prefix(tmp_path, copy, "d", "text") != name
 
 
-def test_a_large_source_is_known_by_its_content_and_not_by_its_times(tmp_path: Path) -> None:
-    """Sparse files of 3 GiB: a block's change is seen wherever blocks are read, a copy or `touch` is none."""
-    size = 3 << 30
+def test_a_large_source_is_known_by_its_content_and_not_by_its_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that are sampled: a block's change is seen wherever blocks are read, a copy or `touch` is none."""
+    monkeypatch.setattr(jsonl, "_WHOLE_FILE_BYTES", 32 << 20)
+    monkeypatch.setattr(jsonl, "_SAMPLED_BLOCKS", 32)
+    size = 96 << 20
 
     def large(name: str, *changes: int, size: int = size) -> str:
         with (tmp_path / name).open("wb") as file:
@@ -369,7 +379,7 @@ def test_a_large_source_is_known_by_its_content_and_not_by_its_times(tmp_path: P
     first = large("a.jsonl", 7)
     os.utime(tmp_path / "a.jsonl", (0, 0))
     assert source_digest(tmp_path / "a.jsonl") == first == large("b.jsonl", 7)
-    middle = 512 * (size - (1 << 20)) // 1023 + 5
+    middle = 16 * (size - (1 << 20)) // 31 + 5
     others = [
         large("c.jsonl"),
         large("d.jsonl", 7, middle),

@@ -106,6 +106,7 @@ def test_the_parts_fit_into_ten_minutes_and_name_real_scripts(report: Any, tmp_p
     assert len(scripts) == 3 and all((ROOT / script).is_file() for script in scripts)
 
 
+@pytest.mark.process
 def test_a_part_that_fails_or_hangs_does_not_stop_the_others(report: Any, tmp_path: Path) -> None:
     write = "import json; json.dump({{'results': [{{'what': 'x'}}]}}, open({!r}, 'w')); print('done')"
     parts = [

@@ -327,6 +327,7 @@ else:
 """
 
 
+@pytest.mark.process
 def test_a_13b_shaped_file_is_planned_within_a_gibibyte(tmp_path):
     subprocess.run([sys.executable, "-c", _BIG, "make", str(tmp_path / "scores")], check=True)
     for budget in ("uniform", "layerwise"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 FACTORIES = """
 import torch
 from megatron_ssu import runtime
@@ -15,6 +17,7 @@ with torch.device("meta"):
 """
 
 
+@pytest.mark.process
 def test_device_contexts_work_behind_the_cpu_backend():
     """transformers makes models in one: their rotary frequencies came out wrong otherwise."""
     done = subprocess.run([sys.executable, "-c", FACTORIES], capture_output=True, text=True, timeout=120)

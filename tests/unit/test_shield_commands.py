@@ -100,6 +100,7 @@ def test_bad_input_is_one_line_and_writes_nothing(files, capsys):
     assert sorted(files.iterdir()) == before
 
 
+@pytest.mark.process
 def test_commands_on_small_files_import_no_megatron(tmp_path):
     """Nor torch, whose import alone takes longer than their work."""
     model = make_model("llama", tmp_path / "model")

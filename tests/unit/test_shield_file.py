@@ -124,6 +124,7 @@ for name, options in {
 """
 
 
+@pytest.mark.process
 def test_equal_content_is_equal_bytes_in_two_processes(tmp_path):
     for run in ("a", "b"):
         (tmp_path / run).mkdir()

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CHECK = Path(__file__).resolve().parents[2] / "examples" / "slurm" / "check_env.py"
 
 
@@ -27,11 +29,13 @@ def told(process: subprocess.Popen) -> tuple[int, list[str]]:
     return process.returncode, [line for line in errors.splitlines() if line.startswith("check: ")]
 
 
+@pytest.mark.process
 def test_like_nodes_that_share_the_folder_pass(tmp_path):
     (tmp_path / "token").write_text("1-0\n")
     assert [told(process) for process in [start(tmp_path, n, "--cpu") for n in range(2)]] == [(0, [])] * 2
 
 
+@pytest.mark.process
 def test_other_versions_and_missing_gpus_are_named(tmp_path):
     (tmp_path / "token").write_text("1-0\n")
     facts = {"python": "3.9.0", "torch": "2.5.0"}
@@ -49,6 +53,7 @@ def test_other_versions_and_missing_gpus_are_named(tmp_path):
         assert status == 2 and any("node1: 0 GPUs are usable and 2 are asked for" in line for line in lines)
 
 
+@pytest.mark.process
 def test_a_folder_that_is_not_shared_is_told_by_both_sides(tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
