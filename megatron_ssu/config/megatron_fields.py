@@ -53,12 +53,14 @@ class MegatronClass:
         if statement is None and self.base is not None:
             return self.base.hint(name)
         assert statement is not None, f"{self.name} has no field {name}"
+        default = statement.value
         try:
             found = eval(ast.unparse(statement.annotation), dict(_PLAIN))
+            if isinstance(found, str):
+                raise NameError(found)  # a quoted annotation
+            return found | None if isinstance(default, ast.Constant) and default.value is None else found
         except Exception:  # a class of megatron's or torch's
             return field_hint(self.load(), next(f for f in dataclasses.fields(self.load()) if f.name == name))
-        default = statement.value
-        return found | None if isinstance(default, ast.Constant) and default.value is None else found
 
     def load(self) -> type:
         """The class itself; imports megatron-core."""

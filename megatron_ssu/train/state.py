@@ -18,6 +18,7 @@ from megatron.core.enums import Fp8Recipe
 from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from megatron_ssu import runtime
 from megatron_ssu.errors import UserError
@@ -26,7 +27,7 @@ from megatron_ssu.train.scaling import restore_scaling, scaling_room, scaling_st
 
 RNG_BYTES = 1 << 16  # room for one rank's generators
 _DCP = "torch.distributed.checkpoint"
-_METADATA_NAMES = frozenset(  # all that torch 2.6 to 2.13 write into our `.metadata`: dataclasses, enums, dtypes
+_METADATA_NAMES = frozenset(  # all that torch 2.13 writes into our `.metadata`: dataclasses, enums, dtypes
     {
         *((f"{_DCP}.metadata", n) for n in ("Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata")),
         *((f"{_DCP}.metadata", n) for n in ("TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING")),
@@ -61,7 +62,8 @@ def load_training(session: Session, optimizer: MegatronOptimizer, path: Path, *,
     }
     loaded = read_sharded(state, path)
     optimizer.load_state_dict(loaded["optimizer"])
-    restore_scaling(session, loaded.get("scaling", {}), get_fp8_recipe(session.config))
+    if uses_delayed_scaling(session):
+        restore_scaling(session, loaded.get("scaling", {}), get_fp8_recipe(session.config))
     if with_rng:
         set_rng(loaded["rng"])
 
@@ -183,7 +185,17 @@ class _MetadataUnpickler(pickle.Unpickler):
         # Whole pairs: the superclass follows the dots of protocol 4's names, and modules hold what they import.
         if (module, name) in _METADATA_NAMES:
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
+
+
+def _memory_format(*arguments: Any) -> _MEM_FORMAT_ENCODING:
+    """Stands for getattr, by which Python 3.11.0 to 3.11.3 pickle members of enums."""
+    for member in _MEM_FORMAT_ENCODING:
+        if arguments == (_MEM_FORMAT_ENCODING, member.name):
+            return member
+    raise pickle.UnpicklingError("builtins.getattr has no place in a checkpoint's metadata but for memory formats")
 
 
 def _check_metadata(path: Path) -> None:

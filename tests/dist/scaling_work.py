@@ -83,7 +83,13 @@ def load(
     session, optimizer = _open(model, parallel, directory)
     modules = _pretend(session) if fp8 else {}
     recipe = SimpleNamespace(amax_history_len=history)
-    with mock.patch.object(state, "get_fp8_recipe", lambda config: recipe if config.fp8 else None):
+
+    def recipe_of(config: Any) -> SimpleNamespace:
+        if not config.fp8:
+            raise ValueError("what megatron-core raises beside Transformer Engine")
+        return recipe
+
+    with mock.patch.object(state, "get_fp8_recipe", recipe_of):
         Checkpoints(directory).load(1, session, Identity({}), optimizer)
     assert all(module.fp8_meta["recipe"] is recipe for module in modules.values() if module.started)
     return _values(modules), [module.started for module in modules.values()]

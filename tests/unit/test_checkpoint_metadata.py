@@ -79,3 +79,23 @@ def test_what_torch_writes_is_read(tmp_path):
         )
         (tmp_path / ".metadata").write_bytes(pickle.dumps(written, protocol))
         state._check_metadata(tmp_path)
+
+
+class Member:
+    """Pickles as members of enums do on Python 3.11.0 to 3.11.3."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.what = owner, name
+
+    def __reduce__(self) -> tuple:
+        return getattr, self.what
+
+
+def test_getattr_may_name_a_memory_format_alone(tmp_path):
+    owner = metadata._MEM_FORMAT_ENCODING
+    (tmp_path / ".metadata").write_bytes(pickle.dumps([Member(owner, member.name) for member in owner]))
+    state._check_metadata(tmp_path)
+    for wrong in (Member(owner, "__class__"), Member(owner, "mro"), Member(metadata.Metadata, "__init__")):
+        (tmp_path / ".metadata").write_bytes(pickle.dumps(wrong))
+        with pytest.raises(UserError, match=r"builtins\.getattr has no place"):
+            state._check_metadata(tmp_path)
