@@ -18,7 +18,9 @@ export OMP_NUM_THREADS ?= 1
 # Random kills that a run survives in the kill test; each costs about 4 seconds.
 export MEGATRON_SSU_KILLS ?= 15
 
-PYTEST := $(BIN)/python -m pytest -q -p no:cacheprovider
+# Files of tests that run at a time; half of them wait for ranks or processes of their own.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -p no:cacheprovider -n $(JOBS) --dist loadfile
 
 .PHONY: demo test test-fast test-rest test-slurm test-all gpu-report lint format clean
 
@@ -36,7 +38,7 @@ test-rest: $(READY)
 	$(PYTEST) tests/unit tests/dist tests/gpu -m slow
 
 test-slurm: $(READY)
-	$(PYTEST) tests/slurm
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/slurm
 
 test-all: test
 	$(MAKE) test-rest

@@ -29,7 +29,7 @@ def plan(run: RunConfig, console: Console) -> Shield:
         raise UserError("plan: runs as one process; start it without torchrun")
     refuse_given("plan", "shield.file", run.shield.file)
     if run.shield.method != "ssu":
-        raise UserError(f"shield.method: {run.shield.method!r} has no shield to plan; write ssu, or leave the key out")
+        raise UserError(f"shield.method: {run.shield.method} has no shield to plan; write ssu, or leave the key out")
     validate_checkpoint(run)
     source = open_source(run.model.path)
     check_names(run)

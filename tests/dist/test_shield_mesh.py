@@ -27,6 +27,8 @@ MESHES = {
     "TP4+SP": (4, mesh(4, sequence=True)),
     "PP2xVPP2": (2, mesh(1, 2, 2)),
 }
+FEW = {name: MESHES[name] for name in ("TP1", "TP2+SP", "TP2xPP2xDP2")}
+meshes_few_and_all = pytest.mark.parametrize("meshes", [FEW, MESHES], ids=["few", "all"])
 SOURCE = Path(__file__).parents[3] / "shared" / "data" / "olmo2-tiny-source"
 
 
@@ -64,7 +66,7 @@ def check_cut(first, other, one, two, weights, choice, label):
         assert int(far.sum()) <= extra, (label, name, values[differing], cut)
 
 
-def check_all_meshes(ranks, model, meshes=MESHES, names=score_work.NAMES):
+def check_meshes(ranks, model, meshes, names=score_work.NAMES):
     """Returns the shields of the first mesh by score-granularity-budget."""
     first, shields = None, {}
     weights = load_file(model / "model.safetensors").__getitem__
@@ -87,27 +89,29 @@ def check_all_meshes(ranks, model, meshes=MESHES, names=score_work.NAMES):
     return shields
 
 
+@meshes_few_and_all
 @pytest.mark.parametrize("kind", ["olmo2", "llama"])
-def test_shields_of_two_meshes_differ_at_the_cut_alone(kind, ranks, tmp_path):
+def test_shields_of_two_meshes_differ_at_the_cut_alone(kind, meshes, ranks, tmp_path):
     model = make_model(kind, tmp_path / "model")
-    made = check_all_meshes(ranks, model)
+    made = check_meshes(ranks, model, meshes)
     assert len({shield.digest() for shield in made.values()}) > 25  # choices differ; a few agree
 
 
 def test_shields_of_a_trained_model_differ_at_the_cut_alone(ranks):
     if not SOURCE.exists():
         pytest.skip(f"no model in {SOURCE}")
-    check_all_meshes(ranks, SOURCE, {k: MESHES[k] for k in ("TP1", "TP2", "TP2xPP2xDP2", "TP2+SP")})
+    check_meshes(ranks, SOURCE, {k: MESHES[k] for k in ("TP1", "TP2", "TP2xPP2xDP2", "TP2+SP")})
 
 
+@meshes_few_and_all
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_from_one_scores_file_every_mesh_plans_the_same_bytes(dtype, ranks, tmp_path):
+def test_from_one_scores_file_every_mesh_plans_the_same_bytes(dtype, meshes, ranks, tmp_path):
     model = make_model("olmo2", tmp_path / "model", getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[dtype]))
     ranks.run(score_work.scores_file, 2, str(model), mesh(2), str(tmp_path / "scores.safetensors"))
     assert Scores.load(tmp_path / "scores.safetensors").scores == sorted(score_work.NAMES)
     for granularity in score_work.GRANULARITIES:
         made = set()
-        for label, (world, parallel) in MESHES.items():
+        for label, (world, parallel) in meshes.items():
             folder = tmp_path / granularity / label
             ranks.run(
                 score_work.planned,
@@ -129,13 +133,14 @@ def change(model, new):
     save_file({k: new(k, v).contiguous() for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
 
 
+@meshes_few_and_all
 @pytest.mark.parametrize("kind", ["olmo2", "llama"])
-def test_constant_weights_go_to_the_lower_numbers(kind, ranks, tmp_path):
+def test_constant_weights_go_to_the_lower_numbers(kind, meshes, ranks, tmp_path):
     model = make_model(kind, tmp_path / "model")
     change(model, lambda name, w: torch.full_like(w, 0.03 if w.ndim == 2 else 1.0))
     # Constant weights have gradients of zero, of which fisher sees the rounding errors only.
     names = ["wanda", "wanda-released", "magnitude", "sparsegpt-diagonal"]
-    for label, (world, parallel) in MESHES.items():
+    for label, (world, parallel) in meshes.items():
         scores = ranks.run(score_work.mesh_scores, world, str(model), parallel, names)[0]
         for score in names:
             made = plan_shield(scores, PlanOptions(score=score), method="ssu")
@@ -144,8 +149,9 @@ def test_constant_weights_go_to_the_lower_numbers(kind, ranks, tmp_path):
                 assert bits[: len(bits) // 2].all() and not bits[len(bits) // 2 :].any(), (label, score, name)
 
 
+@meshes_few_and_all
 @pytest.mark.parametrize("kind", ["olmo2", "llama"])
-def test_ties_in_the_cut_are_broken_alike_on_every_mesh(kind, ranks, tmp_path):
+def test_ties_in_the_cut_are_broken_alike_on_every_mesh(kind, meshes, ranks, tmp_path):
     """The MLP's features are three, each many times over, on all tensor-parallel ranks."""
     model = make_model(kind, tmp_path / "model")
     three = torch.arange(96) % 3
@@ -157,7 +163,7 @@ def test_ties_in_the_cut_are_broken_alike_on_every_mesh(kind, ranks, tmp_path):
 
     change(model, repeat)
     name, names = "model.layers.1.mlp.down_proj.weight", [n for n in score_work.NAMES if n != "random"]
-    for label, (world, parallel) in MESHES.items():
+    for label, (world, parallel) in meshes.items():
         scores = ranks.run(score_work.mesh_scores, world, str(model), parallel, names)[0]
         for score in names:  # one feature frozen in all its copies, one in its first half
             frozen = plan_shield(scores, PlanOptions(score=score), method="ssu").masks[name].bits()

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
@@ -69,9 +70,9 @@ def test_convert_dtype_says_in_a_line_what_cannot_be_written(tmp_path, monkeypat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     before = sorted(tmp_path.iterdir())
-    for name in ("save_file", "carry_files"):
+    for owner, name in ((safetensors.torch, "save_file"), (module, "carry_files")):
         with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
-            patch.setattr(module, name, full)
+            patch.setattr(owner, name, full)
             module.convert(model, tmp_path / "target", "bf16")
         assert sorted(tmp_path.iterdir()) == before
     (model / "config.json").write_text("{")
