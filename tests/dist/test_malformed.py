@@ -405,7 +405,7 @@ ROWS = [
     row("another job holds the run, prepare", held_by_another("new"), "prepare run.yaml checkpoint.directory=new", "node7"),
     # checkpoints
     row("latest names nothing", text("begun/checkpoints/latest", "7\n"), RESUME, "latest", "7"),
-    row("latest is no number", text("begun/checkpoints/latest", "newest\n"), RESUME, "latest"),
+    row("latest is no number", text("begun/checkpoints/latest", "newest\n"), RESUME, "latest: must be the iteration of a checkpoint", "'newest'"),
     row("a shard cut", cut(f"{ITER}/*.distcp"), RESUME, "iter_0000001"),
     row("a shard missing", gone(f"{ITER}/*.distcp"), RESUME, "iter_0000001"),
     row("a shard altered", flip(f"{ITER}/*.distcp", 0.5), RESUME, "iter_0000001"),
