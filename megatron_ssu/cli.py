@@ -26,7 +26,7 @@ score, train and export run alone, or on every rank of
   torchrun --nproc-per-node 8 -m megatron_ssu train run.yaml parallel.tensor_model_parallel_size=2
 
 exit status: 0 done; 1 verify found a frozen weight that moved or another model definition, or a bug; 2 bad input, a run that
-  another job holds, a checkpoint that could not be written, told in one line, or nothing frozen that verify could check;
+  another job holds, a checkpoint that could not be written, reported in one line, or nothing frozen that verify could check;
   3 too many steps skipped; 4 a rank was lost or hangs; 75, 130, 143 training was stopped, with a checkpoint, by SIGUSR1 or
   train.exit_after, SIGINT, SIGTERM: start again
 """
@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add_run(
         "estimate",
         _estimate,
-        "Tell memory, work and time of a run before it is submitted",
+        "Estimate memory, compute and time of a run",
         "Reads config.json, no weights; the shield file where it is there, else shield.ratio.",
     )
     command.add_argument("--world-size", type=int, metavar="N", help="ranks (default: one replica's)")

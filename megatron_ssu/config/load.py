@@ -6,10 +6,8 @@ as they are written: relative ones are relative to the working directory, `~` an
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +28,7 @@ from megatron_ssu.config.coerce import (
 )
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.errors import UserError
+from megatron_ssu.io.atomic import write_text
 
 MAX_BYTES = 1 << 20  # a run file is a page of text; more is a checkpoint or a data set given by mistake
 
@@ -89,20 +88,11 @@ def dump_run(run: RunConfig) -> str:
 def save_run(run: RunConfig, path: str | Path) -> None:
     """Write `dump_run(run)` to `path`, whole or not at all; its folder is made. Raises UserError where that fails."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("w", encoding="utf-8") as stream:
-                stream.write(dump_run(run))
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(partial, path)
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: the run file cannot be written: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    write_text(path, dump_run(run))
 
 
 def _plain(value: Any) -> Any:

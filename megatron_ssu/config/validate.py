@@ -20,12 +20,9 @@ import torch
 
 from megatron_ssu.config.coerce import field_default, show
 from megatron_ssu.config.schema import RunConfig
-from megatron_ssu.config.units import parse_split
 from megatron_ssu.config.validate_train import (
     at_least,
-    parse_size,
     validate_checkpoint,
-    validate_data,
     validate_shield,
     validate_train,
 )
@@ -33,17 +30,11 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.models.hf_config import read_hf_config
 
 __all__ = [
-    "parse_size",
-    "parse_split",
     "read_hf_config",
-    "validate_checkpoint",
-    "validate_data",
     "validate_mesh",
     "validate_model",
     "validate_precision",
     "validate_run",
-    "validate_shield",
-    "validate_train",
 ]
 
 _OTHER_MODEL = "would make it another model than config.json of model.path"
@@ -260,9 +251,9 @@ def validate_precision(run: RunConfig) -> None:
 def validate_model(run: RunConfig, hf: dict[str, Any], *, training: bool = True) -> None:
     """Check the model of config.json (`hf`) against the mesh and the sequence length."""
     from megatron_ssu.models.build import transformer_config
-    from megatron_ssu.models.family import Dims, family_of
+    from megatron_ssu.models.family import read_family
 
-    family = family_of(hf)
+    family, dims = read_family(hf, run.model.path)
     sizes = _sizes(run, hf)
     _tensor_parallel(run, sizes)
     _layers(run, sizes["num_hidden_layers"])
@@ -270,15 +261,16 @@ def validate_model(run: RunConfig, hf: dict[str, Any], *, training: bool = True)
     _lengths(run, sizes["max_position_embeddings"], training)
     if training:
         _fp8_shapes(run, sizes)
-    transformer_config(run, family, hf, Dims.from_hf(hf))  # what is left, megatron-core itself refuses
+    transformer_config(run, family, hf, dims)  # what is left, megatron-core itself refuses
 
 
 def _shield_rules(run: RunConfig, hf: dict[str, Any]) -> None:
     """Check that shield.protect and shield.kinds name weights that the model has."""
-    from megatron_ssu.models.family import Dims, family_of
+    from megatron_ssu.models.family import read_family
     from megatron_ssu.shield.options import check_rules
 
-    check_rules(run, family_of(hf).matrices(Dims.from_hf(hf)))
+    family, dims = read_family(hf, run.model.path)
+    check_rules(run, family.matrices(dims))
 
 
 def _sizes(run: RunConfig, hf: dict[str, Any]) -> dict[str, int]:

@@ -91,7 +91,7 @@ def build_train_valid(
         if not (math.isfinite(weight) and weight > 0):
             raise UserError(f"data.train: weight {weight} of {path}; weights are above 0")
     shares = parse_split(split)
-    infos = [check_prefix(path, tokenizer_digest=tokenizer.digest) for path, _ in sources]
+    infos = [check_prefix(path, tokenizer=tokenizer) for path, _ in sources]
     for info in infos:
         _check_size(info, split, shares, sequence_length, with_valid=valid_samples > 0)
     facts = _TokenizerFacts(tokenizer.document_end, vocab_size or tokenizer.vocab_size, tokenizer.digest)
@@ -217,7 +217,7 @@ def build_valid(
 
     Raises UserError for a damaged dataset, one made with another tokenizer, or one with less than two tokens.
     """
-    info = check_prefix(prefix, tokenizer_digest=tokenizer.digest)
+    info = check_prefix(prefix, tokenizer=tokenizer)
     if info.tokens < 2:
         raise UserError(f"{prefix}: {info.tokens} token; a validation set needs at least 2")
     return WindowDataset(info, sequence_length, vocab_size or tokenizer.vocab_size, tokenizer.eos_id or 0)

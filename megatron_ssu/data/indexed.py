@@ -15,7 +15,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, get_bin_path
 
 from megatron_ssu.data.jsonl import source_digest
-from megatron_ssu.data.tokenizer import one_line
+from megatron_ssu.data.tokenizer import Tokenizer, one_line
 from megatron_ssu.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -82,10 +82,10 @@ def prepared_prefix(
     return Path(run_data_dir) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def check_prefix(prefix: str | Path, *, tokenizer_digest: str | None = None) -> PrefixInfo:
+def check_prefix(prefix: str | Path, *, tokenizer: Tokenizer | None = None) -> PrefixInfo:
     """Look an indexed dataset over before it is used: both files, header, sizes and offsets.
 
-    With `tokenizer_digest` the note beside it (PREFIX.json, if there) must name the same tokenizer.
+    With `tokenizer` the note beside it (PREFIX.json, if there) must name the same tokenizer and document end.
     Raises UserError naming the file and the offset of what is wrong.
     """
     index, data = idx_path(prefix), bin_path(prefix)
@@ -110,8 +110,8 @@ def check_prefix(prefix: str | Path, *, tokenizer_digest: str | None = None) -> 
             f"{data}: ends at offset {data_bytes}, but {index.name} lists {tokens} tokens = {needed} bytes; "
             "it was cut off, prepare it again"
         )
-    if tokenizer_digest is not None:
-        _check_note(meta_path(prefix), tokenizer_digest)
+    if tokenizer is not None:
+        _check_note(meta_path(prefix), tokenizer)
     digest = hashlib.sha256(raw).hexdigest()
     return PrefixInfo(Path(prefix), dtype, len(lengths), len(documents) - 1, tokens, digest)
 
@@ -164,8 +164,9 @@ def content_digest(prefix: str | Path) -> str:
     index, note = check_prefix(prefix).index_digest, meta_path(prefix)
     try:
         sources = [str(source["sha256"]) for source in _noted(note, "sources") or []]
-        begin, end, eos = (_noted(note, key, None) for key in ("document_begin", "document_end", "eos"))
-        if begin or (eos is not None and end != eos):  # plain documents that end with eos had no more to tell
+        begin, end = (_noted(note, key, None) for key in ("document_begin", "document_end"))
+        eos = _noted(note, "eos", _ABSENT)  # null for a tokenizer without eos_token
+        if begin or (eos is not _ABSENT and end != eos):  # other plain documents begin with nothing and end with eos
             sources.append(json.dumps([begin, end]))
     except (KeyError, TypeError) as error:
         raise UserError(f"{note}: not a note that `prepare` wrote ({one_line(error)})") from error
@@ -173,12 +174,13 @@ def content_digest(prefix: str | Path) -> str:
 
 
 _REQUIRED = object()
+_ABSENT = object()
 
 
 def _noted(note: Path, key: str, default: Any = _REQUIRED) -> Any:
-    """What the note beside an indexed dataset says; None where there is none, as another tool made it."""
+    """What the note beside an indexed dataset says; `default` (else None) where there is none, as another tool made it."""
     if not note.is_file():
-        return None
+        return None if default is _REQUIRED else default
     try:
         found = json.loads(note.read_text(encoding="utf-8"))
         return found[key] if default is _REQUIRED else found.get(key, default)
@@ -186,13 +188,20 @@ def _noted(note: Path, key: str, default: Any = _REQUIRED) -> Any:
         raise UserError(f"{note}: not a note that `prepare` wrote ({one_line(error)})") from error
 
 
-def _check_note(note: Path, tokenizer_digest: str) -> None:
+def _check_note(note: Path, tokenizer: Tokenizer) -> None:
     made_with = _noted(note, "tokenizer")
-    if made_with is not None and made_with != tokenizer_digest:
+    if made_with is None or made_with == tokenizer.digest:
+        return
+    end = _noted(note, "document_end", None)
+    if made_with == tokenizer.digest_ending(end):
         raise UserError(
-            f"{note}: tokenized with another tokenizer ({str(made_with)[:12]}) than the model's "
-            f"({tokenizer_digest[:12]}); prepare the text again with this model"
+            f"{note}: data.document_end: its documents end with {tokenizer.token_name(end)!r}, those of this run with "
+            f"{tokenizer.token_name(tokenizer.document_end)!r}; set the key to the former, or prepare the text again"
         )
+    raise UserError(
+        f"{note}: tokenized with another tokenizer ({str(made_with)[:12]}) than the model's "
+        f"({tokenizer.digest[:12]}); prepare the text again with this model"
+    )
 
 
 class CheckedReader:

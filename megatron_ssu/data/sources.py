@@ -57,7 +57,7 @@ def prepare_run(
 
     def prefix_of(path: str) -> Path:
         if source_kind(path) == "indexed":
-            check_prefix(path, tokenizer_digest=tokenizer.digest)
+            check_prefix(path, tokenizer=tokenizer)
             return Path(path)
         prefix = _prepared(run, path, tokenizer)
         if not idx_path(prefix).exists():  # the last of its files to get its name

@@ -61,7 +61,6 @@ class Tokenizer(ABC):
     path: Path
     vocab_size: int  # every id is below it, those of added tokens too
     eos_id: int | None
-    bos_id: int | None
     _chosen_end: int | None = None
 
     def encode(self, text: str) -> list[int]:
@@ -105,7 +104,7 @@ class Tokenizer(ABC):
         found = self._token_id(token)
         if found is None:
             raise UserError(
-                f"data.document_end: {token!r} is no token of the tokenizer in {self.path}; name one, or leave the key out"
+                f"data.document_end: must be a token of the tokenizer in {self.path}, got {token!r}; or leave the key out"
             )
         self._chosen_end = found
 
@@ -127,6 +126,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def _special_tokens(self) -> dict[str, int]:
         """Name -> id of the special tokens."""
+
+    @abstractmethod
+    def token_name(self, token: int) -> str:
+        """The name of an id, as data.document_end takes it."""
 
     @abstractmethod
     def _token_id(self, token: str) -> int | None:
@@ -157,9 +160,13 @@ class Tokenizer(ABC):
     @cached_property
     def digest(self) -> str:
         """sha256 over what decides how text is tokenized: vocabulary files, begin and end tokens, not the chat template."""
+        return self.digest_ending(self._document_end)
+
+    def digest_ending(self, end: int | None) -> str:
+        """What `digest` is where documents end with the token `end`."""
         digest = hashlib.sha256(f"eos={self.eos_id}\n".encode())
-        if self.document_begin or self._document_end != self.eos_id:
-            digest.update(f"begin={self.document_begin} end={self._document_end}\n".encode())
+        if self.document_begin or end != self.eos_id:
+            digest.update(f"begin={self.document_begin} end={end}\n".encode())
         for file in self._digest_files():
             content = file.read_bytes()
             digest.update(f"{file.name}:{len(content)}\n".encode())
@@ -191,7 +198,6 @@ class _HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"{path}: the tokenizer has an empty vocabulary")
         self.vocab_size = max(len(self._hf), max(vocabulary.values()) + 1)
         self.eos_id = self._hf.eos_token_id
-        self.bos_id = self._hf.bos_token_id
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
@@ -246,6 +252,9 @@ class _HuggingFaceTokenizer(Tokenizer):
     def _special_tokens(self) -> dict[str, int]:
         special = {token.content: i for i, token in self._hf.added_tokens_decoder.items() if token.special}
         return special | dict(zip(self._hf.all_special_tokens, self._hf.all_special_ids))
+
+    def token_name(self, token: int) -> str:
+        return str(self._hf.convert_ids_to_tokens(token))
 
     def _token_id(self, token: str) -> int | None:
         return self._hf.get_vocab().get(token)
@@ -341,15 +350,18 @@ class _SentencePieceTokenizer(Tokenizer):
             raise UserError(f"{path / _SENTENCEPIECE}: not a SentencePiece model ({one_line(error)})") from error
         self.vocab_size = self._sp.vocab_size()
         self.eos_id = None if self._sp.eos_id() < 0 else self._sp.eos_id()
-        self.bos_id = None if self._sp.bos_id() < 0 else self._sp.bos_id()
+        self._bos_id = None if self._sp.bos_id() < 0 else self._sp.bos_id()
 
     @property
     def _frame(self) -> tuple[list[int], list[int]]:
         # Such a directory is Llama's own, whose code begins every text with bos; the model file itself does not say.
-        return ([] if self.bos_id is None else [self.bos_id]), []
+        return ([] if self._bos_id is None else [self._bos_id]), []
 
     def _special_tokens(self) -> dict[str, int]:
         return {self._sp.id_to_piece(i): i for i in range(self.vocab_size) if self._sp.is_control(i)}
+
+    def token_name(self, token: int) -> str:
+        return str(self._sp.id_to_piece(token))
 
     def _token_id(self, token: str) -> int | None:
         found = self._sp.piece_to_id(token)

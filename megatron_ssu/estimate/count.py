@@ -31,7 +31,7 @@ from megatron_ssu.estimate.weights import (
     state_bytes,
 )
 from megatron_ssu.models.build import transformer_config
-from megatron_ssu.models.family import Dims, Family, family_of
+from megatron_ssu.models.family import Dims, Family, read_family
 from megatron_ssu.shield.file import Shield
 
 
@@ -103,7 +103,7 @@ def estimate(run: RunConfig, hf: dict[str, Any], world: int, *, shield: Shield |
         raise UserError(f"shield.ratio: {run.shield.ratio} must be from 0 to 1; 0.5 is usual")
     if run.parallel.context > 1:
         raise UserError("parallel.context_parallel_size: estimate does not count context parallelism; set it to 1")
-    family, dims = family_of(hf), Dims.from_hf(hf)
+    family, dims = read_family(hf, run.model.path)
     return _Counter(run, family, dims, data, shield, engine, transformer_config(here, family, hf, dims)).count()
 
 

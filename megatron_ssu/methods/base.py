@@ -16,7 +16,8 @@ from typing import Protocol
 
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.errors import UserError
-from megatron_ssu.session import Session, Source
+from megatron_ssu.models.source import Source
+from megatron_ssu.session import Session
 from megatron_ssu.shield.file import Shield
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.methods.base import register
 from megatron_ssu.models.fingerprint import model_fingerprint
-from megatron_ssu.session import Session, Source
+from megatron_ssu.models.source import Source
+from megatron_ssu.session import Session
 from megatron_ssu.shield.file import Shield
 from megatron_ssu.shield.make import make_shield, present_shield
 

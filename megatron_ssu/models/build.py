@@ -101,7 +101,7 @@ def build_chunks(
     Raises:
         UserError: FP8 or FP4 without Transformer Engine; megatron-core would run it in bf16 without a word.
     """
-    for name in ("fp8", "fp4"):
+    for name in ("fp8", "fp4"):  # sessions opened without `check_run`, as benchmarks do, have not asked
         if getattr(config, name) and not has_transformer_engine():
             raise UserError(
                 f"precision.{name}: {getattr(config, name)!r} needs CUDA and a Transformer Engine that megatron-core can "

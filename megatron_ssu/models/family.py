@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_ssu.errors import UserError
@@ -67,7 +68,9 @@ class Dims:
                 tied=bool(hf.get("tie_word_embeddings", False)),
             )
         except KeyError as error:
-            raise UserError(f"config.json: {error.args[0]} is missing; it is no config of a supported model") from None
+            raise UserError(
+                f"config.json: {error.args[0]} is missing; it must be the config of a supported model"
+            ) from None
         except (TypeError, ZeroDivisionError):
             raise UserError(
                 f"config.json: hidden_size {hf['hidden_size']!r} and num_attention_heads {hf['num_attention_heads']!r} must be "
@@ -180,6 +183,14 @@ def family_of(hf: dict[str, Any]) -> Family:
             return family
     known = ", ".join(t for f in families for t in f.model_types)
     raise UserError(f"config.json: model_type {hf.get('model_type')!r} is not supported; supported are {known}")
+
+
+def read_family(hf: dict[str, Any], directory: str | Path) -> tuple[Family, Dims]:
+    """Family and sizes of the config.json `hf` of `directory`. Raises UserError, naming the file, where it is not supported."""
+    try:
+        return family_of(hf), Dims.from_hf(hf)
+    except UserError as error:
+        raise UserError(f"{directory}/{error}") from error
 
 
 def refuse_unless(hf: dict[str, Any], key: str, allowed: tuple[Any, ...]) -> None:

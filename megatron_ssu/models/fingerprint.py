@@ -18,9 +18,12 @@ _SAMPLE = 256
 _SAMPLES = 16
 
 
-def model_fingerprint(hf_dir: str | Path) -> str:
-    """WEIGHTS:CONFIG in hex digits, see above. UserError when a file is missing, broken or truncated."""
-    return f"{_weights_fingerprint(hf_dir)}:{definition_digest(read_hf_config(str(hf_dir), 'model'))[:16]}"
+def model_fingerprint(hf_dir: str | Path, key: str = "model.path") -> str:
+    """WEIGHTS:CONFIG in hex digits, see above. `key`: the run file's key or the option that names the directory.
+
+    Raises UserError when a file is missing, broken or truncated.
+    """
+    return f"{_weights_fingerprint(hf_dir)}:{definition_digest(read_hf_config(str(hf_dir), key))[:16]}"
 
 
 def _weights_fingerprint(hf_dir: str | Path) -> str:

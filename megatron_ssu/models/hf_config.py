@@ -45,12 +45,12 @@ def read_hf_config(path: str, key: str = "model.path") -> dict[str, Any]:
             if path.startswith("~")
             else "give a downloaded Hugging Face directory, not a model's name"
         )
-        raise UserError(f"{key}: {show(path)} is no directory (looked from {Path.cwd()}); {advice}")
+        raise UserError(f"{key}: must be a directory, got {show(path)} (looked from {Path.cwd()}); {advice}")
     file = directory / "config.json"
     try:
         config = json.loads(file.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"{key}: {file} is missing; {path} is no Hugging Face model directory") from None
+        raise UserError(f"{key}: {file} is missing; {path} must be a Hugging Face model directory") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{key}: {file}:{error.lineno}: broken JSON ({error.msg}); copy the file again") from error
     except (OSError, UnicodeDecodeError, RecursionError) as error:

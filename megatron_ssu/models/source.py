@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ssu.models.family import Dims, Family, family_of
+from megatron_ssu.models.family import Dims, Family, read_family
 from megatron_ssu.models.hf_config import read_hf_config
 from megatron_ssu.models.hf_files import HFCheckpoint
 
@@ -31,4 +31,5 @@ def open_source(path: str | Path) -> Source:
     """Raises UserError where the directory is not that of a supported model, or lacks files."""
     path = Path(path)
     hf = read_hf_config(str(path))
-    return Source(path, hf, family_of(hf), Dims.from_hf(hf), HFCheckpoint(path))
+    family, dims = read_family(hf, path)
+    return Source(path, hf, family, dims, HFCheckpoint(path))

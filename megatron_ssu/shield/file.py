@@ -148,6 +148,11 @@ class Shield:
         if not self.counts:
             self.counts = {name: self.masks[name].frozen_elements for name in self.matrices}
 
+    @property
+    def label(self) -> str:
+        """What messages call it: the file that it was read from, if any."""
+        return str(self.masks.file.path) if isinstance(self.masks, FileMasks) else "the shield"
+
     def ratio_of(self, name: str) -> float:
         """Frozen share of a matrix."""
         return self.counts[name] / max(1, self.matrices[name].elements)
@@ -275,9 +280,9 @@ def load_shield(path: str | Path, *, check: bool = False) -> Shield:
 
 
 def check_model(shield: Shield, fingerprint: str, model_name: str) -> None:
-    """UserError with both names when the shield was made for another model than the one with this fingerprint."""
+    """UserError with the shield's file and both names when it was made for another model than that of `fingerprint`."""
     if shield.fingerprint != fingerprint:
         raise UserError(
-            f"the shield was made for model {shield.model} and not for {model_name}: other "
+            f"{shield.label}: made for model {shield.model} and not for {model_name}: other "
             f"{difference(shield.fingerprint, fingerprint)}; plan one for this model"
         )

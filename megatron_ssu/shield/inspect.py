@@ -122,7 +122,7 @@ def inspect_shield(
     else:
         if scores.fingerprint != shield.fingerprint:
             raise UserError(
-                f"inspect: the scores are of model {scores.model}, the shield of {shield.model}: other "
+                f"{shield.label}: made for model {shield.model}, but the scores are of model {scores.model}: other "
                 f"{difference(scores.fingerprint, shield.fingerprint)}"
             )
         score = score or shield.score

@@ -67,7 +67,7 @@ def make_scores(session: Session) -> Scores | None:
             cannot be written.
     """
     run = session.run
-    base.check_names([run.shield.score, *run.shield.also_score])
+    check_names(run)
     runtime.on_rank_zero(lambda: _check_replaceable(run, session.source))
     calibration = runtime.on_all_ranks(lambda: load_samples(run, session.source.dims))
     return _score(session, calibration)
@@ -182,7 +182,8 @@ def _check_replaceable(run: RunConfig, source: Source) -> None:
     try:
         scores = Scores.load(scores_path(run))
     except UserError as error:
-        raise UserError(f"{error}: remove it first") from error
+        reason = str(error).removesuffix("; make it again")
+        raise UserError(f"{reason}; it is not replaced: remove it first") from error
     check_scores_model(run, source, scores)
 
 

@@ -142,7 +142,7 @@ def verify(source_dir: str | Path, adapted_dir: str | Path, shield_path: str | P
     shield = load_shield(shield_path)
     source, adapted = HFCheckpoint(source_dir), HFCheckpoint(adapted_dir)
     configs = [read_hf_config(str(path), key) for path, key in ((source_dir, "--source"), (adapted_dir, "--adapted"))]
-    check_model(shield, model_fingerprint(source_dir), _directory_name(source_dir))
+    check_model(shield, model_fingerprint(source_dir, "--source"), _directory_name(source_dir))
     _check_tensors(source, adapted)
     for name, matrix in shield.matrices.items():
         if name not in source:

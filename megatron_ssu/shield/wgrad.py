@@ -12,7 +12,7 @@ pass. FP8 layers keep their own: an FP8 product of all columns takes no longer t
 columns of `main_grad` then are not written, and nobody reads them.
 
 Precision: in a bf16 model each micro-batch's product is accumulated in fp32, rounded to bf16 and then added to the fp32
-`main_grad`, as megatron's own layers do without `gradient_accumulation_fusion`; that setting has no effect on these layers.
+`main_grad`, as megatron's own layers do without `gradient_accumulation_fusion`; that setting is refused with a shield.
 """
 
 from __future__ import annotations

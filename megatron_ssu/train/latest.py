@@ -25,5 +25,7 @@ def latest_iteration(folder: Path) -> int | None:
         return None
     text = file.read_text(errors="replace").strip()
     if not text.isdecimal() or not checkpoint_path(folder, int(text)).is_dir():
-        raise UserError(f"{file}: says {text[:40]!r}, which is no checkpoint here; write the iteration of one that is")
+        raise UserError(
+            f"{file}: must be the iteration of a checkpoint in {folder}, got {text[:40]!r}; write one that is there"
+        )
     return int(text)

@@ -10,7 +10,7 @@ from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.hf_export import check_target
-from megatron_ssu.session import Source
+from megatron_ssu.models.source import Source
 from megatron_ssu.shield.file import Shield
 from megatron_ssu.train.checkpoint import Checkpoints, Progress
 from megatron_ssu.train.export_record import ExportRecord, read_record, record_of

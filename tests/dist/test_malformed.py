@@ -405,7 +405,7 @@ ROWS = [
     row("another job holds the run, prepare", held_by_another("new"), "prepare run.yaml checkpoint.directory=new", "node7"),
     # checkpoints
     row("latest names nothing", text("begun/checkpoints/latest", "7\n"), RESUME, "latest", "7"),
-    row("latest is no number", text("begun/checkpoints/latest", "newest\n"), RESUME, "latest"),
+    row("latest is no number", text("begun/checkpoints/latest", "newest\n"), RESUME, "latest: must be the iteration of a checkpoint", "'newest'"),
     row("a shard cut", cut(f"{ITER}/*.distcp"), RESUME, "iter_0000001"),
     row("a shard missing", gone(f"{ITER}/*.distcp"), RESUME, "iter_0000001"),
     row("a shard altered", flip(f"{ITER}/*.distcp", 0.5), RESUME, "iter_0000001"),
@@ -427,7 +427,7 @@ ROWS = [
     row("changed file", text("text.jsonl", '{"text": "Other words."}\n' * 40), RESUME, "data.train", "documents"),
     row("a run that began is not to go on", nothing, RESUME + " checkpoint.resume=false", "checkpoint.resume", "iter_0000001"),
     row("plan anew under a run", nothing, PLAN.replace("=new", "=begun") + " shield.ratio=0.25", "begun/shield.safetensors", "began"),
-    row("plan with a method that has no shield", nothing, PLAN + " shield.method=none", "shield.method", "none has no shield"),
+    row("plan with a method that has no shield", nothing, PLAN + " shield.method=none", "shield.method", "'none' has no shield"),
     row("plan with a method that there is not", nothing, PLAN + " shield.method=sus", "shield.method", "sus"),
     row("document end that is no token", nothing, FRESH + " data.document_end=<|eod|>", "data.document_end", "<|eod|>", "hf"),
     row("plan over a given shield", nothing, PLAN + " shield.file=run/shield.safetensors", "shield.file", "plan"),

@@ -222,5 +222,8 @@ def test_bad_input_ends_the_job_for_good(environment, world):
 
     shown = found.ended(240)  # seen by the ranks only
     assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("FAILED", "2:0", "0")
-    assert "checkpoints/latest: says 'nonsense', which is no checkpoint here" in found.log()
+    assert (
+        "checkpoints/latest: must be the iteration of a checkpoint in " in found.log()
+        and "got 'nonsense'" in found.log()
+    )
     assert "not put back" in found.log()

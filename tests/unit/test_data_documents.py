@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from megatron_ssu.data.indexed import content_digest, prepared_prefix
+from megatron_ssu.data.indexed import check_prefix, content_digest, prepared_prefix
 from megatron_ssu.data.prepare import prepare
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.errors import UserError
@@ -36,7 +37,7 @@ def test_documents_begin_as_transformers_begins_them_and_end_with_the_end_of_tex
 
 def test_a_directory_with_a_sentencepiece_model_begins_with_its_bos(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(make_sentencepiece(tmp_path))
-    assert (tokenizer.document_begin, tokenizer.document_end) == ([tokenizer.bos_id], tokenizer.eos_id)
+    assert (tokenizer.document_begin, tokenizer.document_end) == ([1], tokenizer.eos_id)
 
 
 def test_the_run_file_may_choose_the_end(tmp_path: Path) -> None:
@@ -44,9 +45,9 @@ def test_the_run_file_may_choose_the_end(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(model, document_end="<|eot_id|>")
     assert tokenizer.document_end == tokenizer.eos_id
     assert tokenizer.digest != load_tokenizer(model).digest
-    with pytest.raises(UserError, match=r"data\.document_end: '<\|eod\|>' is no token of the tokenizer in .*model"):
+    with pytest.raises(UserError, match=r"data\.document_end: must be a token of .*model, got '<\|eod\|>'"):
         load_tokenizer(model, document_end="<|eod|>")
-    with pytest.raises(UserError, match=r"data\.document_end: 'x y' is no token"):
+    with pytest.raises(UserError, match=r"data\.document_end: must be a token of .*, got 'x y'"):
         load_tokenizer(make_sentencepiece(tmp_path), document_end="x y")
 
 
@@ -64,6 +65,33 @@ def test_another_begin_or_end_makes_other_datasets(tmp_path: Path) -> None:
     (model / "tokenizer_config.json").write_text(json.dumps({**definition, "eos_token": "<|end_of_text|>"}))
     prefixes.add(prepared_prefix(tmp_path, text, load_tokenizer(model).digest, "text"))
     assert len(prefixes) == 3 and len(contents) == 2
+
+
+def test_another_end_is_noticed_without_an_eos_token(tmp_path: Path) -> None:
+    model = make_instruct_tokenizer(tmp_path / "model", "qwen")
+    definition = json.loads((model / "tokenizer_config.json").read_text())
+    del definition["eos_token"]
+    (model / "tokenizer_config.json").write_text(json.dumps(definition))
+    assert load_tokenizer(model).eos_id is None
+    text, contents = write_jsonl(tmp_path / "text.jsonl", TEXTS), set()
+    for end in (None, "0"):
+        prepare([text], tmp_path / "out", model, document_end=end, overwrite=True)
+        contents.add(content_digest(tmp_path / "out"))
+    assert json.loads((tmp_path / "out.json").read_text())["eos"] is None
+    assert len(contents) == 2
+
+
+@pytest.mark.parametrize("form", ["hf", "sentencepiece"])
+def test_a_dataset_with_another_end_is_refused_by_the_key(form: str, tmp_path: Path) -> None:
+    if form == "hf":
+        model, ends = make_instruct_tokenizer(tmp_path / "model", "llama-3"), ("<|end_of_text|>", "<|eot_id|>")
+    else:
+        model, ends = make_sentencepiece(tmp_path), ("</s>", "<s>")
+    prepare([write_jsonl(tmp_path / "text.jsonl", TEXTS)], tmp_path / "out", model)
+    check_prefix(tmp_path / "out", tokenizer=load_tokenizer(model, document_end=ends[0]))
+    message = f"out.json: data.document_end: its documents end with {ends[0]!r}, those of this run with {ends[1]!r}"
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_prefix(tmp_path / "out", tokenizer=load_tokenizer(model, document_end=ends[1]))
 
 
 def test_plain_text_makes_no_token_that_the_template_writes(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_sentencepiece_directory(tmp_path: Path) -> None:
     folder = make_sentencepiece(tmp_path)
     tokenizer = load_tokenizer(folder)
     assert tokenizer.decode(tokenizer.encode(TEXTS[0])) == TEXTS[0]
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert (tokenizer.document_begin, tokenizer.eos_id) == ([1], 2)
     assert not tokenizer.has_chat_template and tokenizer.special_token_ids_of_chat_template() == []
     with pytest.raises(UserError, match=f"{folder}.*no chat template"):
         tokenizer.render_chat([{"role": "user", "content": "a"}])
@@ -104,7 +104,7 @@ def test_round_trip(tmp_path: Path, model: Path, suffix: str) -> None:
     assert files_of(tmp_path / "out") == ["out.bin", "out.idx", "out.json"]
     note = json.loads((tmp_path / "out.json").read_text())
     assert note["tokens"] == report.tokens and note["sources"][0]["bytes"] == source.stat().st_size == report.bytes
-    assert check_prefix(tmp_path / "out", tokenizer_digest=tokenizer.digest).tokens == report.tokens
+    assert check_prefix(tmp_path / "out", tokenizer=tokenizer).tokens == report.tokens
 
 
 def test_sentencepiece_round_trip(tmp_path: Path) -> None:
@@ -449,7 +449,7 @@ def test_check_prefix(tmp_path: Path, model: Path, file: str, change, message: s
     path = tmp_path / file
     path.unlink() if change is None else path.write_bytes(change(path.read_bytes()))
     with pytest.raises(UserError, match=message):
-        check_prefix(tmp_path / "out", tokenizer_digest=load_tokenizer(model).digest)
+        check_prefix(tmp_path / "out", tokenizer=load_tokenizer(model))
 
 
 def test_reads_name_file_and_offset(tmp_path: Path, model: Path) -> None:

@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_refused(scores):
     foreign.model, foreign.fingerprint = "other", "00" * 32
     with pytest.raises(UserError, match=r"made for model other .* not for tiny"):
         inspect_shield(shield, scores, foreign)
-    with pytest.raises(UserError, match="scores are of model tiny, the shield of other"):
+    with pytest.raises(UserError, match="the shield: made for model other, but the scores are of model tiny"):
         inspect_shield(foreign, scores)
     with pytest.raises(UserError, match="no score hessian in the scores file; name one with --score: wanda"):
         inspect_shield(shield, scores, score="hessian")

@@ -6,14 +6,18 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 
 from megatron_ssu.cli import main
+from megatron_ssu.config.load import load_run
+from megatron_ssu.errors import UserError
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.source import open_source
 from megatron_ssu.shield.file import load_shield
+from megatron_ssu.shield.make import make_scores
 from megatron_ssu.shield.plan import PlanOptions, plan_shield
 from tests.models import make_model
 from tests.unit.samples import matrices, scores_of, weights_of
@@ -98,6 +102,35 @@ def test_bad_input_is_one_line_and_writes_nothing(files, capsys):
             assert bad.name in refused(capsys, "inspect", *arguments, "--output", files / "pictures")
             bad.unlink()
     assert sorted(files.iterdir()) == before
+
+
+def test_score_names_the_key_and_what_holds_its_place(tmp_path):
+    (tmp_path / "run.yaml").write_text(f"model: {{path: {tmp_path}}}\ncheckpoint: {{directory: {tmp_path}}}\n")
+    place = tmp_path / "scores.safetensors"
+    place.write_bytes(b"mine")
+    session = SimpleNamespace(run=load_run(tmp_path / "run.yaml"), source=None)
+    with pytest.raises(
+        UserError, match=f"^{place}: not a scores file, .*; it is not replaced: remove it first$"
+    ) as caught:
+        make_scores(session)
+    assert "make it again" not in str(caught.value)
+    session.run.shield.also_score = ["hessian"]
+    with pytest.raises(UserError, match=r"^shield\.also_score: 'hessian'"):
+        make_scores(session)
+    assert place.read_bytes() == b"mine"
+
+
+def test_a_model_that_is_not_supported_is_named_by_its_file(tmp_path):
+    model = make_model("llama", tmp_path / "model")
+    hf = json.loads((model / "config.json").read_text())
+    for change, words in (
+        ({"model_type": "mamba"}, "model_type 'mamba'"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+    ):
+        changed = {k: v for k, v in {**hf, **change}.items() if v is not None}
+        (model / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=f"^{model}/config.json: {words}"):
+            open_source(model)
 
 
 @pytest.mark.process

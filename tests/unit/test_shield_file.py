@@ -232,6 +232,12 @@ def test_foreign_model_is_refused_with_both_names(shield):
         check_model(shield, "00" * 32, "other-7b")
 
 
+def test_a_foreign_shield_is_refused_by_its_file(tmp_path, shield):
+    shield.save(tmp_path / "s")
+    with pytest.raises(UserError, match=f"^{tmp_path / 's'}: made for model tiny and not for other-7b"):
+        check_model(load_shield(tmp_path / "s"), "00" * 32, "other-7b")
+
+
 def test_scores_round_trip(tmp_path, scores):
     scores.settings = {"seed": 7}
     scores.save(tmp_path / "s")

@@ -12,16 +12,11 @@ import pytest
 from megatron_ssu.config import validate
 from megatron_ssu.config.load import load_run
 from megatron_ssu.config.schema import RunConfig
-from megatron_ssu.config.validate import (
-    parse_size,
-    parse_split,
-    read_hf_config,
-    validate_mesh,
-    validate_model,
-    validate_run,
-    validate_train,
-)
+from megatron_ssu.config.units import parse_split
+from megatron_ssu.config.validate import validate_mesh, validate_model, validate_run
+from megatron_ssu.config.validate_train import parse_size, validate_train
 from megatron_ssu.errors import UserError
+from megatron_ssu.models.hf_config import read_hf_config
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -137,7 +132,7 @@ BAD: list[tuple[int, list[str], dict[str, Any], list[str]]] = [
     (1, ["model.recompute_modules=[mlp]"], {}, ["model.recompute_granularity", "full or selective"]),
     (1, [], {"num_hidden_layers": None}, ["config.json", "num_hidden_layers", "whole number"]),
     (1, [], {"vocab_size": "100"}, ["config.json", "vocab_size", "'100'"]),
-    (1, [], {"model_type": "mamba"}, ["config.json", "mamba", "llama"]),
+    (1, [], {"model_type": "mamba"}, ["hf/config.json", "mamba", "llama"]),
     (1, [], {"num_key_value_heads": 3}, ["config.json", "num_key_value_heads 3 does not divide"]),
     (1, ["parallel.defer_embedding_wgrad_compute=true"], {}, ["megatron-core", "embedding wgrad"]),
     # train
@@ -325,10 +320,10 @@ def test_read_hf_config(world: Path) -> None:
         (world / name).mkdir()
         (world / name / "config.json").write_bytes(content)
     expected = {
-        "": "no directory",
+        "": "must be a directory",
         "org/name": "not a model's name",
         "~/hf": "~ is not expanded",
-        "a.jsonl": "no directory",
+        "a.jsonl": "must be a directory",
         "empty": "config.json is missing",
         "list": "not a JSON object",
         "broken": "config.json:2: broken JSON",
