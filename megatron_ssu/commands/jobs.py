@@ -19,7 +19,6 @@ from megatron_ssu.commands.shields import has_begun, refuse_given
 from megatron_ssu.config.load import save_run
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.units import parse_split
-from megatron_ssu.config.validate import read_hf_config
 from megatron_ssu.config.validate_train import parse_size, validate_checkpoint, validate_data
 from megatron_ssu.data.datasets import build_train_valid, build_valid
 from megatron_ssu.data.indexed import content_digest
@@ -27,6 +26,7 @@ from megatron_ssu.data.sources import Prefixes, prepare_run, run_tokenizer
 from megatron_ssu.errors import UserError
 from megatron_ssu.io.atomic import write_text
 from megatron_ssu.methods.base import method_named
+from megatron_ssu.models.hf_config import read_hf_config
 from megatron_ssu.models.hf_export import check_target, export_model
 from megatron_ssu.models.source import Source
 from megatron_ssu.session import Session, check_run, open_session

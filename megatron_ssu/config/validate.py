@@ -27,15 +27,6 @@ from megatron_ssu.config.validate_train import (
     validate_train,
 )
 from megatron_ssu.errors import UserError
-from megatron_ssu.models.hf_config import read_hf_config
-
-__all__ = [
-    "read_hf_config",
-    "validate_mesh",
-    "validate_model",
-    "validate_precision",
-    "validate_run",
-]
 
 _OTHER_MODEL = "would make it another model than config.json of model.path"
 _INFERENCE = "is for inference; this trains"

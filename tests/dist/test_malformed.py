@@ -427,7 +427,7 @@ ROWS = [
     row("changed file", text("text.jsonl", '{"text": "Other words."}\n' * 40), RESUME, "data.train", "documents"),
     row("a run that began is not to go on", nothing, RESUME + " checkpoint.resume=false", "checkpoint.resume", "iter_0000001"),
     row("plan anew under a run", nothing, PLAN.replace("=new", "=begun") + " shield.ratio=0.25", "begun/shield.safetensors", "began"),
-    row("plan with a method that has no shield", nothing, PLAN + " shield.method=none", "shield.method", "'none' has no shield"),
+    row("plan with a method that has no shield", nothing, PLAN + " shield.method=none", "shield.method", "none has no shield"),
     row("plan with a method that there is not", nothing, PLAN + " shield.method=sus", "shield.method", "sus"),
     row("document end that is no token", nothing, FRESH + " data.document_end=<|eod|>", "data.document_end", "<|eod|>", "hf"),
     row("plan over a given shield", nothing, PLAN + " shield.file=run/shield.safetensors", "shield.file", "plan"),
