@@ -18,9 +18,9 @@ export OMP_NUM_THREADS ?= 1
 # Random kills that a run survives in the kill test; each costs about 4 seconds.
 export MEGATRON_SSU_KILLS ?= 15
 
-# Files of tests that run at a time; half of them wait for ranks or processes of their own.
+# Tests that run at a time; many of them wait for ranks or processes of their own.
 JOBS ?= 2
-PYTEST := $(BIN)/python -m pytest -q -p no:cacheprovider -n $(JOBS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -q -p no:cacheprovider -n $(JOBS) --dist worksteal
 
 .PHONY: demo test test-fast test-rest test-slurm test-all gpu-report lint format clean
 
