@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from megatron_ssu.config.units import parse_split
 from megatron_ssu.config.validate_train import parse_size, validate_checkpoint, validate_data
 from megatron_ssu.data.datasets import build_train_valid, build_valid
 from megatron_ssu.data.indexed import content_digest
-from megatron_ssu.data.sources import Prefixes, prepare_run, run_tokenizer
+from megatron_ssu.data.sources import Prefixes, prepare_run, present_train, run_tokenizer
+from megatron_ssu.data.tokenizer import Tokenizer
 from megatron_ssu.errors import UserError
 from megatron_ssu.io.atomic import write_text
 from megatron_ssu.methods.base import method_named
@@ -100,13 +102,13 @@ def _train(run: RunConfig, source: Source, console: Console) -> Progress:
     runtime.on_rank_zero(lambda: _begin_directory(run))
     runtime.on_all_ranks(lambda: _log(run))
     tokenizer = runtime.on_all_ranks(lambda: run_tokenizer(run))
-    prefixes = runtime.on_rank_zero(lambda: prepare_run(run, tokenizer, console)[0])
     if exported:
-        digests_of = partial(_train_digests, prefixes)
+        digests_of = partial(_digests_or_saved, run, tokenizer)
         shield_of = partial(method.present_shield, run, source)
         runtime.on_rank_zero(lambda: check_exported(run, source, checkpoints, shield_of, digests_of))
         console.print(f"{run.checkpoint.export}: the run has ended and is exported; nothing to do", highlight=False)
         return Progress(run.train.iterations, run.train.iterations * run.train.global_batch_size)
+    prefixes = runtime.on_rank_zero(lambda: prepare_run(run, tokenizer, console)[0])
     session = open_session(run, source)
     datasets = runtime.on_all_ranks(lambda: _datasets(run, session, prefixes, tokenizer))
     shield = method.shield(session, begun=latest is not None)
@@ -211,6 +213,22 @@ def _datasets(run: RunConfig, session: Session, prefixes: Prefixes, tokenizer) -
 
 def _train_digests(prefixes: Prefixes) -> list[str]:
     return [content_digest(prefix) for prefix, _ in prefixes.train]
+
+
+def _digests_or_saved(run: RunConfig, tokenizer: Tokenizer, saved: Sequence[str]) -> list[str]:
+    """Digests of the training datasets, the `saved` one for each that is gone: nothing is tokenized only to compare it.
+
+    Where the dataset of the saved digest is still there, the run file names another one.
+    """
+    there = {
+        content_digest(index.with_suffix(""))[:16] for index in Path(run.checkpoint.directory, "data").glob("*.idx")
+    }
+    present, digests = present_train(run, tokenizer), []
+    for number, prefix in enumerate(present):
+        was = saved[number] if number < len(saved) else "none"
+        gone = "not prepared" if was in there else was
+        digests.append(content_digest(prefix) if prefix is not None else gone)
+    return digests
 
 
 def _warn_of_unused_documents(run: RunConfig) -> None:

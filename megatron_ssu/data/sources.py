@@ -91,6 +91,16 @@ def prepare_run(
     return Prefixes(train, *valid), reports
 
 
+def present_train(run: RunConfig, tokenizer: Tokenizer) -> list[Path | None]:
+    """The indexed datasets of data.train in its order; None for a JSONL file that is not tokenized, or not any more."""
+    found = []
+    for source in train_sources(run):
+        indexed = source_kind(source.path) == "indexed"
+        prefix = Path(source.path) if indexed else _prepared(run, source.path, tokenizer)
+        found.append(prefix if indexed or idx_path(prefix).exists() else None)
+    return found
+
+
 def _prepared(run: RunConfig, path: str, tokenizer: Tokenizer) -> Path:
     folder = Path(run.checkpoint.directory) / "data"
     return prepared_prefix(

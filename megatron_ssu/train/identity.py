@@ -27,6 +27,7 @@ _FREE_MODEL = (
 _FREE_OPTIMIZER = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "log_num_zeros_in_grad", "overlap_")
 _PHASE = ("data.", "train.global_batch_size", "train.optimizer.")  # what a new phase may change
 _MODEL = ("model.path (", "model.make_vocab_size_divisible_by", "precision.dtype")  # what decides how weights are read
+DOCUMENTS = "data.train (its documents' digests)"
 SHIELD = "shield.file (its digest)"
 
 
@@ -64,7 +65,7 @@ def identity_of(run: RunConfig, shield: Shield, train_digests: Sequence[str]) ->
         "shield.method": shield.method,
         SHIELD: shield.digest(),
         "data.train (its weights)": [source.weight for source in train_sources(run)],
-        "data.train (its documents' digests)": [digest[:16] for digest in train_digests],
+        DOCUMENTS: [digest[:16] for digest in train_digests],
         "data.split": run.data.used_split,
         "data.seed": run.data.seed,
         "data.sequence_length": run.data.sequence_length,

@@ -14,7 +14,7 @@ from megatron_ssu.models.source import Source
 from megatron_ssu.shield.file import Shield
 from megatron_ssu.train.checkpoint import Checkpoints, Progress
 from megatron_ssu.train.export_record import ExportRecord, read_record, record_of
-from megatron_ssu.train.identity import identity_of
+from megatron_ssu.train.identity import DOCUMENTS, identity_of
 from megatron_ssu.train.state import read_common
 
 
@@ -66,11 +66,12 @@ def check_exported(
     source: Source,
     checkpoints: Checkpoints,
     shield_of: Callable[[], Shield | None],
-    digests_of: Callable[[], Sequence[str]],
+    digests_of: Callable[[Sequence[str]], Sequence[str]],
 ) -> None:
     """Returns where the export at checkpoint.export is that of the run's last checkpoint, so that nothing is left to do.
 
-    `shield_of`: the run's shield, where it can be had without scoring; `digests_of`: those of its training documents.
+    `shield_of`: the run's shield, where it can be had without scoring; `digests_of`: those of its training documents, given
+    the checkpoint's, which stand for datasets that were removed.
     Raises UserError where the run file is not the checkpoint's any more, or the export is another's.
     """
     path = checkpoints.path(run.train.iterations)
@@ -78,7 +79,7 @@ def check_exported(
     shield = shield_of()
     if shield is None:
         raise UserError(f"{checkpoints.folder.parent}: scores and shield are gone; restore them, or export elsewhere")
-    identity_of(run, shield, digests_of()).compare(common["identity"], path)
+    identity_of(run, shield, digests_of(common["identity"][DOCUMENTS])).compare(common["identity"], path)
     progress = Progress(**common["progress"])
     if run.train.phase.number < progress.phase:
         raise UserError(

@@ -2,9 +2,9 @@
 
 The lock is a file `run.lock.N` in the run's directory with the holder's host, process and SLURM job; its modification time is
 the holder's heartbeat. The kernel's lock on it (flock) and the process table tell a dead holder at once on the same machine;
-across machines, where flock may not reach, a holder is dead when its heartbeat is older than LIMIT and none came while it
-was watched for WATCH seconds, so that clocks that disagree end no job. The earlier life of a SLURM job that was put back
-is dead when no heartbeat comes while it is watched.
+across machines, where flock may not reach, a holder is watched: it lives when a heartbeat comes, and is dead when none came
+for WATCH seconds and its last one is older than LIMIT, so that clocks that disagree end no job. The earlier life of a SLURM
+job that was put back, or of a launch that torchrun started again, is dead when none comes for WATCH seconds.
 
 A takeover makes `run.lock.N+1`, by link(2), which one starter alone can: then whoever finds another lock file there than the
 one that was judged dead steps back. So of several starters at most one holds the run, also without flock.
@@ -15,6 +15,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
+import math
 import os
 import re
 import socket
@@ -22,6 +24,7 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -30,12 +33,15 @@ from pathlib import Path
 
 from megatron_ssu.errors import UserError
 
+log = logging.getLogger(__name__)
+
 BEAT = 10.0  # seconds between heartbeats
 LIMIT = 180.0  # seconds without one after which a holder on another machine may be dead
 WATCH = 3 * BEAT  # seconds that such a holder is then watched
 _NAME = "run.lock"
 _TRIES = 20
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES)
+_GONE = (errno.ENOENT, errno.ESTALE)
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class Holder:
     born: int = 0  # when the process began, in clock ticks since the machine did
     job: str = ""  # SLURM's job id
     life: int = 0  # how often SLURM has put the job back
+    launch: str = ""  # torchrun's --rdzv-id
+    restart: int = 0  # how often torchrun has started the ranks again
     started: float = 0.0
     flock: bool = False  # whether the kernel's lock is held on the file
     token: str = ""
@@ -57,6 +65,15 @@ class Holder:
     def __str__(self) -> str:
         job = f", SLURM job {self.job}" if self.job else ""
         return f"`{self.command}` on {self.host or 'an unknown host'} (process {self.pid}{job})"
+
+    def is_earlier_life_of(self, other: Holder) -> bool:
+        """Whether SLURM or torchrun ended this one before it started `other`."""
+        same_job = bool(self.job) and self.job == other.job
+        if same_job and self.life < other.life:
+            return True
+        named = self.launch not in ("", "none")  # torchrun's id is `none` where nobody gives one
+        same_launch = self.launch == other.launch and (named or (self.launch == "none" and same_job))
+        return same_launch and self.restart < other.restart
 
 
 @dataclass(frozen=True)
@@ -79,6 +96,8 @@ def this_process(command: str) -> Holder:
         born=_process(os.getpid())[1],
         job=os.environ.get("SLURM_JOB_ID", ""),
         life=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        launch=os.environ.get("TORCHELASTIC_RUN_ID", ""),
+        restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0),
         token=uuid.uuid4().hex,
     )
 
@@ -129,7 +148,7 @@ class RunLock:
                 )
         except OSError as error:
             raise UserError(f"checkpoint.directory: {self.directory} cannot be written: {error.strerror}") from error
-        os.register_at_fork(after_in_child=self._forget)
+        _LOCKS.add(self)
         self._thread = threading.Thread(target=self._keep, name="run-lock", daemon=True)
         self._thread.start()
 
@@ -164,8 +183,13 @@ class RunLock:
                 return
         except OSError:  # the file system does not answer now; the next heartbeat may get through
             return
-        others = self._found()
-        who = str(others[-1].holder) if others else "nobody: its lock file was removed"
+        try:
+            others = self._found()
+            who = str(others[-1].holder) if others else "nobody: its lock file was removed"
+        except OSError as error:
+            who = f"an unknown job: {error.strerror}"
+        if self._stop.is_set():  # released meanwhile
+            return
         self._path = None
         self._on_lost(f"{self.directory}: this job does not hold the run any more; it is held by {who}")
 
@@ -178,7 +202,7 @@ class RunLock:
         try:
             there, mine = path.stat(), os.fstat(self._file)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ESTALE):
+            if error.errno in _GONE:
                 return False
             raise
         return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
@@ -188,7 +212,7 @@ class RunLock:
         found = self._found()
         for lock in reversed(found):
             if not self._is_dead(lock):
-                raise UserError(self._refusal(lock))
+                raise UserError(self._refusal(_read_lock(lock.path) or lock))
         dead = {(lock.path, lock.holder) for lock in found}
         path = self.directory / f"{_NAME}.{max((_number(lock.path) for lock in found), default=0) + 1}"
         if not self._make(path):
@@ -262,9 +286,10 @@ class RunLock:
                 return free
             if holder.pids and holder.pids == self.me.pids:
                 return not _runs(holder)
-        if holder.job and holder.job == self.me.job and holder.life < self.me.life:
-            return self._is_silent(lock)  # SLURM ended it before it put the job back
-        return self._clock() - lock.beat > LIMIT and self._is_silent(lock)
+        if holder.is_earlier_life_of(self.me):
+            return self._is_silent(lock, WATCH)
+        # Clocks may disagree: LIMIT seconds of silence are enough, whatever time the last heartbeat bears.
+        return self._is_silent(lock, max(WATCH, min(LIMIT, LIMIT - (self._clock() - lock.beat)) + BEAT))
 
     def _kernel_says_free(self, path: Path) -> bool | None:
         """Whether nobody holds the kernel's lock on a file that was made on this machine; None where it does not say."""
@@ -282,9 +307,11 @@ class RunLock:
             os.close(file)
         return True
 
-    def _is_silent(self, lock: _Found) -> bool:
-        """Whether no heartbeat comes for WATCH seconds."""
-        for _ in range(round(WATCH / BEAT)):
+    def _is_silent(self, lock: _Found, seconds: float) -> bool:
+        """Whether no heartbeat comes for so long."""
+        host = lock.holder.host or "an unknown host"
+        log.warning("%s: waiting up to %.0f s for the lock of %s", self.directory, seconds, host)
+        for _ in range(math.ceil(seconds / BEAT)):
             self._sleep(BEAT)
             again = _read_lock(lock.path)
             if again is None:
@@ -300,8 +327,8 @@ class RunLock:
         )
         return (
             f"{self.directory}: the run is held by {lock.holder}, since {since}, last sign of life {ago:.0f} s ago; wait until "
-            f"it has ended, or choose another checkpoint.directory (a job that died on another host holds it for "
-            f"{LIMIT:.0f} s)"
+            f"it has ended, or choose another checkpoint.directory (the lock of a job that died is taken "
+            "over)"
         )
 
     def _forget(self) -> None:
@@ -314,6 +341,17 @@ class RunLock:
         if file >= 0:
             with suppress(OSError):
                 os.close(file)
+
+
+_LOCKS: weakref.WeakSet[RunLock] = weakref.WeakSet()  # of this process
+
+
+def _forget_all() -> None:
+    for lock in list(_LOCKS):
+        lock._forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
 
 
 @contextmanager
@@ -337,8 +375,10 @@ def _read_lock(path: Path) -> _Found | None:
     try:
         with path.open("rb") as stream:  # opened anew: network file systems answer with old times otherwise
             content, beat = stream.read(), os.fstat(stream.fileno()).st_mtime
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if error.errno in _GONE:
+            return None
+        raise
     try:
         return _Found(path, Holder(**json.loads(content)), beat)
     except (ValueError, TypeError):

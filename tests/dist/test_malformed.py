@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ssu import cli
 from megatron_ssu.train.digests import write_digests
+from megatron_ssu.train.run_lock import this_process
 from tests.models import make_model
 from tests.unit.data_makers import make_hf_tokenizer
 
@@ -280,12 +281,12 @@ def plain(directory: str) -> Damage:
 
 
 def held_by_another(directory: str) -> Damage:
-    """A job on another host writes there."""
+    """A living job writes there."""
 
     def damage(world: Path) -> None:
         (world / directory).mkdir(exist_ok=True)
-        holder = {"command": "train", "host": "node7", "boot": "another", "pid": 1, "job": "4711"}
-        (world / directory / "run.lock.1").write_text(json.dumps(holder))
+        holder = replace(this_process("train"), host="node7", job="4711")
+        (world / directory / "run.lock.1").write_text(json.dumps(asdict(holder)))
 
     return damage
 
@@ -520,6 +521,12 @@ def test_a_finished_run_has_nothing_to_do(world, capsys):
     assert state(world) == before
     record = json.loads((world / "adapted" / "megatron-ssu.json").read_text())
     assert (record["run"], record["iteration"], record["phase"], record["source"]) == ("run", 2, 1, "hf")
+
+
+def test_a_finished_run_does_not_tokenize_again(world, capsys):
+    for file in (world / "run" / "data").glob("text-*"):
+        file.unlink()
+    test_a_finished_run_has_nothing_to_do(world, capsys)
 
 
 def test_an_export_reads_no_calibration_data(world):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_ssu.errors import UserError
+from megatron_ssu.train.run_lock import this_process
 from tests.models import make_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +37,14 @@ def test_hf_to_core_and_back_gives_every_bit(tmp_path):
     assert again.returncode == 0, again.stderr
     before, after = load_file(model / "model.safetensors"), load_file(back / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_convert_writes_into_no_run_of_a_living_job(tmp_path):
+    lock = tmp_path / "core" / "run.lock.1"
+    lock.parent.mkdir()
+    lock.write_text(json.dumps(asdict(this_process("train"))))
+    done = tool("checkpoint/convert.py", "--loader", "hf", "--load-dir", "x", "--saver", "core", "--save-dir", lock.parent)
+    assert done.returncode == 2 and "held by `train`" in done.stderr and list(lock.parent.iterdir()) == [lock]
 
 
 def test_convert_dtype_rounds_once_and_does_not_overwrite(tmp_path):

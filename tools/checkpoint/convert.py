@@ -24,6 +24,15 @@ from megatron_ssu.errors import UserError
 def to_core(options: argparse.Namespace, console: Console) -> None:
     """Hugging Face directory -> run directory with one checkpoint of the weights, iteration 0."""
     from megatron_ssu import runtime
+    from megatron_ssu.train.run_lock import held
+
+    runtime.start_processes()
+    with held(options.save_dir, "convert"):
+        _write_core(options, console)
+
+
+def _write_core(options: argparse.Namespace, console: Console) -> None:
+    from megatron_ssu import runtime
     from megatron_ssu.config.load import load_run, save_run
     from megatron_ssu.config.schema import CheckpointSection, ModelSection, RunConfig, ShieldSection
     from megatron_ssu.models.family import family_of
@@ -32,7 +41,6 @@ def to_core(options: argparse.Namespace, console: Console) -> None:
 
     target = Path(options.save_dir)
     fresh = target / "run.yaml"
-    runtime.start_processes()
 
     def begin() -> None:
         if fresh.exists():
