@@ -11,7 +11,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+import dataclasses
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -285,7 +286,7 @@ def held_by_another(directory: str) -> Damage:
 
     def damage(world: Path) -> None:
         (world / directory).mkdir(exist_ok=True)
-        holder = replace(this_process("train"), host="node7", job="4711")
+        holder = dataclasses.replace(this_process("train"), host="node7", job="4711")
         (world / directory / "run.lock.1").write_text(json.dumps(asdict(holder)))
 
     return damage
