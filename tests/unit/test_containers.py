@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,14 @@ def test_the_job_finds_its_neighbours_in_a_folder_with_spaces():
         == spaced
     )
     assert folder_of(f"{spaced}/train.sbatch", "run.yaml") == spaced
+
+
+@pytest.mark.process
+def test_setuptools_finds_nothing_deprecated():
+    pytest.importorskip("setuptools", minversion="77")
+    code = (
+        "from setuptools import Distribution; from setuptools.config.pyprojecttoml import apply_configuration;"
+        "apply_configuration(Distribution(), 'pyproject.toml')"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
