@@ -27,6 +27,22 @@ class RankError(Exception):
         self.kind, self.message = kind, message
 
 
+def share_a_device() -> None:
+    """Let all gloo groups of this process use one device: every device has a thread that wakes up 100 times per second,
+    and groups outlive the work that they were made for."""
+    from torch.distributed import ProcessGroupGloo, distributed_c10d
+
+    device = ProcessGroupGloo.create_default_device()
+
+    class SharedDevice(ProcessGroupGloo):
+        def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
+            options = ProcessGroupGloo._Options()
+            options._devices, options._timeout = [device], timeout
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = SharedDevice  # type: ignore[misc]
+
+
 def _serve(rank: int, world: int, store: str, pipe: Any, work: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
@@ -35,6 +51,7 @@ def _serve(rank: int, world: int, store: str, pipe: Any, work: Callable, args: t
 
     torch.set_num_threads(1)
     runtime.install_cpu_backend()
+    share_a_device()
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
         result = ("done", work(*args, **kwargs))
