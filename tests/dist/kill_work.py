@@ -35,6 +35,7 @@ def rank(number: int, store: str, order: dict[str, Any]) -> None:
         iterations=order["iterations"],
         interval=order["interval"],
         async_save=True,
+        micro_batch_size=4,  # few exchanges per step: on a CPU they take the time
     )
     runtime.on_rank_zero(Checkpoints(directory).clean)
     answer = resume_work.train_run(run, order["shield"])
