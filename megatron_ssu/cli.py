@@ -187,30 +187,34 @@ def _load(options: argparse.Namespace):
 
 
 def _score(options: argparse.Namespace, console: Console) -> int:
+    run = _load(options)  # refused before anything slow is imported
     from megatron_ssu.commands import jobs
 
-    jobs.score(_load(options), console)
+    jobs.score(run, console)
     return 0
 
 
 def _plan(options: argparse.Namespace, console: Console) -> int:
+    run = _load(options)  # refused before anything slow is imported
     from megatron_ssu.commands import shields
 
-    shields.plan(_load(options), console)
+    shields.plan(run, console)
     return 0
 
 
 def _train(options: argparse.Namespace, console: Console) -> int:
+    run = _load(options)  # refused before anything slow is imported
     from megatron_ssu.commands import jobs
 
-    jobs.train_run(_load(options), console)
+    jobs.train_run(run, console)
     return 0
 
 
 def _export(options: argparse.Namespace, console: Console) -> int:
+    run = _load(options)  # refused before anything slow is imported
     from megatron_ssu.commands import jobs
 
-    jobs.export(_load(options), options.output, options.iteration, console)
+    jobs.export(run, options.output, options.iteration, console)
     return 0
 
 
@@ -268,9 +272,10 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
 
 
 def _estimate(options: argparse.Namespace, console: Console) -> int:
+    run = _load(options)  # refused before anything slow is imported
     from megatron_ssu.commands import jobs
 
-    jobs.estimate(_load(options), options, console)
+    jobs.estimate(run, options, console)
     return 0
 
 

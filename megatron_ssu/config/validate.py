@@ -124,8 +124,8 @@ def _flash_attention() -> bool:
 def validate_run(
     run: RunConfig, world_size: int, hf: dict[str, Any], *, training: bool = True, shielding: bool = True
 ) -> None:
-    """All checks; without `training` those that `score` needs (mesh, number formats, model, shield, where it writes), without
-    `shielding` those that `export` does (mesh, number formats, model)."""
+    """All checks; without `training` those that `score` needs (mesh, precision, model, shield, where it writes), without
+    `shielding` those that `export` does (mesh, precision, model)."""
     dp = validate_mesh(run, world_size)
     validate_precision(run)
     validate_model(run, hf, training=training)

@@ -156,7 +156,7 @@ def _check_layout(index: Path, dtype: type, lengths: np.ndarray, pointers: np.nd
 
 
 def content_digest(prefix: str | Path) -> str:
-    """Tells whether an indexed dataset holds what it held: sha256 of its index, and of its sources and documents' ends as
+    """Changes when an indexed dataset's content does: sha256 of its index, and of its sources and documents' ends as
     `prepare` noted them.
 
     Raises UserError like `check_prefix`.

@@ -293,7 +293,7 @@ def _workspace(prefix: Path) -> Iterator[Path]:
     """A hidden folder beside the output (so that renaming is atomic), gone afterwards.
 
     Its process holds a lock on a file in it: folders of this host whose lock is free were left by processes that were
-    killed outright, and go. (A process number would not tell: containers have the same host name and their own numbers.)
+    killed outright, and go. (A process number would not do: containers have the same host name and their own numbers.)
     """
     host = socket.gethostname()
     try:
@@ -318,7 +318,7 @@ def _workspace(prefix: Path) -> Iterator[Path]:
 
 
 def _left_behind(folder: Path) -> bool:
-    """Is no process at work in this workspace of our host? One without a lock file begins just now, unless it is old."""
+    """True if no process of this host is at work in the workspace. One without a lock file has just begun, unless it is old."""
     try:
         with (folder / _LOCK).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""A model's fingerprint: tells models apart after reading a little of them.
+"""A model's fingerprint: identifies a model after reading a little of it.
 
 It has two parts, WEIGHTS:CONFIG, so that a message can say which of the two is another: a sha256 over the tensors, and the
 first 16 digits of one over what of config.json defines the model (`hf_config.definition`).

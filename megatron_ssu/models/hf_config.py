@@ -79,7 +79,7 @@ def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str
 
 
 def weights_part(fingerprint: str) -> str:
-    """The part of a fingerprint that tells the weights."""
+    """The part of a fingerprint that covers the weights."""
     return fingerprint.partition(":")[0]
 
 

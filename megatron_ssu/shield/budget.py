@@ -87,7 +87,7 @@ def layerwise_counts(
     wanted = _fill(units, sizes, least, most, _importance(matrices, names, mean_scores), budget)
     counts = np.clip(np.floor(wanted).astype(np.int64), least, most)
     left = budget - int((counts * sizes).sum())
-    # Whole units to the largest remainders, which count as equal where only a mesh's rounding tells them apart.
+    # Whole units to the largest remainders, which count as equal where they differ by a mesh's rounding only.
     for i in np.argsort(-np.round(wanted - counts, 4), kind="stable"):
         if left >= sizes[i] and counts[i] < most[i]:
             counts[i] += 1

@@ -1,7 +1,7 @@
 """Did every frozen bit stay? Compares two Hugging Face directories under a shield, bit by bit.
 
 The model's definition in config.json must be the same as well: equal weights under another definition are another model.
-Files that define no weight, as the tokenizer's, are compared and told.
+Files that define no weight, such as the tokenizer's, are compared and reported.
 """
 
 from __future__ import annotations

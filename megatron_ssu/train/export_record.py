@@ -41,7 +41,7 @@ def record_of(source: str, source_fingerprint: str, facts: dict[str, Any], itera
 
 
 def read_record(export: Path) -> ExportRecord | None:
-    """The record of an export; None where the directory is no export with a readable one."""
+    """The record of an export; None where the directory has no readable one."""
     try:
         values = json.loads((export / EXPORT_RECORD).read_text(encoding="utf-8"))
         if values["format"] != _FORMAT:

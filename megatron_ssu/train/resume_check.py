@@ -1,4 +1,4 @@
-"""May a run go on from what its directory and its export's place hold? Asked before anything is made or loaded."""
+"""Whether a run may resume from what its directory and its export's place hold; checked before anything is made or loaded."""
 
 from __future__ import annotations
 
