@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from megatron_ssu.data.tokenizer import one_line
 from megatron_ssu.errors import UserError
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PADDING = -1  # in place of a sample number: a sample without loss
 
 
@@ -69,7 +71,9 @@ def iterate(
 
 
 def _raise_errors(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
-    for batch in loader:
+    with _signals_held():
+        batches = iter(loader)  # starts the loader processes
+    for batch in batches:
         if isinstance(batch, str):
             raise UserError(batch)
         yield batch
@@ -84,6 +88,16 @@ def lost_loader(error: BaseException) -> str | None:
         return None
     advice = "if memory ran out, lower data.loader_workers, and start again"
     return f"a data loader process was killed ({one_line(error)}); {advice}"
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold the signals that stop a run until the end of the block; a process forked within it begins with them held."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _signals_are_the_parents() -> Callable[[int], None]:
@@ -103,6 +117,7 @@ def _signals_are_the_parents() -> Callable[[int], None]:
         for number in (signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, terminate)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)  # held since the fork: see _signals_held
 
     return begin
 

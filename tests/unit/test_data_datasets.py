@@ -271,12 +271,19 @@ def test_loader_processes_change_nothing(folder: Path, tokenizer: Tokenizer, tmp
     assert torch.equal(torch.stack([b["tokens"] for b in batches]), want)
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
 def test_loader_processes_leave_signals_to_their_rank() -> None:
+    born = []  # a loader process is signalled as soon as it is there, too
+    os.register_at_fork(after_in_child=lambda: [os.kill(os.getpid(), number) for number in born])
     batches = iterate(Numbers(400), micro_batch_size=2, loader_workers=2)
+    born.extend(SIGNALS)
     next(batches)
+    born.clear()
     workers = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
     for worker in workers:
-        for number in 50 * (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in 50 * SIGNALS:
             worker.send_signal(number)
     assert len(workers) >= 2 and len(numbers(batches)) == 199
 
