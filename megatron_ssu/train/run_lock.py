@@ -1,8 +1,8 @@
 """One run directory, one job: an exclusive lock, held by rank 0 while a command writes there.
 
 The lock is a file `run.lock.N` in the run's directory with the holder's host, process and SLURM job; its modification time is
-the holder's heartbeat. The kernel's lock on it (flock) and the process table tell a dead holder at once on the same machine;
-across machines, where flock may not reach, a holder is watched: it lives when a heartbeat comes, and is dead when none came
+the holder's heartbeat. On the same machine the process table tells a dead holder at once, and between containers the kernel's
+lock on the file (flock); across machines, where neither may reach, a holder is watched: it lives when a heartbeat comes, and is dead when none came
 for WATCH seconds and its last one is older than LIMIT, so that clocks that disagree end no job. The earlier life of a SLURM
 job that was put back, or of a launch that torchrun started again, is dead when none comes for WATCH seconds.
 
@@ -16,7 +16,6 @@ import errno
 import fcntl
 import json
 import logging
-import math
 import os
 import re
 import socket
@@ -125,6 +124,8 @@ class RunLock:
         self._on_lost = on_lost or _end
         self._path: Path | None = None
         self._file = -1
+        self._watched: dict[_Found, tuple[float, float]] = {}  # silence so far, and enough of it, in seconds
+        self._races = 0  # that other starters won
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -137,20 +138,21 @@ class RunLock:
 
         Raises UserError where another job holds it, or the directory cannot be written.
         """
+        while not self.attempt():
+            pass
+
+    def attempt(self) -> bool:
+        """A part of `acquire` that takes little more than BEAT seconds; whether the lock is held now."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            for _ in range(_TRIES):
-                if self._try():
-                    break
-            else:
-                raise UserError(
-                    f"{self.directory}: other jobs start here at this moment; start again when they have ended"
-                )
+            if not self._try():
+                return False
         except OSError as error:
             raise UserError(f"checkpoint.directory: {self.directory} cannot be written: {error.strerror}") from error
         _LOCKS.add(self)
         self._thread = threading.Thread(target=self._keep, name="run-lock", daemon=True)
         self._thread.start()
+        return True
 
     def release(self) -> None:
         """Give the lock back; nothing happens where it is not held."""
@@ -178,7 +180,7 @@ class RunLock:
         if path is None:
             return
         try:
-            if self._is_mine(path):
+            if self._is_mine(path) and self._paths()[-1:] == [path]:
                 os.utime(self._file, (self._clock(), self._clock()))
                 return
         except OSError:  # the file system does not answer now; the next heartbeat may get through
@@ -198,7 +200,7 @@ class RunLock:
             self.beat()
 
     def _is_mine(self, path: Path) -> bool:
-        """Is the file at `path` the one that this process made, and the newest lock?"""
+        """Is the file at `path` the one that this process made?"""
         try:
             there, mine = path.stat(), os.fstat(self._file)
         except OSError as error:
@@ -210,24 +212,31 @@ class RunLock:
     def _try(self) -> bool:
         """One attempt; False: look again, something changed. Raises UserError where the lock is held."""
         found = self._found()
-        for lock in reversed(found):
-            if not self._is_dead(lock):
-                raise UserError(self._refusal(_read_lock(lock.path) or lock))
+        if living := [lock for lock in reversed(found) if not self._is_dead(lock)]:
+            self._watch(living)
+            return False
         dead = {(lock.path, lock.holder) for lock in found}
         path = self.directory / f"{_NAME}.{max((_number(lock.path) for lock in found), default=0) + 1}"
         if not self._make(path):
+            self._lost_race()
             return False
         others = [lock for lock in self._found() if lock.path != path]
         if any((lock.path, lock.holder) not in dead for lock in others):
             with suppress(OSError):
                 path.unlink()
             self._close()
+            self._lost_race()
             return False
         for lock in others:
             with suppress(OSError):
                 lock.path.unlink()
         self._path = path
         return True
+
+    def _lost_race(self) -> None:
+        self._races += 1
+        if self._races == _TRIES:
+            raise UserError(f"{self.directory}: other jobs are starting here; start again when they have ended")
 
     def _make(self, path: Path) -> bool:
         """Make the lock file, whole; False where another process did before."""
@@ -257,7 +266,13 @@ class RunLock:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except FileExistsError:
             return False
-        self._fill()
+        try:
+            self._fill()
+        except OSError:
+            with suppress(OSError):
+                path.unlink()
+            self._close()
+            raise
         return True
 
     def _fill(self) -> None:
@@ -280,16 +295,41 @@ class RunLock:
         return [found for found in map(_read_lock, self._paths()) if found is not None]
 
     def _is_dead(self, lock: _Found) -> bool:
+        """Whether the holder is known to be dead, by now; where that is not known yet it is to be watched.
+
+        Raises UserError where the holder lives.
+        """
         holder = lock.holder
         if holder.boot and holder.boot == self.me.boot:
-            if holder.flock and (free := self._kernel_says_free(lock.path)) is not None:
-                return free
+            living = None
             if holder.pids and holder.pids == self.me.pids:
-                return not _runs(holder)
-        if holder.is_earlier_life_of(self.me):
-            return self._is_silent(lock, WATCH)
-        # Clocks may disagree: LIMIT seconds of silence are enough, whatever time the last heartbeat bears.
-        return self._is_silent(lock, max(WATCH, min(LIMIT, LIMIT - (self._clock() - lock.beat)) + BEAT))
+                living = _runs(holder)
+            elif holder.flock and (free := self._kernel_says_free(lock.path)) is not None:
+                living = not free
+            if living:
+                raise UserError(self._refusal(lock))
+            if living is not None:
+                return True
+        if lock not in self._watched:
+            enough = WATCH
+            if not holder.is_earlier_life_of(self.me):
+                # Clocks may disagree: LIMIT seconds of silence are enough, whatever time the last heartbeat bears.
+                enough = max(WATCH, min(LIMIT, LIMIT - (self._clock() - lock.beat)) + BEAT)
+            self._watched[lock] = 0.0, enough
+            host = holder.host or "an unknown host"
+            log.warning("%s: waiting up to %.0f s for the lock of %s", self.directory, enough, host)
+        silent, enough = self._watched[lock]
+        return silent >= enough
+
+    def _watch(self, locks: list[_Found]) -> None:
+        """One heartbeat long. Raises UserError where a holder gives a sign of life."""
+        self._sleep(BEAT)
+        for lock in locks:
+            again = _read_lock(lock.path)
+            if again is not None and again != lock:
+                raise UserError(self._refusal(again))
+            silent, enough = self._watched[lock]
+            self._watched[lock] = silent + BEAT, enough
 
     def _kernel_says_free(self, path: Path) -> bool | None:
         """Whether nobody holds the kernel's lock on a file that was made on this machine; None where it does not say."""
@@ -305,19 +345,6 @@ class RunLock:
             return None
         finally:
             os.close(file)
-        return True
-
-    def _is_silent(self, lock: _Found, seconds: float) -> bool:
-        """Whether no heartbeat comes for so long."""
-        host = lock.holder.host or "an unknown host"
-        log.warning("%s: waiting up to %.0f s for the lock of %s", self.directory, seconds, host)
-        for _ in range(math.ceil(seconds / BEAT)):
-            self._sleep(BEAT)
-            again = _read_lock(lock.path)
-            if again is None:
-                return True
-            if again != lock:
-                return False
         return True
 
     def _refusal(self, lock: _Found) -> str:
@@ -363,7 +390,8 @@ def held(directory: str | Path, command: str) -> Iterator[None]:
     from megatron_ssu import runtime  # late: it imports megatron-core
 
     lock = RunLock(directory, command)
-    runtime.on_rank_zero(lock.acquire)
+    while not runtime.on_rank_zero(lock.attempt):  # step by step: other ranks' wait for rank 0 has a time limit
+        pass
     try:
         yield
     finally:

@@ -144,6 +144,22 @@ def test_another_host_is_dead_when_its_heartbeat_is_old_and_stays_so(age, slept,
     fresh.release()
 
 
+def test_several_dead_locks_are_watched_at_once(tmp_path, machine):
+    for number in (1, 2, 3):
+        dead = lock_of(tmp_path / str(number), machine, **OTHER)
+        dead.acquire()
+        abandon(dead)
+        (tmp_path / str(number) / "run.lock.1").rename(tmp_path / f"run.lock.{number}")
+        (tmp_path / str(number)).rmdir()
+    fresh = lock_of(tmp_path, machine)
+    attempts = 0
+    while not fresh.attempt():
+        attempts += 1
+        assert machine.slept == attempts * BEAT, "no attempt takes longer than a heartbeat"
+    assert machine.slept == LIMIT + BEAT and files(tmp_path) == ["run.lock.4"]
+    fresh.release()
+
+
 def test_clocks_that_disagree_end_no_job(tmp_path, machine):
     behind = Machine(machine.now - 10 * LIMIT)
     alive = lock_of(tmp_path, behind, **OTHER)
@@ -280,6 +296,38 @@ def test_a_late_starter_does_not_remove_a_new_lock_of_the_same_number(tmp_path, 
     new.release()
 
 
+def test_a_holder_whose_kernel_lock_was_lost_still_lives(tmp_path, machine):
+    """As on NFS after a lease ran out."""
+    first = lock_of(tmp_path, machine, flock=lambda file, how: None)
+    first.acquire()
+    with pytest.raises(UserError, match=f"process {os.getpid()}"):
+        lock_of(tmp_path, machine, flock=fcntl.flock).acquire()
+    first.release()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_full_disk_leaves_no_half_lock(links, tmp_path, machine, monkeypatch):
+    lock = lock_of(tmp_path, machine, flock=fcntl.flock)
+    fill, calls = lock._fill, []
+
+    def full():
+        calls.append(None)
+        fill()
+        if len(calls) == (1 if links else 2):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    lock._fill = full
+    if not links:
+        monkeypatch.setattr(run_lock, "_NO_LINKS", (errno.EPERM,))
+        monkeypatch.setattr(run_lock.os, "link", lambda *paths: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no")))
+    with pytest.raises(UserError, match="No space left on device"):
+        lock.acquire()
+    assert files(tmp_path) == [] and lock._file == -1
+    lock._fill = fill
+    lock.acquire()
+    lock.release()
+
+
 def test_without_hard_links(tmp_path, machine, monkeypatch):
     def link(*paths):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
@@ -320,6 +368,30 @@ def test_a_job_that_lost_its_lock_ends(tmp_path, machine):
     assert len(said) == 1 and f"process {os.getpid()}" in said[0] and not slow.held
     slow.release()
     assert fresh.held and files(tmp_path) == ["run.lock.2"]
+    fresh.release()
+
+
+def test_a_job_whose_lock_could_not_be_removed_ends_too(tmp_path, machine, monkeypatch):
+    """Its file is another user's in a directory with the sticky bit, for example."""
+    said = []
+    slow = lock_of(tmp_path, machine, **OTHER)
+    slow._on_lost = said.append
+    slow.acquire()
+    machine.now += LIMIT + 1
+    fresh, unlink = lock_of(tmp_path, machine), Path.unlink
+
+    def refuse(self, missing_ok=False):
+        if self.name == "run.lock.1":
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        fresh.acquire()
+    assert files(tmp_path) == ["run.lock.1", "run.lock.2"]
+    slow.beat()
+    fresh.beat()
+    assert len(said) == 1 and fresh.held and not slow.held
     fresh.release()
 
 
