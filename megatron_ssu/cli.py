@@ -9,11 +9,13 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from megatron_ssu import __version__
 from megatron_ssu.errors import UserError
+from megatron_ssu.io.output import LossyOutput, print_error, settle
 from megatron_ssu.train.faults import STATUS_RANK_LOST, TrainingStopped
 
 EPILOG = """\
@@ -42,26 +44,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kind in (UserWarning, FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=kind)  # those of libraries; ours are logged
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    console = Console(quiet=not first, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    width = None if sys.stdout.isatty() else 160
+    lossy = options.command in (_score, _train, _export)  # their work is worth more than what they print
+    output: Any = LossyOutput() if lossy else None
+    console = Console(file=output, quiet=not first, soft_wrap=True, width=width)
     status = 0
     try:
         status = options.command(options, console)
     except UserError as error:
         if first or (not error.agreed and _joined()):
             rank = "" if first else f" (rank {os.environ['RANK']})"
-            print(f"megatron-ssu{rank}: {error}", file=sys.stderr)
+            print_error(f"megatron-ssu{rank}: {error}")
         status = 2
     except TrainingStopped as stop:
         if first or stop.status == STATUS_RANK_LOST:
-            print(f"megatron-ssu: {stop}", file=sys.stderr)
+            print_error(f"megatron-ssu: {stop}")
         status = stop.status
         if status == STATUS_RANK_LOST:  # the process groups cannot be taken down without the lost rank
-            sys.stderr.flush()
             os._exit(status)
     except KeyboardInterrupt:
         status = 130
     if "megatron_ssu.runtime" in sys.modules:  # else no process group was started
         sys.modules["megatron_ssu.runtime"].stop_processes()
+    settle()
     sys.exit(status)
 
 

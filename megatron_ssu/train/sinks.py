@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -94,6 +95,8 @@ class TensorBoard:
     def __init__(self, directory: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        if not isinstance(threading.excepthook, _ThreadErrors):
+            threading.excepthook = _ThreadErrors(threading.excepthook)
         self._writer: Any = SummaryWriter(str(directory), purge_step=start + 1 if start else None)
 
     def write(self, iteration: int, record: Record) -> None:
@@ -102,6 +105,17 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class _ThreadErrors:
+    """`threading.excepthook` without the tracebacks of TensorBoard's threads: the next write raises what ended one."""
+
+    def __init__(self, before: Callable[[Any], Any]) -> None:
+        self._before = before
+
+    def __call__(self, error: Any) -> None:
+        if not type(error.thread).__module__.startswith("tensorboard."):
+            self._before(error)
 
 
 class WeightsAndBiases:

@@ -144,12 +144,20 @@ def _memory() -> dict[str, float]:
     return {"memory_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)}
 
 
+class _RankLog(logging.FileHandler):
+    """Lines that cannot be written are dropped; logging would print a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def log_to_file(directory: Path, rank: int, *, quiet: bool) -> logging.Handler:
     """Send this rank's log to <directory>/logs/rank_NNNNN.log; with `quiet` nowhere else. Raises UserError."""
     path = directory / "logs" / f"rank_{rank:05d}.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = _RankLog(path, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}; see checkpoint.directory") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

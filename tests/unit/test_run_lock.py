@@ -319,7 +319,9 @@ def test_a_full_disk_leaves_no_half_lock(links, tmp_path, machine, monkeypatch):
     lock._fill = full
     if not links:
         monkeypatch.setattr(run_lock, "_NO_LINKS", (errno.EPERM,))
-        monkeypatch.setattr(run_lock.os, "link", lambda *paths: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no")))
+        monkeypatch.setattr(
+            run_lock.os, "link", lambda *paths: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no"))
+        )
     with pytest.raises(UserError, match="No space left on device"):
         lock.acquire()
     assert files(tmp_path) == [] and lock._file == -1

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import os
+import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -14,7 +18,7 @@ from rich.console import Console
 from megatron_ssu.config.schema import CheckpointSection, LogSection, ModelSection, RunConfig, TrainSection
 from megatron_ssu.errors import UserError
 from megatron_ssu.train.sinks import check_wandb
-from megatron_ssu.train.telemetry import Telemetry
+from megatron_ssu.train.telemetry import Telemetry, log_to_file
 
 
 def run_of(folder: Path, **log) -> RunConfig:
@@ -163,7 +167,8 @@ def test_event_and_metrics_files_on_a_full_device(tmp_path, monkeypatch):
     """The libraries' own errors: the event file is written by a thread of TensorBoard's."""
     from tensorboard.summary.writer import event_file_writer
 
-    monkeypatch.setattr("threading.excepthook", lambda *args: None)  # that thread's traceback
+    printed: list = []
+    monkeypatch.setattr("threading.excepthook", printed.append)
     stock = event_file_writer.tf.io.gfile.GFile
     monkeypatch.setattr(event_file_writer.tf.io.gfile, "GFile", lambda name, mode: stock("/dev/full", mode))
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
@@ -171,6 +176,43 @@ def test_event_and_metrics_files_on_a_full_device(tmp_path, monkeypatch):
     text = tell(run_of(tmp_path, tensorboard=True), range(1, 5))
     warnings = [line for line in text.splitlines() if line.startswith("warning")]
     assert len(warnings) == 2 and all("No space left on device" in line for line in warnings), text
+    assert not printed, "a thread's traceback"
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    assert [error.exc_type for error in printed] == [ZeroDivisionError], "other threads' errors are still shown"
+
+
+ON_A_FULL_DISK = """
+import sys
+from megatron_ssu import cli
+from megatron_ssu.errors import UserError
+
+def work(options, console):
+    console.print("one line")
+    console.print("another")
+    if sys.argv[1] == "refused":
+        raise UserError("no")
+    return 75
+
+cli._train = work
+cli.main(["train", "run.yaml"])
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("how,status", [("stopped", 75), ("refused", 2)])
+def test_output_that_nobody_can_read_changes_no_status(how, status):
+    """Under SLURM it goes to files beside the run's own."""
+    command = [sys.executable, "-c", ON_A_FULL_DISK, how]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, stdout=full, stderr=full, timeout=120).returncode == status
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == status and done.stderr == ("megatron-ssu: no\n" if how == "refused" else "")
 
 
 def test_closing_hides_no_other_error(tmp_path, monkeypatch):
@@ -181,3 +223,15 @@ def test_closing_hides_no_other_error(tmp_path, monkeypatch):
             raise UserError("no room")
         finally:
             telemetry.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_log_on_a_full_disk_is_silent(tmp_path, capfd):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank_00000.log").symlink_to("/dev/full")
+    handler = log_to_file(tmp_path, 0, quiet=False)
+    try:
+        logging.getLogger("megatron_ssu").info("a line")
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert capfd.readouterr().err == ""
