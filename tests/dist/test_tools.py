@@ -40,11 +40,29 @@ def test_hf_to_core_and_back_gives_every_bit(tmp_path):
 
 
 def test_convert_writes_into_no_run_of_a_living_job(tmp_path):
-    lock = tmp_path / "core" / "run.lock.1"
+    model, lock = make_model("olmo2", tmp_path / "model", torch.bfloat16), tmp_path / "core" / "run.lock.1"
     lock.parent.mkdir()
     lock.write_text(json.dumps(asdict(this_process("train"))))
-    done = tool("checkpoint/convert.py", "--loader", "hf", "--load-dir", "x", "--saver", "core", "--save-dir", lock.parent)
+    done = tool("checkpoint/convert.py", "--loader", "hf", "--load-dir", model, "--saver", "core", "--save-dir", lock.parent)
     assert done.returncode == 2 and "held by `train`" in done.stderr and list(lock.parent.iterdir()) == [lock]
+
+
+def test_a_conversion_that_is_refused_writes_nothing(tmp_path):
+    """So the corrected command is not refused."""
+    model, core = make_model("olmo2", tmp_path / "model"), tmp_path / "core"
+    before = sorted(path.name for path in model.iterdir())
+    command = ("checkpoint/convert.py", "--loader", "hf", "--load-dir", model, "--saver", "core", "--save-dir")
+    for target, options, word in (
+        (model, ("--dtype", "fp32"), "stays as it is"),
+        (core, ("--dtype", "bf16"), "bf16"),
+        (core, ("--dtype", "fp32", "parallel.tensor_model_paralel_size=2"), "tensor_model_parallel_size"),
+    ):
+        done = tool(*command, target, *options)
+        assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert sorted(path.name for path in model.iterdir()) == before and not core.exists()
+    assert tool(*command, core, "--dtype", "fp32").returncode == 0
+    done = tool(*command, core, "--dtype", "fp32")
+    assert done.returncode == 2 and "not overwritten" in done.stderr
 
 
 def test_convert_dtype_rounds_once_and_does_not_overwrite(tmp_path):

@@ -13,47 +13,59 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from megatron_ssu.errors import UserError
 
+if TYPE_CHECKING:
+    from megatron_ssu.config.schema import RunConfig
+
 
 def to_core(options: argparse.Namespace, console: Console) -> None:
     """Hugging Face directory -> run directory with one checkpoint of the weights, iteration 0."""
     from megatron_ssu import runtime
-    from megatron_ssu.train.run_lock import held
-
-    runtime.start_processes()
-    with held(options.save_dir, "convert"):
-        _write_core(options, console)
-
-
-def _write_core(options: argparse.Namespace, console: Console) -> None:
-    from megatron_ssu import runtime
-    from megatron_ssu.config.load import load_run, save_run
-    from megatron_ssu.config.schema import CheckpointSection, ModelSection, RunConfig, ShieldSection
+    from megatron_ssu.config.load import save_run
     from megatron_ssu.models.family import family_of
     from megatron_ssu.session import check_run, open_session
     from megatron_ssu.train.checkpoint import Checkpoints
+    from megatron_ssu.train.run_lock import held
 
     target = Path(options.save_dir)
-    fresh = target / "run.yaml"
+    record = target / "run.yaml"
 
-    def begin() -> None:
-        if fresh.exists():
+    def refuse_run() -> None:
+        if record.exists():
             raise UserError(f"{target}: holds a run already and is not overwritten; name another directory")
-        sections = {"checkpoint": CheckpointSection(directory=str(target)), "shield": ShieldSection(method="none")}
-        save_run(RunConfig(model=ModelSection(path=options.load_dir), **sections), fresh)  # type: ignore[arg-type]
 
-    runtime.on_rank_zero(begin)
-    run = runtime.on_all_ranks(lambda: load_run(fresh, [f"precision.dtype={options.dtype}", *options.overrides]))
+    run = _core_run(options)
+    runtime.start_processes(run.parallel.timeout_minutes)
     source = runtime.on_all_ranks(lambda: check_run(run, training=False))
-    path = Checkpoints(target).save_weights(open_session(run, source))
-    runtime.on_rank_zero(lambda: save_run(run, fresh))
+    with held(target, "convert"):
+        runtime.on_rank_zero(refuse_run)
+        path = Checkpoints(target).save_weights(open_session(run, source))
+        runtime.on_rank_zero(lambda: save_run(run, record))
     console.print(f"{path}: {family_of(source.hf).name}, written", highlight=False)
+
+
+def _core_run(options: argparse.Namespace) -> RunConfig:
+    """The settings of the run directory, read as strictly as any run file."""
+    from megatron_ssu.config.load import load_run, save_run
+    from megatron_ssu.config.schema import CheckpointSection, ModelSection, RunConfig, ShieldSection
+
+    run = RunConfig(
+        model=ModelSection(path=options.load_dir),
+        checkpoint=CheckpointSection(directory=options.save_dir),
+        shield=ShieldSection(method="none"),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run.yaml"
+        save_run(run, file)
+        return load_run(file, [f"precision.dtype={options.dtype}", *options.overrides])
 
 
 def to_hf(options: argparse.Namespace, console: Console) -> None:
