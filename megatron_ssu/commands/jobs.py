@@ -33,7 +33,7 @@ from megatron_ssu.models.hf_export import check_target, export_model
 from megatron_ssu.models.source import Source
 from megatron_ssu.session import Session, check_run, open_session
 from megatron_ssu.shield.file import Shield, load_shield
-from megatron_ssu.shield.make import make_scores
+from megatron_ssu.shield.make import check_replaceable, make_scores
 from megatron_ssu.shield.planned import scores_path, shield_path
 from megatron_ssu.train.checkpoint import Checkpoints, Progress
 from megatron_ssu.train.flops import flops_per_token, peak_flops
@@ -50,9 +50,9 @@ log = logging.getLogger(__name__)
 def score(run: RunConfig, console: Console) -> None:
     """Write the scores file of a run file."""
     source = _start(run, training=False)
-    refuse_given("score", "shield.scores", run.shield.scores)
+    runtime.on_rank_zero(lambda: refuse_given("score", "shield.scores", run.shield.scores))
     with held(run.checkpoint.directory, "score"):
-        runtime.on_rank_zero(lambda: _check_not_begun(run))
+        runtime.on_rank_zero(lambda: _check_scores_place(run, source))
         scores = make_scores(open_session(run, source))
     if scores is not None:
         console.print(
@@ -63,11 +63,12 @@ def score(run: RunConfig, console: Console) -> None:
         )
 
 
-def _check_not_begun(run: RunConfig) -> None:
-    """Raises UserError where the scores of a run that has begun would be replaced."""
+def _check_scores_place(run: RunConfig, source: Source) -> None:
+    """Raises UserError where the scores of a run that has begun, or of another model, would be replaced."""
     path = scores_path(run)
     if path.exists() and has_begun(run):
         raise UserError(f"{path}: the run has begun with these scores; choose another checkpoint.directory")
+    check_replaceable(run, source)
 
 
 def prepare(run: RunConfig, console: Console, *, skip_bad_lines: bool) -> None:
@@ -108,6 +109,7 @@ def _train(run: RunConfig, source: Source, console: Console) -> Progress:
         runtime.on_rank_zero(lambda: check_exported(run, source, checkpoints, shield_of, digests_of))
         console.print(f"{run.checkpoint.export}: the run has ended and is exported; nothing to do", highlight=False)
         return Progress(run.train.iterations, run.train.iterations * run.train.global_batch_size)
+    runtime.on_rank_zero(lambda: method.check(run, source, begun=latest is not None))
     prefixes = runtime.on_rank_zero(lambda: prepare_run(run, tokenizer, console)[0])
     session = open_session(run, source)
     datasets = runtime.on_all_ranks(lambda: _datasets(run, session, prefixes, tokenizer))
@@ -135,12 +137,17 @@ def export(run: RunConfig, output: str | Path, iteration: int | None, console: C
     source = _start(run, training=False, shielding=False)
     target = runtime.on_rank_zero(lambda: check_target(output, "--output"))
     checkpoints = Checkpoints(run.checkpoint.directory)
-    found = iteration if iteration is not None else runtime.on_rank_zero(checkpoints.latest)
-    if found is None:
-        raise UserError(f"{checkpoints.folder}: no checkpoint to export; train first, or name the run's directory")
+    found = runtime.on_rank_zero(lambda: iteration if iteration is not None else _newest(checkpoints))
     session = open_session(run, source, load=False)
     common = checkpoints.load_weights(found, session)
     _export(session, target, common["identity"], Progress(**common["progress"]), console)
+
+
+def _newest(checkpoints: Checkpoints) -> int:
+    found = checkpoints.latest()
+    if found is None:
+        raise UserError(f"{checkpoints.folder}: no checkpoint to export; train first, or name the run's directory")
+    return found
 
 
 def estimate(run: RunConfig, options: argparse.Namespace, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 A method is one class in one file, registered by `@register`. The trainer calls
 
+    check(run, source, begun)      on one rank, before data is tokenized and the model loaded: what can be refused by then
     shield(session, begun)   once, on all ranks, before DDP wraps the model: the shield of the run; `begun` where a
                              checkpoint is there to go on from: then the shield is the one that it was trained under
     present_shield(run, source)   on one rank: the same of a run that has begun, where it needs no scoring, else None
@@ -23,6 +24,10 @@ from megatron_ssu.shield.file import Shield
 
 class Method(Protocol):
     """See the module docstring."""
+
+    def check(self, run: RunConfig, source: Source, *, begun: bool) -> None:
+        """Raises UserError where what is there already does not fit the run file. Makes nothing."""
+        ...
 
     def shield(self, session: Session, *, begun: bool) -> Shield:
         """The shield that training starts with. Collective; raises UserError on all ranks alike, also where the shield of

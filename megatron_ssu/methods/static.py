@@ -8,12 +8,15 @@ from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.source import Source
 from megatron_ssu.session import Session
 from megatron_ssu.shield.file import Shield
-from megatron_ssu.shield.make import make_shield, present_shield
+from megatron_ssu.shield.make import make_shield, needs_scoring, present_shield
 
 
 @register("ssu")
 class SourceShieldedUpdates:
     """Source-Shielded Updates (arXiv 2512.04844): score on source samples, freeze the best columns of every matrix."""
+
+    def check(self, run: RunConfig, source: Source, *, begun: bool) -> None:
+        needs_scoring(run, source, begun=begun)
 
     def shield(self, session: Session, *, begun: bool) -> Shield:
         return make_shield(session, begun=begun)
@@ -25,6 +28,9 @@ class SourceShieldedUpdates:
 @register("none")
 class FullFineTuning:
     """Everything trains."""
+
+    def check(self, run: RunConfig, source: Source, *, begun: bool) -> None:
+        pass
 
     def shield(self, session: Session, *, begun: bool) -> Shield:
         return self.present_shield(session.run, session.source)

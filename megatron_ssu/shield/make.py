@@ -60,15 +60,13 @@ def load_samples(run: RunConfig, dims: Dims) -> Calibration | None:
 def make_scores(session: Session) -> Scores | None:
     """Score the session's model and write the scores file; the scores on rank 0, None elsewhere. Collective.
 
-    Scores of the same model that are there are replaced.
+    A scores file that is there is replaced: see `check_replaceable`.
 
     Raises:
-        UserError: bad calibration data, scores of another model in the place, NaN or infinite values, or a scores file that
-            cannot be written.
+        UserError: bad calibration data, NaN or infinite values, or a scores file that cannot be written.
     """
     run = session.run
     check_names(run)
-    runtime.on_rank_zero(lambda: _check_replaceable(run, session.source))
     calibration = runtime.on_all_ranks(lambda: load_samples(run, session.source.dims))
     return _score(session, calibration)
 
@@ -98,10 +96,9 @@ def make_shield(session: Session, *, begun: bool = False) -> Shield:
     if runtime.on_rank_zero(lambda: needs_scoring(run, source, begun=begun)):
         calibration = runtime.on_all_ranks(lambda: load_samples(run, source.dims))
         scores = _score(session, calibration)
-        runtime.on_rank_zero(lambda: write_plan(run, source, scores, begun=begun))  # type: ignore[arg-type]
+        runtime.on_rank_zero(lambda: _plan_and_write(run, source, scores, begun))
     else:
         runtime.on_rank_zero(lambda: _plan_from_files(run, source, begun))
-
     return runtime.on_all_ranks(lambda: _load(run, source))
 
 
@@ -123,6 +120,7 @@ def needs_scoring(run: RunConfig, source: Source, *, begun: bool) -> bool:
     """
     check_names(run)
     if run.shield.file is not None:
+        check_model(load_shield(run.shield.file), model_fingerprint(source.path), source.name)
         return False
     scores, shield = scores_path(run), shield_path(run)
     if begun and shield.exists() and not scores.exists():
@@ -141,7 +139,13 @@ def needs_scoring(run: RunConfig, source: Source, *, begun: bool) -> bool:
 def _plan_from_files(run: RunConfig, source: Source, begun: bool) -> None:
     """Plan from the scores file; a shield file without one stays as it is."""
     if run.shield.file is None and (run.shield.scores is not None or scores_path(run).exists()):
-        write_plan(run, source, Scores.load(scores_path(run)), begun=begun)
+        _plan_and_write(run, source, Scores.load(scores_path(run)), begun)
+
+
+def _plan_and_write(run: RunConfig, source: Source, scores: Scores | None, begun: bool) -> None:
+    """On the rank that has the scores. Returns no shield, which all ranks would be sent: they read the file."""
+    assert scores is not None
+    write_plan(run, source, scores, begun=begun)
 
 
 def _load(run: RunConfig, source: Source) -> Shield:
@@ -175,7 +179,7 @@ def _check_scores(run: RunConfig, source: Source, begun: bool) -> None:
     raise UserError(f"{path}: {why}; change that back, or run `megatron-ssu score` to replace it")
 
 
-def _check_replaceable(run: RunConfig, source: Source) -> None:
+def check_replaceable(run: RunConfig, source: Source) -> None:
     """Raises UserError where the place of the scores holds anything but scores of this model."""
     if not scores_path(run).exists():
         return

@@ -54,6 +54,13 @@ class Progress:
     schedule_start: int = 0  # iteration after which the learning rate's schedule began
     skipped: int = 0  # steps skipped in a row, up to now
 
+    def check_phase(self, number: int, path: Path) -> None:
+        """Raises UserError where the run file's phase `number` comes before that of the checkpoint at `path`."""
+        if number < self.phase:
+            raise UserError(
+                f"{path}: train.phase.number was {self.phase} in this checkpoint and is {number} now; phases only go up"
+            )
+
 
 @dataclass
 class _Pending:
@@ -270,13 +277,13 @@ class Checkpoints:
         path, phase = self.path(iteration), session.run.train.phase
         common = runtime.on_all_ranks(lambda: _checked(path))
         progress = Progress(**common["progress"])
-        if phase.number < progress.phase:
-            raise UserError(
-                f"{path}: train.phase.number was {progress.phase} in this checkpoint and is {phase.number} now; "
-                "phases only go up"
-            )
         new_phase = phase.number > progress.phase
-        identity.compare(common["identity"], path, new_phase=new_phase)
+
+        def compare() -> None:
+            progress.check_phase(phase.number, path)
+            identity.compare(common["identity"], path, new_phase=new_phase)
+
+        runtime.on_all_ranks(compare)
         states.load_model(session, path)
         settings = _settings(optimizer)
         same_mesh = common["mesh"] == states.mesh_facts(session)

@@ -81,11 +81,7 @@ def check_exported(
         raise UserError(f"{checkpoints.folder.parent}: scores and shield are gone; restore them, or export elsewhere")
     identity_of(run, shield, digests_of(common["identity"][DOCUMENTS])).compare(common["identity"], path)
     progress = Progress(**common["progress"])
-    if run.train.phase.number < progress.phase:
-        raise UserError(
-            f"{path}: train.phase.number was {progress.phase} in this checkpoint and is {run.train.phase.number} now; "
-            "phases only go up"
-        )
+    progress.check_phase(run.train.phase.number, path)
     expected = checkpoint_record(source, common["identity"], progress)
     found = read_record(Path(run.checkpoint.export or ""))
     if found != expected:

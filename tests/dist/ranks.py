@@ -20,11 +20,12 @@ PRELOADED = ["transformers", "megatron_ssu.commands.jobs", "megatron_ssu.models.
 
 
 class RankError(Exception):
-    """What a rank raised: `kind` is the exception's class name, the text its traceback."""
+    """What a rank raised: `kind` is the exception's class name, the text its traceback; `agreed`: all ranks raise it, and
+    rank 0 alone tells it."""
 
-    def __init__(self, kind: str, message: str, text: str) -> None:
+    def __init__(self, kind: str, message: str, text: str, agreed: bool) -> None:
         super().__init__(text)
-        self.kind, self.message = kind, message
+        self.kind, self.message, self.agreed = kind, message, agreed
 
 
 def share_a_device() -> None:
@@ -57,7 +58,8 @@ def _serve(rank: int, world: int, store: str, pipe: Any, work: Callable, args: t
         result = ("done", work(*args, **kwargs))
         dist.barrier()
     except Exception as error:
-        result = ("raised", type(error).__name__, str(error), traceback.format_exc())
+        agreed = getattr(error, "agreed", False)
+        result = ("raised", type(error).__name__, str(error), traceback.format_exc(), agreed)
     pipe.send(result)
     pipe.poll(60)  # tensors go through files that live as long as this process: wait until they are read
     os._exit(0)  # taking the groups down takes longer than the work of many a test

@@ -490,7 +490,7 @@ def test_one_line_and_nothing_changed(row, world, capsys):
     assert {n: d for n, d in after.items() if n in before} == before, "something was overwritten"
     left = sorted(set(after) - set(before))
     # Datasets and scores that were complete before the mistake showed, and the run file, are kept.
-    kept = ("begun/data/", "planned/", "seeded/run.yaml", "seeded/data/", "plain/run.yaml", "plain/data/", "new/run.yaml", "new/data/", "new/scores.safetensors", "new/shield.safetensors", "new/metrics.jsonl")
+    kept = ("begun/data/", "planned/", "seeded/run.yaml", "plain/run.yaml", "plain/data/", "new/run.yaml", "new/data/", "new/scores.safetensors", "new/shield.safetensors", "new/metrics.jsonl")
     assert not [n for n in left if not n.startswith(kept)], left
     assert not [n for n in left if ".part" in n or ".tmp" in n], left
 

@@ -128,7 +128,7 @@ def test_what_may_change_and_what_may_not(ranks, model, shield, tmp_path):
     ):
         with pytest.raises(Exception, match=name) as caught:
             ranks.run(work.train_run, 2, run(**options), shield)
-        assert caught.value.kind == "UserError" and "\n" not in caught.value.message
+        assert caught.value.kind == "UserError" and "\n" not in caught.value.message and caught.value.agreed
     with pytest.raises(Exception, match=r"shield\.file") as caught:
         ranks.run(work.train_run, 2, run())
     longer = ranks.run(work.train_run, 1, run(iterations=6, parallel=mesh(), lr=5e-4, micro_batch_size=4), shield)

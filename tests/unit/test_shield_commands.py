@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -17,7 +16,8 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.source import open_source
 from megatron_ssu.shield.file import load_shield
-from megatron_ssu.shield.make import make_scores
+from megatron_ssu.shield.make import check_replaceable
+from megatron_ssu.shield.options import check_names
 from megatron_ssu.shield.plan import PlanOptions, plan_shield
 from tests.models import make_model
 from tests.unit.samples import matrices, scores_of, weights_of
@@ -108,15 +108,15 @@ def test_score_names_the_key_and_what_holds_its_place(tmp_path):
     (tmp_path / "run.yaml").write_text(f"model: {{path: {tmp_path}}}\ncheckpoint: {{directory: {tmp_path}}}\n")
     place = tmp_path / "scores.safetensors"
     place.write_bytes(b"mine")
-    session = SimpleNamespace(run=load_run(tmp_path / "run.yaml"), source=None)
+    run = load_run(tmp_path / "run.yaml")
     with pytest.raises(
         UserError, match=f"^{place}: not a scores file, .*; it is not replaced: remove it first$"
     ) as caught:
-        make_scores(session)
+        check_replaceable(run, None)
     assert "make it again" not in str(caught.value)
-    session.run.shield.also_score = ["hessian"]
+    run.shield.also_score = ["hessian"]
     with pytest.raises(UserError, match=r"^shield\.also_score: 'hessian'"):
-        make_scores(session)
+        check_names(run)
     assert place.read_bytes() == b"mine"
 
 
