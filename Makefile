@@ -44,9 +44,12 @@ test-all: test
 	$(MAKE) test-rest
 	$(MAKE) test-slurm
 
-# On a machine with a GPU: tests, benchmarks and a profile within ten minutes, as JSON and Markdown in gpu-report/.
+# On a machine with a GPU: tests, benchmarks and a profile within ten minutes, as JSON and Markdown in gpu-report/, and their
+# tables in docs/.
 gpu-report: $(READY)
-	$(BIN)/python benchmarks/gpu_report.py --output gpu-report
+	rm -rf gpu-report
+	$(BIN)/python benchmarks/gpu_report.py --output gpu-report; status=$$?; \
+	test ! -f gpu-report/report.json || $(BIN)/python benchmarks/gpu_report.py --docs gpu-report/report.json; exit $$status
 
 lint: $(READY)
 	$(BIN)/ruff check .

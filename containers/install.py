@@ -3,7 +3,8 @@
     python3 containers/install.py      in the checkout's root; makes .venv there
 
 What the image has of torch, Transformer Engine, Apex, triton and numpy stays as it is: pip gets their versions as
-constraints. What it lacks of the first two is installed at the versions below. Anything that fails ends the build.
+constraints. What it lacks of the first two is installed at the versions below, and constrains what follows. Anything that fails
+ends the build, kernels without their CUDA part too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 TORCH, TRANSFORMER_ENGINE = "2.11.0", "2.20.2"
 LEAST_TRANSFORMER_ENGINE = (2, 18)  # older ones skip updates beside tensors without elements
+CHECK = "import torch, transformer_engine.pytorch, megatron.core, megatron_ssu._C as c; assert c.CUDA, 'no nvcc in the image'"
 KEPT = ("torch", "triton", "numpy", "apex", "transformer-engine", "transformer-engine-torch")
 KEPT += tuple(f"transformer-engine-cu{major}" for major in (12, 13))
 
@@ -65,16 +67,18 @@ def main() -> None:
     if message := refusal(found, sys.version_info[:2]):
         sys.exit(f"containers/install.py: {message}")
     kept = Path("/tmp/kept.txt")
-    kept.write_text(constraints(found))
-    print(f"kept from the image: {kept.read_text().split() or 'nothing'}", flush=True)
+    print(f"kept from the image: {constraints(found).split() or 'nothing'}", flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", "--system-site-packages", ".venv"], check=True)
     python = str(Path(".venv/bin/python").absolute())
+    look = (
+        "import sys; sys.path.insert(0, 'containers'); import install; print(install.constraints(install.installed()))"
+    )
     # An image may constrain pip to the versions that it was built with; ours are in `kept`.
     environment = {k: v for k, v in os.environ.items() if k != "PIP_CONSTRAINT"} | {"MEGATRON_SSU_BUILD": "1"}
     for command in commands(found, [python, "-m", "pip", "install", "--no-cache-dir", "-c", str(kept)]):
+        kept.write_text(subprocess.run([python, "-c", look], check=True, capture_output=True, text=True).stdout)
         subprocess.run(command, check=True, env=environment)
-    check = "import torch, transformer_engine.pytorch, megatron.core, megatron_ssu._C"
-    subprocess.run([python, "-c", check], check=True)
+    subprocess.run([python, "-c", CHECK], check=True)
     Path(".venv/.ready").touch()  # make needs to set nothing up
 
 

@@ -9,6 +9,7 @@ import datetime
 import functools
 import os
 import queue
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    # megatron-core takes kernels of these wherever they can be imported, and they need CUDA.
+    for _name in ("transformer_engine", "apex", "amp_C"):
+        if sys.modules.setdefault(_name, None) is not None:  # type: ignore[arg-type]
+            raise ImportError(f"without CUDA megatron_ssu.runtime must be imported before {_name}")
+
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_ssu.errors import UserError, agreed_error

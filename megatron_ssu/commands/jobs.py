@@ -26,7 +26,7 @@ from megatron_ssu.data.indexed import content_digest
 from megatron_ssu.data.sources import Prefixes, prepare_run, present_train, run_tokenizer
 from megatron_ssu.data.tokenizer import Tokenizer
 from megatron_ssu.errors import UserError
-from megatron_ssu.io.atomic import write_text
+from megatron_ssu.io.atomic import check_writable, write_text
 from megatron_ssu.methods.base import method_named
 from megatron_ssu.models.hf_config import read_hf_config
 from megatron_ssu.models.hf_export import check_target, export_model
@@ -158,6 +158,7 @@ def estimate(run: RunConfig, options: argparse.Namespace, console: Console) -> N
     from megatron_ssu.estimate.report import render, to_dict
 
     gpu = gpu_named(options.gpu) if options.gpu else None
+    target = check_writable(options.json) if options.json else None
     if not 0 < options.efficiency <= 1:
         raise UserError(f"--efficiency: {options.efficiency} must be above 0 and at most 1; 0.6 is usual")
     world = smallest_world(run) if options.world_size is None else options.world_size
@@ -168,8 +169,8 @@ def estimate(run: RunConfig, options: argparse.Namespace, console: Console) -> N
     shield = load_shield(path) if run.shield.method != "none" and path.exists() else None
     found = count(run, hf, world, shield=shield, engine=not options.local_layers)
     render(found, gpu, console, options.efficiency)
-    if options.json:
-        write_text(Path(options.json), json.dumps(to_dict(found, gpu, options.efficiency), indent=1) + "\n")
+    if target is not None:
+        write_text(target, json.dumps(to_dict(found, gpu, options.efficiency), indent=1) + "\n")
 
 
 def _start(run: RunConfig, *, training: bool, shielding: bool = True) -> Source:

@@ -1,4 +1,5 @@
-"""Commands on shield files: plan, inspect, compose, verify. They start within a second."""
+"""Commands on shield files: plan, inspect, compose, verify. They start within a second; `plan` then loads the tokenizer, with
+transformers and torch, unless shield.special_tokens is false."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.validate_train import validate_checkpoint
 from megatron_ssu.errors import UserError
-from megatron_ssu.io.atomic import write_text
+from megatron_ssu.io.atomic import check_folder, check_writable, write_text
 from megatron_ssu.models.source import open_source
 from megatron_ssu.scoring.file import Scores
 from megatron_ssu.shield.file import Shield, load_shield
@@ -53,13 +54,15 @@ def inspect(options: argparse.Namespace, console: Console) -> None:
     """Print a shield file as a table; with options.output draw it, with options.json write the table as JSON."""
     from megatron_ssu.shield.inspect import draw, inspect_shield
 
+    target = check_writable(options.json) if options.json else None
+    pictures = check_folder(options.output) if options.output else None
     shield = load_shield(options.shield, check=True)
     scores = Scores.load(options.scores) if options.scores else None
     other = load_shield(options.compare, check=True) if options.compare else None
     found = inspect_shield(shield, scores, other, score=options.score)
-    if options.json:
-        write_text(Path(options.json), json.dumps(found.to_dict(), indent=1) + "\n")
-    paths = draw(found, options.output) if options.output else []
+    if target is not None:
+        write_text(target, json.dumps(found.to_dict(), indent=1) + "\n")
+    paths = draw(found, pictures) if pictures is not None else []
     # A table that does not fit a pipe's assumed 80 columns would be cut, so it gets what it needs there.
     found.render(console if console.is_terminal else Console(file=console.file, quiet=console.quiet, width=160))
     for path in paths:

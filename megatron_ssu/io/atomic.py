@@ -24,6 +24,20 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
+def check_folder(path: str | Path) -> Path:
+    """`path`, where files can be written into such a folder, which may be missing; asked before long work. Raises UserError."""
+    path = Path(path)
+    try:
+        place = next(p for p in (path, *path.absolute().parents) if p.exists())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror}); name another folder") from error
+    if not place.is_dir():
+        raise UserError(f"{path}: cannot be made ({place} is a file); name another folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be written (no permission for {place}); name another folder")
+    return path
+
+
 def check_writable(path: str | Path) -> Path:
     """`path`, where a file can be written there; asked before long work. Raises UserError.
 

@@ -70,7 +70,7 @@ def check_target(target: str | Path, key: str) -> Path:
     try:
         path = Path(target).resolve()
         taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
-        parent = next(p for p in path.parents if p.exists())
+        parent = next((p for p in path.parents if p.exists()), path)
     except OSError as error:
         raise UserError(f"{key}: {target} cannot be made ({error.strerror}); name another directory") from error
     if path == Path.cwd():

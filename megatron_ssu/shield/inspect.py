@@ -287,7 +287,10 @@ def _to_dict(view: MatrixView) -> dict[str, Any]:
 
 
 def draw(inspection: Inspection, directory: str | Path) -> list[Path]:
-    """Write the pictures; see `figures.draw_all`."""
+    """Write the pictures; see `figures.draw_all`. Raises UserError where they cannot be written."""
     from megatron_ssu.shield.figures import draw_all  # matplotlib is slow to import and a table does not need it
 
-    return draw_all(inspection, Path(directory))
+    try:
+        return draw_all(inspection, Path(directory))
+    except OSError as error:
+        raise UserError(f"{directory}: the pictures cannot be written ({error.strerror or error})") from error

@@ -190,7 +190,8 @@ class Trainer:
                 clip(self.optimizer, step.grad_norm)
                 self.optimizer.step_with_ready_grads()
                 if measure:
-                    step.update_norms = update_norms(self.optimizer, self.session.layout)
+                    with self.waits():
+                        step.update_norms = update_norms(self.optimizer, self.session.layout)
             self.optimizer.zero_grad()  # compact gradients must not stay beside the next step's activations
             self.schedule.step(increment=1)
         return step

@@ -43,7 +43,7 @@ def make_run(
     checkpoint = {k: options.pop(k) for k in ("interval", "keep", "async_save") if k in options}
     optimizer = {**OPTIMIZER_DEFAULTS, "lr": options.pop("lr", 1e-3), "weight_decay": 0.1, "clip_grad": 0.5}
     data = DataSection(train=["a.jsonl"], sequence_length=LENGTH, loader_workers=0, seed=options.pop("data_seed", 1))
-    train = {"iterations": 8, "micro_batch_size": 1, "global_batch_size": GLOBAL_BATCH, "eval_interval": 0} | options
+    train = {"iterations": 8, "micro_batch_size": 2, "global_batch_size": GLOBAL_BATCH, "eval_interval": 0} | options
     train.setdefault("schedule", ScheduleSection(warmup_fraction=0.2))
     if isinstance(train.get("phase"), dict):
         train["phase"] = PhaseSection(**train["phase"])
@@ -120,6 +120,7 @@ def train_run(
         "said": text.getvalue(),
         "weights": [p.detach().clone() for chunk in session.chunks for p in chunk.parameters()],
         "moments": moments(trainer),
+        "group_steps": [group.get("step") for group in trainer.optimizer.param_groups],  # Transformer Engine counts there
     }
 
 

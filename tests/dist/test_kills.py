@@ -81,6 +81,13 @@ def reached(directory):
     return found
 
 
+def forget_after(directory, iteration):
+    """Drop later metrics, as the next start will: until then they would pass for its own."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["iteration"] <= iteration]
+    (directory / "metrics.jsonl").write_text("".join(f"{line}\n" for line in kept))
+
+
 def losses(directory):
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return {r["iteration"]: (r["loss"], r["grad_norm"], r["lr"]) for r in records if "grad_norm" in r}
@@ -116,6 +123,7 @@ def test_kills_at_random_cost_steps_and_no_bit(kills, nursery, tmp_path):
         if complete > ITERATIONS - 3 * INTERVAL:  # too near to the end to be killed: go back, as a user may
             (directory / "checkpoints" / "latest").write_text(f"{INTERVAL}\n")
             complete = INTERVAL
+            forget_after(directory, INTERVAL)
         pids = nursery.start(directory=str(directory), **order)
         where.append(wait_for_trigger(directory, draw, complete))
         before, done = latest(directory), reached(directory)
@@ -123,7 +131,8 @@ def test_kills_at_random_cost_steps_and_no_bit(kills, nursery, tmp_path):
         statuses = nursery.wait(kill_rest=True)
         assert -signal.SIGKILL in statuses and 0 not in statuses
         assert latest(directory) >= before >= complete, "a complete checkpoint was lost"
-        assert max(done, complete) - latest(directory) <= INTERVAL + 1, "more was lost than the steps since"
+        # One checkpoint may still be on its way to the disk when the next is due.
+        assert max(done, complete) - latest(directory) <= 2 * INTERVAL, "more was lost than the steps since"
     assert {"save", "step"} <= set(where)
     nursery.start(directory=str(directory), **order)
     assert nursery.wait(kill_rest=False) == [0] * RANKS, (tmp_path / "log").read_text()[-3000:]

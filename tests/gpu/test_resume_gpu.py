@@ -15,9 +15,14 @@ import torch
 
 from megatron_ssu import runtime
 from megatron_ssu.models.build import has_transformer_engine
+from megatron_ssu.session import open_session
+from megatron_ssu.shield.file import load_shield
+from megatron_ssu.train import loop
+from megatron_ssu.train.checkpoint import Checkpoints, Progress
+from megatron_ssu.train.identity import Identity
 from tests.dist import resume_work as work
 from tests.dist.test_shielded_training import random_shield
-from tests.dist.work import mesh
+from tests.dist.work import RandomTokens, mesh
 from tests.gpu.test_training_gpu import FP8, SIZES
 from tests.models import make_model
 
@@ -75,6 +80,26 @@ def test_three_steps_and_three_are_six(precision, async_save, shielded, tmp_path
     assert all(quiet["history"][i] == resumed["history"][i] for i in resumed["history"])
     for what in ("weights", "moments"):
         assert all(torch.equal(a, b) for a, b in zip(quiet[what], resumed[what], strict=True)), what
+
+
+def test_a_save_gathers_nothing_on_the_gpu(shielded, tmp_path):
+    """The optimizer's state goes to the host as each rank holds it; an exchange would take 4 bytes per parameter and more."""
+    model, shield = shielded
+    runtime.start_processes()
+    try:
+        run = make_run(model, tmp_path / "run")
+        session = open_session(run)
+        trainer = loop.Trainer(session, load_shield(shield))
+        trainer.step(trainer.batches(RandomTokens(), 0))
+        largest = max(p.numel() for p in session.chunks[0].parameters())
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        Checkpoints(run.checkpoint.directory).save(session, Progress(iteration=1), Identity({}), trainer.optimizer)
+        assert torch.cuda.max_memory_allocated() - before < 8 * largest + 2**20
+        assert torch.cuda.memory_allocated() - before < 2**16
+    finally:
+        runtime.stop_processes()
 
 
 def test_a_checkpoint_of_the_cpu_resumes_on_the_gpu(shielded, tmp_path):

@@ -56,6 +56,26 @@ def test_only_what_is_missing_is_installed(install):
     assert not any("torch==" in c for c in full) and full[-1].endswith("-e .[test]")
 
 
+def test_what_was_installed_constrains_what_follows(install, tmp_path, monkeypatch):
+    """And an image without nvcc, whose kernels lack their CUDA part, ends the build."""
+    ran, versions = [], [{"torch": "2.11.0"}, {"torch": "2.11.0", "transformer-engine": "2.20.2"}]
+    kept = tmp_path / "kept.txt"
+
+    def run(command, **options):
+        ran.append((command, kept.read_text() if kept.exists() else ""))
+        return subprocess.CompletedProcess(command, 0, install.constraints(versions[min(len(ran) // 3, 1)]), "")
+
+    monkeypatch.setattr(install.subprocess, "run", run)
+    monkeypatch.setattr(install, "Path", lambda place: kept if place == "/tmp/kept.txt" else tmp_path / place)
+    (tmp_path / ".venv").mkdir()
+    monkeypatch.setattr(install, "installed", lambda: {})
+    install.main()
+    pips = [(command, text) for command, text in ran if "pip" in command]
+    assert len(pips) == 4 and "transformer-engine==2.20.2" in pips[-1][1]
+    assert all(str(kept) in command for command, _ in pips)
+    assert ran[-1][0][1:] == ["-c", install.CHECK] and "c.CUDA" in install.CHECK
+
+
 def test_both_definitions_run_the_script_on_the_same_base():
     docker, apptainer = (ROOT / "Dockerfile").read_text(), (ROOT / "containers" / "megatron-ssu.def").read_text()
     for text in (docker, apptainer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -140,6 +141,21 @@ def test_an_engine_that_megatron_cannot_import_does_not_count(monkeypatch: pytes
         validate.validate_precision(run)
     monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
     validate.validate_precision(run)
+
+
+@pytest.mark.parametrize(
+    "recipe,refused", [("delayed", False), (None, False), ("tensorwise", True), ("blockwise", True)]
+)
+def test_attention_in_fp8_needs_delayed_scaling(
+    recipe: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scales are delayed ones under every recipe."""
+    monkeypatch.setattr(validate, "_transformer_engine", lambda: True)
+    run = run_config()
+    run.precision.transformer |= {"fp8": "hybrid", "fp8_dot_product_attention": True}
+    run.precision.transformer |= {"fp8_recipe": recipe} if recipe else {}
+    with pytest.raises(UserError, match=r"^precision\.fp8_dot_product") if refused else nullcontext():
+        validate.validate_precision(run)
 
 
 def test_flash_attention_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,3 +24,34 @@ def test_device_contexts_work_behind_the_cpu_backend():
     """transformers makes models in one: their rotary frequencies came out wrong otherwise."""
     done = subprocess.run([sys.executable, "-c", FACTORIES], capture_output=True, text=True, timeout=120)
     assert done.stdout == "True\nTrue True True\n", done.stderr[-2000:]
+
+
+WITHOUT_A_GPU = """
+from megatron_ssu import runtime
+from megatron.core import optimizer
+from megatron.core.extensions import transformer_engine
+runtime.install_cpu_backend()
+print(optimizer.USING_PYTORCH_OPTIMIZER, transformer_engine.HAVE_TE)
+"""
+
+
+@pytest.mark.process
+def test_kernels_that_need_cuda_are_not_taken_without_it(tmp_path):
+    """megatron-core takes Transformer Engine's where that can be imported."""
+    optimizers = tmp_path / "transformer_engine" / "pytorch" / "optimizers.py"
+    optimizers.parent.mkdir(parents=True)
+    names = "FusedAdam", "FusedSGD", "multi_tensor_applier", "multi_tensor_l2norm", "multi_tensor_scale"
+    optimizers.write_text("".join(f"{name} = None\n" for name in names))
+    for folder in (optimizers.parents[1], optimizers.parent):
+        (folder / "__init__.py").write_text("")
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(tmp_path), root])}
+
+    def python(code):
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+    done = python(WITHOUT_A_GPU)
+    assert done.stdout == "True False\n", done.stderr[-2000:]
+    late = python("import transformer_engine\nimport megatron_ssu.runtime")
+    assert late.returncode == 1 and "must be imported before transformer_engine" in late.stderr

@@ -20,6 +20,7 @@ from megatron_ssu.shield.make import check_replaceable
 from megatron_ssu.shield.options import check_names
 from megatron_ssu.shield.plan import PlanOptions, plan_shield
 from tests.models import make_model
+from tests.unit.data_makers import make_hf_tokenizer
 from tests.unit.samples import matrices, scores_of, weights_of
 
 LIGHT = """
@@ -29,7 +30,7 @@ try:
     main(sys.argv[1:])
 except SystemExit as ended:
     assert not ended.code, ended.code
-assert not {"torch", "megatron.core"} & set(sys.modules)
+assert not {LIGHT} & set(sys.modules)
 """
 
 
@@ -92,6 +93,8 @@ def test_bad_input_is_one_line_and_writes_nothing(files, capsys):
     assert "already exists" in refused(capsys, "compose", "union", files / "a", files / "b", "--output", files / "b")
     assert "two shield files" in refused(capsys, "compose", "union", files / "a", "--output", files / "new")
     assert "absent" in refused(capsys, "inspect", files / "absent")
+    for option, place in (("--json", "."), ("--json", "/"), ("--output", files / "a"), ("--output", files / "a" / "x")):
+        assert str(place) in refused(capsys, "inspect", files / "a", option, place)
     assert str(files / "scores") in refused(capsys, "inspect", files / "scores")
     for name in ("a", "scores"):
         raw = (files / name).read_bytes()
@@ -136,7 +139,7 @@ def test_a_model_that_is_not_supported_is_named_by_its_file(tmp_path):
 @pytest.mark.process
 def test_commands_on_small_files_import_no_megatron(tmp_path):
     """Nor torch, whose import alone takes longer than their work."""
-    model = make_model("llama", tmp_path / "model")
+    model = make_model("llama", tmp_path / "model", vocab_size=321)
     source = open_source(model)
     scores = scores_of({m.name: m for m in source.family.matrices(source.dims)}, load_file(model / "model.safetensors"))
     scores.fingerprint = model_fingerprint(model)
@@ -147,12 +150,16 @@ def test_commands_on_small_files_import_no_megatron(tmp_path):
         "parallel: {tensor_model_parallel_size: 2}\n"
     )
     shield = str(tmp_path / "shield.safetensors")
+    make_hf_tokenizer(model)
     for command in (
+        ["plan", str(tmp_path / "run.yaml"), "shield.ratio=0.125", "shield.special_tokens=true"],
         ["plan", str(tmp_path / "run.yaml"), "shield.ratio=0.25"],
         ["inspect", shield, "--scores", str(tmp_path / "scores.safetensors"), "--output", str(tmp_path / "pictures")],
         ["compose", "union", shield, shield, "--output", str(tmp_path / "both")],
         ["verify", "--source", str(model), "--adapted", str(tmp_path / "adapted"), "--shield", shield],
         ["--help"],
     ):
-        done = subprocess.run([sys.executable, "-c", LIGHT, *command], capture_output=True, text=True)
+        left_out = '"megatron.core"' if "shield.special_tokens=true" in command else '"torch", "megatron.core"'
+        code = LIGHT.replace("{LIGHT}", f"{{{left_out}}}")
+        done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
         assert done.returncode == 0 and done.stderr == "", (command, done.stderr)
