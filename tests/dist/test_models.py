@@ -25,8 +25,17 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_equal_transformers(kind, ranks, tmp_path):
+FEW = ("TP1", "TP2xPP2+SP", "PP2xVPP2")
+
+
+@pytest.mark.parametrize(
+    "kind,meshes",
+    [
+        pytest.param("olmo2", FEW, id="olmo2-few"),
+        *(pytest.param(kind, tuple(MESHES), id=kind, marks=pytest.mark.slow) for kind in KINDS),
+    ],
+)
+def test_logits_equal_transformers(kind, meshes, ranks, tmp_path):
     import transformers
 
     model = make_model(kind, tmp_path / kind)
@@ -37,7 +46,8 @@ def test_logits_equal_transformers(kind, ranks, tmp_path):
     with torch.no_grad():
         expected = reference(ids).logits
     assert expected.std() > 0.1
-    for name, (world, parallel) in MESHES.items():
+    for name in meshes:
+        world, parallel = MESHES[name]
         found = next(x for x in ranks.run(work.logits, world, str(model), parallel, ids) if x is not None)
         assert found.shape == expected.shape
         assert (found - expected).abs().max() < 2e-4, name

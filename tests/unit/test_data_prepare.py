@@ -249,7 +249,8 @@ def test_two_workers_write_the_bytes_of_one(tmp_path: Path, model: Path) -> None
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("number", "workers", "status"), [(signal.SIGTERM, 2, 143), (signal.SIGINT, 1, -signal.SIGINT)]
+    ("number", "workers", "status"),
+    [pytest.param(signal.SIGTERM, 2, 143, marks=pytest.mark.slow), (signal.SIGINT, 1, -signal.SIGINT)],
 )
 def test_interrupt_leaves_nothing(tmp_path: Path, model: Path, number: int, workers: int, status: int) -> None:
     source = write_jsonl(tmp_path / "text.jsonl", [" ".join(TEXTS) * 20] * 6000)
