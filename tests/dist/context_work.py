@@ -32,9 +32,7 @@ class GatheredAttention(torch.nn.Module):
             x = torch.cat([half[0] for half in halves] + [half[1] for half in reversed(halves)])
             return x.repeat_interleave(query.shape[2] // x.shape[2], dim=2).permute(1, 2, 0, 3)
 
-        found = torch.nn.functional.scaled_dot_product_attention(
-            whole(query), whole(key), whole(value), is_causal=True
-        )
+        found = torch.nn.functional.scaled_dot_product_attention(whole(query), whole(key), whole(value), is_causal=True)
         parts = found.permute(2, 0, 1, 3).flatten(2).chunk(2 * size)
         return torch.cat([parts[rank], parts[2 * size - 1 - rank]])
 

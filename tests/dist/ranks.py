@@ -81,7 +81,9 @@ class Ranks:
             try:
                 for rank in range(world):
                     ours, theirs = self._context.Pipe()
-                    process = self._context.Process(target=_serve, args=(rank, world, store, theirs, work, args, kwargs))
+                    process = self._context.Process(
+                        target=_serve, args=(rank, world, store, theirs, work, args, kwargs)
+                    )
                     process.start()
                     theirs.close()
                     pipes.append(ours)

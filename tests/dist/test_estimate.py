@@ -46,7 +46,9 @@ def models(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", MESHES)
-@pytest.mark.parametrize("kind,dtype,shielded", [("olmo2", "bf16", True), ("llama-tied", "fp32", True), ("llama", "bf16", False)])
+@pytest.mark.parametrize(
+    "kind,dtype,shielded", [("olmo2", "bf16", True), ("llama-tied", "fp32", True), ("llama", "bf16", False)]
+)
 def test_state_is_what_the_ranks_hold(name, kind, dtype, shielded, ranks, models, tmp_path):
     world, parallel = MESHES[name]
     model = models[kind, dtype]

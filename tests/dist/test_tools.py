@@ -43,7 +43,9 @@ def test_convert_writes_into_no_run_of_a_living_job(tmp_path):
     model, lock = make_model("olmo2", tmp_path / "model", torch.bfloat16), tmp_path / "core" / "run.lock.1"
     lock.parent.mkdir()
     lock.write_text(json.dumps(asdict(this_process("train"))))
-    done = tool("checkpoint/convert.py", "--loader", "hf", "--load-dir", model, "--saver", "core", "--save-dir", lock.parent)
+    done = tool(
+        "checkpoint/convert.py", "--loader", "hf", "--load-dir", model, "--saver", "core", "--save-dir", lock.parent
+    )
     assert done.returncode == 2 and "held by `train`" in done.stderr and list(lock.parent.iterdir()) == [lock]
 
 
@@ -105,6 +107,6 @@ def test_convert_dtype_says_in_a_line_what_cannot_be_written(tmp_path, monkeypat
             module.convert(model, tmp_path / "target", "bf16")
         assert sorted(tmp_path.iterdir()) == before
     (model / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json"):
+    with pytest.raises(UserError, match=r"config\.json"):
         module.convert(model, tmp_path / "target", "bf16")
     assert sorted(tmp_path.iterdir()) == before

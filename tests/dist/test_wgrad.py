@@ -64,7 +64,9 @@ def dense(ranks, model, shield):
 @pytest.mark.parametrize("case", CASES)
 def test_trajectories_equal_the_dense_path(case, ranks, model, shield, dense):
     world, parallel, options = CASES[case]
-    compact = ranks.run(work.train_steps, world, str(model), parallel, STEPS, shield_file=shield, **options)[0]["history"]
+    compact = ranks.run(work.train_steps, world, str(model), parallel, STEPS, shield_file=shield, **options)[0][
+        "history"
+    ]
     differences = np.abs(np.array(dense) - np.array(compact))
     assert differences[:, 0].max() < 1e-5  # loss
     assert np.allclose(np.array(dense)[:, 1], np.array(compact)[:, 1], rtol=1e-4)  # gradient norm
