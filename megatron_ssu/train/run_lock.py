@@ -19,7 +19,6 @@ import logging
 import os
 import re
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -31,6 +30,7 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron_ssu.errors import UserError
+from megatron_ssu.io.output import print_error
 
 log = logging.getLogger(__name__)
 
@@ -445,6 +445,5 @@ def _link(path: Path) -> str:
 
 def _end(line: str) -> None:
     """Two jobs must not write to one run: tell it on standard error and end the process at once."""
-    sys.stderr.write(f"megatron-ssu: {line}; ended before it does harm\n")
-    sys.stderr.flush()
+    print_error(f"megatron-ssu: {line}; ended before it does harm")
     os._exit(2)

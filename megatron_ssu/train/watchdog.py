@@ -24,6 +24,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_ssu.io.output import print_error
 from megatron_ssu.train.faults import STATUS_RANK_LOST
 
 log = logging.getLogger(__name__)
@@ -232,6 +233,5 @@ def _own_store(rank: int) -> Any:
 def _end(line: str) -> None:
     """Tell on standard error and in the rank's log, and end the process: its main thread cannot be reached."""
     log.error(line)
-    sys.stderr.write(f"megatron-ssu: {line}\n")
-    sys.stderr.flush()
+    print_error(f"megatron-ssu: {line}")
     os._exit(STATUS_RANK_LOST)

@@ -193,6 +193,12 @@ def work(options, console):
     console.print("another")
     if sys.argv[1] == "refused":
         raise UserError("no")
+    if sys.argv[1] == "lost":  # threads end the process so
+        from megatron_ssu.train import watchdog
+        watchdog._end("no")
+    if sys.argv[1] == "taken":
+        from megatron_ssu.train import run_lock
+        run_lock._end("no")
     return 75
 
 cli._train = work
@@ -202,7 +208,7 @@ cli.main(["train", "run.yaml"])
 
 @pytest.mark.process
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-@pytest.mark.parametrize("how,status", [("stopped", 75), ("refused", 2)])
+@pytest.mark.parametrize("how,status", [("stopped", 75), ("refused", 2), ("lost", 4), ("taken", 2)])
 def test_output_that_nobody_can_read_changes_no_status(how, status):
     """Under SLURM it goes to files beside the run's own."""
     command = [sys.executable, "-c", ON_A_FULL_DISK, how]
@@ -212,7 +218,8 @@ def test_output_that_nobody_can_read_changes_no_status(how, status):
     os.close(reader)
     with open(writer, "w") as closed:
         done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120)
-    assert done.returncode == status and done.stderr == ("megatron-ssu: no\n" if how == "refused" else "")
+    assert done.returncode == status and "Traceback" not in done.stderr
+    assert ("megatron-ssu: no" in done.stderr) == (how != "stopped"), done.stderr
 
 
 def test_closing_hides_no_other_error(tmp_path, monkeypatch):
