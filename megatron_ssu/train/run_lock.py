@@ -1,10 +1,11 @@
 """One run directory, one job: an exclusive lock, held by rank 0 while a command writes there.
 
 The lock is a file `run.lock.N` in the run's directory with the holder's host, process and SLURM job; its modification time is
-the holder's heartbeat. On the same machine the process table tells a dead holder at once, and between containers the kernel's
-lock on the file (flock); across machines, where neither may reach, a holder is watched: it lives when a heartbeat comes, and is
-dead when none came for WATCH seconds and its last one is older than LIMIT, so that clocks that disagree end no job. The earlier
-life of a SLURM job that was put back, or of a launch that torchrun started again, is dead when none comes for WATCH seconds.
+the holder's heartbeat. On the same machine the process table shows at once that a holder is dead, and between containers
+the kernel's lock on the file (flock); across machines, where neither may reach, a holder is watched: it lives when a heartbeat
+comes, and is dead when none came for WATCH seconds and its last one is older than LIMIT, so that clocks that disagree end no
+job. The earlier life of a SLURM job that was put back, or of a launch that torchrun started again, is dead when none comes for
+WATCH seconds.
 
 A takeover makes `run.lock.N+1`, by link(2), which one starter alone can: then whoever finds another lock file there than the
 one that was judged dead steps back. So of several starters at most one holds the run, also without flock.
