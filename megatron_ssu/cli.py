@@ -9,13 +9,13 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, NoReturn, cast
 
 from rich.console import Console
 
 from megatron_ssu import __version__
 from megatron_ssu.errors import UserError
-from megatron_ssu.io.output import LossyOutput, print_error, settle
+from megatron_ssu.io.output import LossyOutput, open_closed_streams, print_error, settle
 from megatron_ssu.train.faults import STATUS_RANK_LOST, TrainingStopped
 
 EPILOG = """\
@@ -37,6 +37,7 @@ OVERRIDES = "section.key=value: goes before what the run file says, such as shie
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `megatron-ssu` and `python -m megatron_ssu`; ends the process with the exit status."""
+    open_closed_streams()
     options = _parse(arguments)
     # torch reads it once: huge pages for large tensors on the CPU, which are otherwise mapped anew page by page.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -45,9 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.filterwarnings("ignore", category=kind)  # those of libraries; ours are logged
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     width = None if sys.stdout.isatty() else 160
-    lossy = options.command in (_score, _train, _export)  # their work is worth more than what they print
-    output: Any = LossyOutput() if lossy else None
-    console = Console(file=output, quiet=not first, soft_wrap=True, width=width)
+    output = LossyOutput()
+    console = Console(file=cast(IO[str], output), quiet=not first, soft_wrap=True, width=width)
     status = 0
     try:
         status = options.command(options, console)
@@ -67,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "megatron_ssu.runtime" in sys.modules:  # else no process group was started
         sys.modules["megatron_ssu.runtime"].stop_processes()
     settle()
+    if output.lost and status == 0 and options.command in (_estimate, _inspect):  # what they print is all that they do
+        print_error(f"megatron-ssu: standard output cannot be written: {output.lost}; write it elsewhere")
+        status = 2
     sys.exit(status)
 
 
@@ -88,8 +91,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="megatron-ssu",
         description="Teach an instruct model a new language and keep what it could do: Source-Shielded Updates.",
         epilog=EPILOG,
@@ -108,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     def add_run(name: str, work: Callable, text: str, more: str = "") -> argparse.ArgumentParser:
         command = add(name, work, text, more)
         command.add_argument("run", metavar="RUN.yaml", help="the run file")
-        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+        command.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=OVERRIDES)
         return command
 
     _add_prepare(add)

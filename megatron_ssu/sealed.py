@@ -49,7 +49,7 @@ def write_sealed(
         save_file(tensors, part, metadata={HEADER_KEY: sealed})
         part.chmod(mode)
         os.replace(part, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has a class of its own for a full disk
         raise UserError(f"{path}: cannot be written ({error})") from error
     finally:
         part.unlink(missing_ok=True)

@@ -297,7 +297,8 @@ def _export(session: Session, target: Path, facts: dict[str, Any], progress: Pro
     run = session.run
     size = parse_size(run.checkpoint.max_shard_size)
     name = Path(run.checkpoint.directory).resolve().name
-    record = runtime.on_rank_zero(lambda: checkpoint_record(session.source, facts, progress).to_json(name))
+    checkpoint = Checkpoints(run.checkpoint.directory).path(progress.iteration)
+    record = runtime.on_rank_zero(lambda: checkpoint_record(session.source, checkpoint, facts, progress).to_json(name))
     export_model(session.layout, session.mesh, session.source.checkpoint, target, size, record=record)
     if session.mesh.rank == 0:
         console.print(f"{target}: exported", highlight=False, soft_wrap=True)

@@ -46,6 +46,8 @@ def check_writable(path: str | Path) -> Path:
     path = Path(path)
     if not path.name or path.is_dir():
         raise UserError(f"{path}: is a directory; name a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is not a regular file; name another place")
     if not path.parent.is_dir():
         raise UserError(f"{path}: cannot be written (there is no directory {path.parent}); make it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):

@@ -10,23 +10,46 @@ from typing import Any
 
 class LossyOutput:
     """Standard output as rich's Console takes it. The first text that cannot be written (a full disk, a closed pipe) and all
-    that follows are dropped."""
+    that follows are dropped; `lost` says why, where it was not the reader who closed the pipe."""
 
     def __init__(self) -> None:
         self._stream = sys.stdout  # while rich shows a bar sys.stdout is rich's own
+        self.lost = ""
 
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
-        except OSError:
-            _drop(self._stream)
+        except OSError as error:
+            self._lose(error)
         return len(text)
 
     def flush(self) -> None:
-        _flush(self._stream)
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lose(error)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+    def _lose(self, error: OSError) -> None:
+        if not isinstance(error, BrokenPipeError):
+            self.lost = self.lost or error.strerror or str(error)
+        _drop(self._stream)
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return self._stream.encoding
+
+
+def open_closed_streams() -> None:
+    """Let standard output and error that the process was started without go nowhere; Python has None for them."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the process's life
 
 
 def print_error(line: str) -> None:

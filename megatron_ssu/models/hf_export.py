@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import struct
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,9 +78,12 @@ def check_target(target: str | Path, key: str) -> Path:
         raise UserError(f"{key}: {str(target)!r} is the current directory; name a directory to make")
     if taken:
         raise UserError(f"{key}: {target} exists already and is not overwritten; name another directory or remove it")
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        why = "no permission for it" if parent.is_dir() else "it is a file"
-        raise UserError(f"{key}: {target} cannot be made in {parent} ({why}); name another directory")
+    try:
+        Path(tempfile.mkdtemp(prefix=".megatron-ssu-", dir=parent)).rmdir()  # permissions do not say all
+    except OSError as error:
+        raise UserError(
+            f"{key}: {target} cannot be made in {parent} ({error.strerror}); name another directory"
+        ) from error
     return path
 
 

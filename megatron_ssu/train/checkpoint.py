@@ -351,4 +351,6 @@ def _reason(error: BaseException | None) -> str:
         for failure in getattr(found, "failures", {}).values():
             return _reason(failure[0])
         found = found.__cause__ or found.__context__
+    if "unexpected pos" in text:  # torch's archive writer does not say why a write was short
+        return "not all of it was written"
     return os.strerror(errno.ENOSPC) if "Errno 28" in text else text

@@ -37,6 +37,14 @@ def write_digests(folder: Path, shards: Iterable[Digests]) -> None:
     (folder / DIGESTS).write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
+def digest_of_all(folder: Path) -> str:
+    """sha256 (hex) that stands for all files of the checkpoint in `folder`. Raises UserError where its digests are missing."""
+    try:
+        return hashlib.sha256((folder / DIGESTS).read_bytes()).hexdigest()
+    except OSError as error:
+        raise _damaged(folder / DIGESTS, error.strerror or str(error)) from error
+
+
 def check_digests(folder: Path, rank: int, world: int) -> None:
     """Compare this rank's share of the files with their digests.
 

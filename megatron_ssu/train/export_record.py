@@ -24,9 +24,15 @@ class ExportRecord:
     iteration: int
     phase: int
     shield: str  # digest of the shield file; "none" for weights that no run has trained
+    checkpoint: (
+        str  # digest of the checkpoint's files; what the identity leaves free, such as the learning rate, shows here
+    )
 
     def __str__(self) -> str:
-        return f"iteration {self.iteration} of phase {self.phase}, shield {self.shield[:12]}, from {self.source}"
+        return (
+            f"checkpoint {self.checkpoint[:12]}, iteration {self.iteration} of phase {self.phase}, shield "
+            f"{self.shield[:12]}, from {self.source}"
+        )
 
     def to_json(self, run: str) -> str:
         """The file's text; `run`: the name of the run's directory, for readers."""
@@ -34,10 +40,12 @@ class ExportRecord:
         return json.dumps(values, indent=1) + "\n"
 
 
-def record_of(source: str, source_fingerprint: str, facts: dict[str, Any], iteration: int, phase: int) -> ExportRecord:
-    """The record of a checkpoint with these identity facts."""
+def record_of(
+    source: str, source_fingerprint: str, facts: dict[str, Any], iteration: int, phase: int, checkpoint: str
+) -> ExportRecord:
+    """The record of a checkpoint with these identity facts and this digest of its files."""
     shield = facts.get(SHIELD, "none")
-    return ExportRecord(source, source_fingerprint, Identity(facts).digest(), iteration, phase, shield)
+    return ExportRecord(source, source_fingerprint, Identity(facts).digest(), iteration, phase, shield, checkpoint)
 
 
 def read_record(export: Path) -> ExportRecord | None:

@@ -13,6 +13,7 @@ from megatron_ssu.models.hf_export import check_target
 from megatron_ssu.models.source import Source
 from megatron_ssu.shield.file import Shield
 from megatron_ssu.train.checkpoint import Checkpoints, Progress
+from megatron_ssu.train.digests import digest_of_all
 from megatron_ssu.train.export_record import ExportRecord, read_record, record_of
 from megatron_ssu.train.identity import DOCUMENTS, identity_of
 from megatron_ssu.train.state import read_common
@@ -82,7 +83,7 @@ def check_exported(
     identity_of(run, shield, digests_of(common["identity"][DOCUMENTS])).compare(common["identity"], path)
     progress = Progress(**common["progress"])
     progress.check_phase(run.train.phase.number, path)
-    expected = checkpoint_record(source, common["identity"], progress)
+    expected = checkpoint_record(source, path, common["identity"], progress)
     found = read_record(Path(run.checkpoint.export or ""))
     if found != expected:
         raise UserError(
@@ -91,6 +92,7 @@ def check_exported(
         )
 
 
-def checkpoint_record(source: Source, facts: dict[str, Any], progress: Progress) -> ExportRecord:
-    """The record of an export of the checkpoint with these identity facts and this progress."""
-    return record_of(source.name, model_fingerprint(source.path), facts, progress.iteration, progress.phase)
+def checkpoint_record(source: Source, path: Path, facts: dict[str, Any], progress: Progress) -> ExportRecord:
+    """The record of an export of the checkpoint at `path`, which has these identity facts and this progress."""
+    fingerprint, files = model_fingerprint(source.path), digest_of_all(path)
+    return record_of(source.name, fingerprint, facts, progress.iteration, progress.phase, files)

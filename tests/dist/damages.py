@@ -208,6 +208,16 @@ def plain(directory: str) -> Damage:
     return damage
 
 
+def retrained(directory: str) -> Damage:
+    """The ended run once more at a lower learning rate, which a run may change."""
+
+    def damage(world: Path) -> None:
+        options = (f"checkpoint.directory={directory}", "train.optimizer.lr=1e-6")
+        assert main("train", "run.yaml", *options) == 0
+
+    return damage
+
+
 def held_by_another(directory: str) -> Damage:
     """A living job writes there."""
 

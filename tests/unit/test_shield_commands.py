@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -93,7 +95,15 @@ def test_bad_input_is_one_line_and_writes_nothing(files, capsys):
     assert "already exists" in refused(capsys, "compose", "union", files / "a", files / "b", "--output", files / "b")
     assert "two shield files" in refused(capsys, "compose", "union", files / "a", "--output", files / "new")
     assert "absent" in refused(capsys, "inspect", files / "absent")
-    for option, place in (("--json", "."), ("--json", "/"), ("--output", files / "a"), ("--output", files / "a" / "x")):
+    os.mkfifo(files / "pipe")
+    before = sorted(files.iterdir())
+    for option, place in (
+        ("--json", files / "pipe"),
+        ("--json", "."),
+        ("--json", "/"),
+        ("--output", files / "a"),
+        ("--output", files / "a" / "x"),
+    ):
         assert str(place) in refused(capsys, "inspect", files / "a", option, place)
     assert str(files / "scores") in refused(capsys, "inspect", files / "scores")
     for name in ("a", "scores"):
@@ -134,6 +144,29 @@ def test_a_model_that_is_not_supported_is_named_by_its_file(tmp_path):
         (model / "config.json").write_text(json.dumps(changed))
         with pytest.raises(UserError, match=f"^{model}/config.json: {words}"):
             open_source(model)
+
+
+@pytest.mark.process
+def test_a_full_disk_is_one_line(files):
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_ssu",
+        "compose",
+        "union",
+        files / "a",
+        files / "b",
+        "--output",
+        files / "new",
+    ]
+    before = sorted(files.iterdir())
+    done = subprocess.run(
+        command, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (99, 99))
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "new: cannot be written" in done.stderr, (
+        done.stderr
+    )
+    assert sorted(files.iterdir()) == before
 
 
 @pytest.mark.process

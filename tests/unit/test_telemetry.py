@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -220,6 +221,25 @@ def test_output_that_nobody_can_read_changes_no_status(how, status):
         done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode == status and "Traceback" not in done.stderr
     assert ("megatron-ssu: no" in done.stderr) == (how != "stopped"), done.stderr
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_command_that_only_prints_fails_where_it_cannot():
+    """But not where its reader has seen enough; and without standard output and error it keeps its status."""
+    code = ON_A_FULL_DISK.replace("cli._train", "cli._estimate").replace('"train"', '"estimate"')
+    command = [sys.executable, "-c", code, "stopped"]
+    work = [part.replace("return 75", "return 0") for part in command]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(work, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "No space left on device" in done.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        done = subprocess.run(work, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == ""
+    script = f"exec {shlex.join(command)} >&- 2>&-"
+    assert subprocess.run(["sh", "-c", script], timeout=120).returncode == 75
 
 
 def test_closing_hides_no_other_error(tmp_path, monkeypatch):
