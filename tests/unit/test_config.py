@@ -130,6 +130,7 @@ MALFORMED: list[tuple[str, list[str], list[str]]] = [
     ("", ["train..seed=5"], ["command line", "section.key=value"]),
     ("", ["train.iterations=ten"], ["command line", "train.iterations", "whole number", "'ten'"]),
     ("train: {iterations: 5}", ["train.iterations=ten"], ["command line", "train.iterations"]),
+    ("", ["train.itera=5"], ["train.itera", "did you mean 'iterations'?"]),
     ("", ["train.iteration=5"], ["command line", "train.iteration", "did you mean 'iterations'?"]),
     ("", ["train.iterations="], ["command line", "train.iterations", "not null"]),
     ("", ["model.path.x=1"], ["command line", "model.path is 'hf'", "no key 'x'"]),
