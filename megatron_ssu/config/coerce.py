@@ -134,7 +134,7 @@ def show(value: Any) -> str:
 
 
 def did_you_mean(name: str, known: Any) -> str:
-    """The name in `known` that `name` is likely meant to be: one that it begins, or a similar one; empty where there is none."""
+    """The name in `known` that `name` is likely meant to be: one that it begins, or a similar one; empty for none."""
     begun = [other for other in known if len(name) > 3 and other.startswith(name)]
     close = begun or get_close_matches(name, list(known), n=1, cutoff=0.7)
     return min(close, key=len) if close else ""

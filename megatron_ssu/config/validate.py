@@ -235,15 +235,13 @@ def validate_precision(run: RunConfig) -> None:
                 raise UserError(
                     f"precision.{name}: {values[name]!r} needs precision.dtype: bf16, not {run.precision.dtype}"
                 )
-    attention = next((n for n in ("fp8_dot_product_attention", "fp8_multi_head_attention") if values.get(n)), None)
-    if attention is not None and getattr(values.get("fp8_recipe"), "value", values.get("fp8_recipe")) not in (
-        None,
-        "delayed",
-    ):
-        raise UserError(
-            f"precision.{attention}: must go with precision.fp8_recipe: delayed, got {show(values['fp8_recipe'])}: under other "
-            "recipes attention still scales with a delay, and these scales would be lost when the run resumes"
-        )
+    recipe = values.get("fp8_recipe") or "delayed"
+    for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
+        if values.get(name) and getattr(recipe, "value", recipe) != "delayed":
+            raise UserError(
+                f"precision.{name}: must go with precision.fp8_recipe: delayed, got {show(recipe)}: attention's scales are "
+                "delayed ones under every recipe, and a run that resumes under another would lose them"
+            )
     if values.get("fp8") and values.get("fp4"):
         raise UserError("precision.fp4: does not go with precision.fp8; leave one of them out")
 

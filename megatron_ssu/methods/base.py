@@ -2,7 +2,7 @@
 
 A method is one class in one file, registered by `@register`. The trainer calls
 
-    check(run, source, begun)      on one rank, before data is tokenized and the model loaded: what can be refused by then
+    check(run, source, begun)   on one rank, before data is tokenized and the model loaded: refuses what it can by then
     shield(session, begun)   once, on all ranks, before DDP wraps the model: the shield of the run; `begun` where a
                              checkpoint is there to go on from: then the shield is the one that it was trained under
     present_shield(run, source)   on one rank: the same of a run that has begun, where it needs no scoring, else None

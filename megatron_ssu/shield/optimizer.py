@@ -237,9 +237,8 @@ class ShieldedDistributedOptimizer(DistributedOptimizer):
         super().load_state_dict(state_dict)
         self._choose_kernel()  # the loaded groups have their own
         for group in self.optimizer.param_groups:
-            if (
-                "step" in group
-            ):  # a float in a checkpoint of torch's AdamW; Transformer Engine's kernel takes whole numbers
+            # A float in a checkpoint of torch's AdamW; Transformer Engine's kernel takes whole numbers.
+            if "step" in group:
                 group["step"] = int(group["step"])
         for param, state in self.optimizer.state.items():
             # Loading leaves one `step` tensor in all states, which would then advance once per parameter.
