@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "megatron_ssu.runtime" in sys.modules:  # else no process group was started
         sys.modules["megatron_ssu.runtime"].stop_processes()
     settle()
-    if output.lost and status == 0 and options.command in (_estimate, _inspect):  # what they print is all that they do
+    if output.lost and status == 0 and options.command in (_estimate, _inspect):  # called for what they print
         print_error(f"megatron-ssu: standard output cannot be written: {output.lost}; write it elsewhere")
         status = 2
     sys.exit(status)

@@ -17,13 +17,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-
-if not torch.cuda.is_available():
-    # megatron-core takes kernels of these wherever they can be imported, and they need CUDA.
-    for _name in ("transformer_engine", "apex", "amp_C"):
-        if sys.modules.setdefault(_name, None) is not None:  # type: ignore[arg-type]
-            raise ImportError(f"without CUDA megatron_ssu.runtime must be imported before {_name}")
-
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_ssu.errors import UserError, agreed_error
@@ -70,6 +63,8 @@ def install_cpu_backend() -> None:
     """Let unmodified megatron-core 0.16 run on CPU and gloo. Does nothing where CUDA is, or when called again."""
     if has_cuda() or getattr(torch.cuda, "_megatron_ssu_cpu", False):
         return
+    if sys.modules.get("transformer_engine") is not None:
+        raise RuntimeError("without CUDA megatron_ssu must be imported before Transformer Engine and megatron-core")
     cpu = torch.device("cpu")
     with cpu:  # torch lists the factories that device contexts change at the first use: those before they are replaced
         torch.empty(0)

@@ -54,7 +54,7 @@ def open_closed_streams() -> None:
 
 def print_error(line: str) -> None:
     """Print to standard error, or nowhere where that cannot be written."""
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # ValueError: closed in Python
         print(line, file=sys.stderr)
     _flush(sys.stderr)
 
@@ -66,16 +66,18 @@ def settle() -> None:
 
 
 def _flush(stream: Any) -> None:
-    try:
-        stream.flush()
-    except OSError:
-        _drop(stream)
+    with suppress(ValueError):
+        try:
+            stream.flush()
+        except OSError:
+            _drop(stream)
 
 
 def _drop(stream: Any) -> None:
     """Let all that a stream holds, and gets from now on, go nowhere."""
     with suppress(OSError, ValueError):
+        number = stream.fileno()
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
+        os.dup2(null, number)
         os.close(null)
         stream.flush()

@@ -52,8 +52,6 @@ def load_samples(run: RunConfig, dims: Dims) -> Calibration | None:
             f"{run.model.path}: the tokenizer makes token {largest} of {section.path}, config.json's vocab_size is "
             f"{dims.vocab}; take the model's own tokenizer"
         )
-    if calibration.note and runtime.is_rank_zero():
-        log.warning("%s", calibration.note)
     return calibration
 
 
@@ -73,6 +71,8 @@ def make_scores(session: Session) -> Scores | None:
 
 def _score(session: Session, calibration: Calibration | None) -> Scores | None:
     run = session.run
+    if calibration is not None and calibration.note and runtime.is_rank_zero():
+        log.warning("%s", calibration.note)
     fingerprint = runtime.on_rank_zero(lambda: model_fingerprint(session.source.path))
     scores = score_model(session, wanted_scores(run), calibration, fingerprint)
 

@@ -24,9 +24,8 @@ class ExportRecord:
     iteration: int
     phase: int
     shield: str  # digest of the shield file; "none" for weights that no run has trained
-    checkpoint: (
-        str  # digest of the checkpoint's files; what the identity leaves free, such as the learning rate, shows here
-    )
+    # Digest of the checkpoint's files: what the identity leaves free, such as the learning rate, shows here.
+    checkpoint: str
 
     def __str__(self) -> str:
         return (

@@ -1,11 +1,11 @@
 """One run directory, one job: an exclusive lock, held by rank 0 while a command writes there.
 
 The lock is a file `run.lock.N` in the run's directory with the holder's host, process and SLURM job; its modification time is
-the holder's heartbeat. On the same machine the process table shows at once that a holder is dead, and between containers
-the kernel's lock on the file (flock); across machines, where neither may reach, a holder is watched: it lives when a heartbeat
-comes, and is dead when none came for WATCH seconds and its last one is older than LIMIT, so that clocks that disagree end no
-job. The earlier life of a SLURM job that was put back, or of a launch that torchrun started again, is dead when none comes for
-WATCH seconds.
+the holder's heartbeat. On the same machine the kernel's lock on the file (flock) shows that a holder lives, and the
+process table, outside containers, that it is dead. Any other holder is watched: it lives when a heartbeat comes, and is dead
+when none came for WATCH seconds and its last one is older than LIMIT, so that clocks that disagree end no job. WATCH seconds
+are enough where the kernel's lock is free, for the earlier life of a SLURM job that was put back, and for that of a launch that
+torchrun started again.
 
 A takeover makes `run.lock.N+1`, by link(2), which one starter alone can: then whoever finds another lock file there than the
 one that was judged dead steps back. So of several starters at most one holds the run, also without flock.
@@ -127,6 +127,7 @@ class RunLock:
         self._file = -1
         self._watched: dict[_Found, tuple[float, float]] = {}  # silence so far, and enough of it, in seconds
         self._races = 0  # that other starters won
+        self._newer: _Found | None = None  # than ours, at the last heartbeat
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -181,7 +182,7 @@ class RunLock:
         if path is None:
             return
         try:
-            if self._is_mine(path) and self._paths()[-1:] == [path]:
+            if self._is_mine(path) and not self._taken_over(path):
                 os.utime(self._file, (self._clock(), self._clock()))
                 return
         except OSError:  # the file system does not answer now; the next heartbeat may get through
@@ -195,6 +196,14 @@ class RunLock:
             return
         self._path = None
         self._on_lost(f"{self.directory}: this job does not hold the run any more; it is held by {who}")
+
+    def _taken_over(self, path: Path) -> bool:
+        """Whether the holder of a newer lock file beats; one that nobody beats on is of a starter that is stepping back."""
+        before, found = self._newer, self._found()
+        self._newer = found[-1] if found and found[-1].path != path else None
+        if before is None or self._newer is None:
+            return False
+        return before.path == self._newer.path and before.beat != self._newer.beat
 
     def _keep(self) -> None:
         while not self._stop.wait(BEAT):
@@ -300,20 +309,17 @@ class RunLock:
 
         Raises UserError where the holder lives.
         """
-        holder = lock.holder
+        holder, free = lock.holder, None
         if holder.boot and holder.boot == self.me.boot:
-            living = None
-            if holder.pids and holder.pids == self.me.pids:
-                living = _runs(holder)
-            elif holder.flock and (free := self._kernel_says_free(lock.path)) is not None:
-                living = not free
-            if living:
+            free = self._kernel_says_free(lock.path) if holder.flock else None
+            seen = bool(holder.pids) and holder.pids == self.me.pids  # though /proc may hide other users' processes
+            if free is False or (seen and _runs(holder)):
                 raise UserError(self._refusal(lock))
-            if living is not None:
+            if seen:
                 return True
         if lock not in self._watched:
             enough = WATCH
-            if not holder.is_earlier_life_of(self.me):
+            if not free and not holder.is_earlier_life_of(self.me):  # a network file system may lose the kernel's lock
                 # Clocks may disagree: LIMIT seconds of silence are enough, whatever time the last heartbeat bears.
                 enough = max(WATCH, min(LIMIT, LIMIT - (self._clock() - lock.beat)) + BEAT)
             self._watched[lock] = 0.0, enough
@@ -446,5 +452,7 @@ def _link(path: Path) -> str:
 
 def _end(line: str) -> None:
     """Two jobs must not write to one run: tell it on standard error and end the process at once."""
-    print_error(f"megatron-ssu: {line}; ended before it does harm")
-    os._exit(2)
+    try:
+        print_error(f"megatron-ssu: {line}; ended before it does harm")
+    finally:
+        os._exit(2)

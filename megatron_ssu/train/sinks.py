@@ -67,7 +67,7 @@ class Guarded:
 
     def _lost(self, what: str, error: Exception) -> None:
         reason = getattr(error, "strerror", None) or one_line(error)
-        with suppress(Exception):  # the console may be on the same full disk
+        with suppress(Exception):  # whatever `warn` does
             self._warn(f"{self._name} {what}: {reason}; training goes on without it until the next start")
 
 

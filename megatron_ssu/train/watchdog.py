@@ -232,6 +232,8 @@ def _own_store(rank: int) -> Any:
 
 def _end(line: str) -> None:
     """Tell on standard error and in the rank's log, and end the process: its main thread cannot be reached."""
-    log.error(line)
-    print_error(f"megatron-ssu: {line}")
-    os._exit(STATUS_RANK_LOST)
+    try:
+        log.error(line)
+        print_error(f"megatron-ssu: {line}")
+    finally:
+        os._exit(STATUS_RANK_LOST)

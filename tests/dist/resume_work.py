@@ -120,9 +120,7 @@ def train_run(
         "said": text.getvalue(),
         "weights": [p.detach().clone() for chunk in session.chunks for p in chunk.parameters()],
         "moments": moments(trainer),
-        "group_steps": [
-            group.get("step") for group in trainer.optimizer.param_groups
-        ],  # Transformer Engine counts there
+        "group_steps": [group.get("step") for group in trainer.optimizer.param_groups],
     }
 
 

@@ -27,11 +27,20 @@ def test_device_contexts_work_behind_the_cpu_backend():
 
 
 WITHOUT_A_GPU = """
+import megatron_ssu.session  # imports megatron-core before ours
 from megatron_ssu import runtime
 from megatron.core import optimizer
 from megatron.core.extensions import transformer_engine
 runtime.install_cpu_backend()
 print(optimizer.USING_PYTORCH_OPTIMIZER, transformer_engine.HAVE_TE)
+"""
+
+
+TOO_LATE = """
+import sys
+from megatron_ssu import runtime
+sys.modules["transformer_engine"] = sys  # as if it had been imported before
+runtime.install_cpu_backend()
 """
 
 
@@ -42,6 +51,9 @@ def test_kernels_that_need_cuda_are_not_taken_without_it(tmp_path):
     optimizers.parent.mkdir(parents=True)
     names = "FusedAdam", "FusedSGD", "multi_tensor_applier", "multi_tensor_l2norm", "multi_tensor_scale"
     optimizers.write_text("".join(f"{name} = None\n" for name in names))
+    metadata = tmp_path / "transformer_engine-2.20.2.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: transformer-engine\nVersion: 2.20.2\n")
     for folder in (optimizers.parents[1], optimizers.parent):
         (folder / "__init__.py").write_text("")
     root = str(Path(__file__).parents[2])
@@ -53,5 +65,5 @@ def test_kernels_that_need_cuda_are_not_taken_without_it(tmp_path):
 
     done = python(WITHOUT_A_GPU)
     assert done.stdout == "True False\n", done.stderr[-2000:]
-    late = python("import transformer_engine\nimport megatron_ssu.runtime")
-    assert late.returncode == 1 and "must be imported before transformer_engine" in late.stderr
+    late = python(TOO_LATE)
+    assert late.returncode == 1 and "must be imported before Transformer Engine" in late.stderr, late.stderr

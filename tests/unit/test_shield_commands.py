@@ -97,14 +97,15 @@ def test_bad_input_is_one_line_and_writes_nothing(files, capsys):
     assert "absent" in refused(capsys, "inspect", files / "absent")
     os.mkfifo(files / "pipe")
     before = sorted(files.iterdir())
-    for option, place in (
-        ("--json", files / "pipe"),
-        ("--json", "."),
-        ("--json", "/"),
-        ("--output", files / "a"),
-        ("--output", files / "a" / "x"),
+    for option, place, why in (
+        ("--json", files / "pipe", "is not a regular file"),
+        ("--json", ".", "is a directory"),
+        ("--json", "/", "is a directory"),
+        ("--output", files / "a", "is a file"),
+        ("--output", files / "a" / "x", "is a file"),
     ):
-        assert str(place) in refused(capsys, "inspect", files / "a", option, place)
+        told = refused(capsys, "inspect", files / "a", option, place)
+        assert f": {place}: " in told and why in told
     assert str(files / "scores") in refused(capsys, "inspect", files / "scores")
     for name in ("a", "scores"):
         raw = (files / name).read_bytes()

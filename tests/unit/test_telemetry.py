@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -256,9 +257,15 @@ def test_closing_hides_no_other_error(tmp_path, monkeypatch):
 def test_a_log_on_a_full_disk_is_silent(tmp_path, capfd):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank_00000.log").symlink_to("/dev/full")
+    root = logging.getLogger()
+    levels = {other: other.level for other in root.handlers}
     handler = log_to_file(tmp_path, 0, quiet=False)
     try:
         logging.getLogger("megatron_ssu").info("a line")
     finally:
-        logging.getLogger().removeHandler(handler)
+        root.removeHandler(handler)
+        with contextlib.suppress(OSError):
+            handler.close()
+        for other, level in levels.items():
+            other.setLevel(level)
     assert capfd.readouterr().err == ""

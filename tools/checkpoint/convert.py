@@ -16,11 +16,12 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 from rich.console import Console
 
 from megatron_ssu.errors import UserError
+from megatron_ssu.io.output import LossyOutput, open_closed_streams, print_error, settle
 
 if TYPE_CHECKING:
     from megatron_ssu.config.schema import RunConfig
@@ -42,8 +43,8 @@ def to_core(options: argparse.Namespace, console: Console) -> None:
         if record.exists():
             raise UserError(f"{target}: holds a run already and is not overwritten; name another directory")
 
-    run = _core_run(options)
-    runtime.start_processes(run.parallel.timeout_minutes)
+    runtime.start_processes()
+    run = runtime.on_all_ranks(lambda: _core_run(options))
     source = runtime.on_all_ranks(lambda: check_run(run, training=False))
     with held(target, "convert"):
         runtime.on_rank_zero(refuse_run)
@@ -62,10 +63,13 @@ def _core_run(options: argparse.Namespace) -> RunConfig:
         checkpoint=CheckpointSection(directory=options.save_dir),
         shield=ShieldSection(method="none"),
     )
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "run.yaml"
-        save_run(run, file)
-        return load_run(file, [f"precision.dtype={options.dtype}", *options.overrides])
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "run.yaml"
+            save_run(run, file)
+            return load_run(file, [f"precision.dtype={options.dtype}", *options.overrides])
+    except OSError as error:
+        raise UserError(f"no temporary folder can be written ({error.strerror}); set TMPDIR") from error
 
 
 def to_hf(options: argparse.Namespace, console: Console) -> None:
@@ -100,13 +104,17 @@ def main() -> int:
     warnings.filterwarnings("ignore")  # those of libraries
     from megatron_ssu import runtime
 
-    status = 0
+    open_closed_streams()
+    first, status = os.environ.get("RANK", "0") == "0", 0
     try:
-        (to_core if options.saver == "core" else to_hf)(options, Console(quiet=os.environ.get("RANK", "0") != "0"))
+        console = Console(file=cast(IO[str], LossyOutput()), quiet=not first)
+        (to_core if options.saver == "core" else to_hf)(options, console)
     except UserError as error:
-        print(f"convert: {error}", file=sys.stderr)
+        if first or not error.agreed:
+            print_error(f"convert: {error}")
         status = 2
     runtime.stop_processes()
+    settle()
     return status
 
 
