@@ -1,6 +1,6 @@
 """The machine under the trainer: CPU backend of megatron-core, process groups, agreement of ranks.
 
-This is the only module that patches megatron-core or torch, and the only one that asks for CUDA.
+This is the only module that patches megatron-core or torch.
 """
 
 from __future__ import annotations
