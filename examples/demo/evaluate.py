@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 ANSWER_TOKENS = 16  # more than the longest answer
 
@@ -65,8 +66,9 @@ def chat_matches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cha
 
 def evaluate(directory: Path, world: Path) -> dict[str, Any]:
     """All measures of the model in `directory`: source_loss, target_loss, chat (all tasks) and chat_tasks (each)."""
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory).float().eval()
     losses = {
         f"{language}_loss": text_loss(
             model, tokenizer, [row["text"] for row in read_jsonl(world / f"{language}_valid.jsonl")]

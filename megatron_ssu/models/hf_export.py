@@ -78,6 +78,8 @@ def check_target(target: str | Path, key: str) -> Path:
         raise UserError(f"{key}: {str(target)!r} is the current directory; name a directory to make")
     if taken:
         raise UserError(f"{key}: {target} exists already and is not overwritten; name another directory or remove it")
+    if not parent.is_dir():
+        raise UserError(f"{key}: {target} cannot be made in {parent} (it is a file); name another directory")
     try:
         Path(tempfile.mkdtemp(prefix=".megatron-ssu-", dir=parent)).rmdir()  # permissions do not say all
     except OSError as error:
