@@ -47,9 +47,7 @@ test-all: test
 # On a machine with a GPU: tests, benchmarks and a profile within ten minutes, as JSON and Markdown in gpu-report/, and their
 # tables in docs/.
 gpu-report: $(READY)
-	rm -rf gpu-report
-	$(BIN)/python benchmarks/gpu_report.py --output gpu-report; status=$$?; \
-	test ! -f gpu-report/report.json || $(BIN)/python benchmarks/gpu_report.py --docs gpu-report/report.json; exit $$status
+	$(BIN)/python benchmarks/gpu_report.py --output gpu-report --update-docs
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -180,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--output", type=Path, default=Path("gpu-report"), help="folder of the report (default gpu-report)"
     )
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds for all parts (default {BUDGET:.0f})")
+    parser.add_argument("--update-docs", action="store_true", help="put the tables into docs/ when all parts have run")
     parser.add_argument("--docs", type=Path, metavar="REPORT", help="put the tables of this report.json into docs/")
     options = parser.parse_args(arguments)
     if options.docs:
@@ -197,6 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts = plan(output, "".join(map(str, torch.cuda.get_device_capability())))
     report = run_parts(parts, output, budget=options.budget, engine=has_transformer_engine(), described=machine())
     print(f"written: {options.output / 'report.json'} and report.md")
+    if options.update_docs:
+        update_docs(report, ROOT / "docs")
     if missing := [name for name, part in report["parts"].items() if part["status"] == "left out"]:
         print(f"left out: {', '.join(missing)}: Transformer Engine is not installed (docs/gpu.md)")
     return int(any(part["status"] != "ok" for part in report["parts"].values()))

@@ -222,8 +222,8 @@ class RunLock:
     def _try(self) -> bool:
         """One attempt; False: look again, something changed. Raises UserError where the lock is held."""
         found = self._found()
-        if living := [lock for lock in reversed(found) if not self._is_dead(lock)]:
-            self._watch(living)
+        if unknown := [lock for lock in reversed(found) if not self._is_dead(lock)]:
+            self._watch(unknown)
             return False
         dead = {(lock.path, lock.holder) for lock in found}
         path = self.directory / f"{_NAME}.{max((_number(lock.path) for lock in found), default=0) + 1}"

@@ -98,6 +98,21 @@ def test_without_a_gpu_one_line_says_so(report: Any, tmp_path: Path, capsys: Any
     assert not (tmp_path / "found").exists()
 
 
+@pytest.mark.parametrize("asked", [[], ["--update-docs"]])
+def test_measured_tables_go_into_the_docs_where_asked(
+    asked: list[str], report: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(report, "machine", lambda: {})
+    monkeypatch.setattr(report, "run_parts", lambda *arguments, **options: MADE_UP)
+    updated: list = []
+    monkeypatch.setattr(report, "update_docs", lambda found, docs: updated.append((found, docs)))
+    failed = any(part["status"] != "ok" for part in MADE_UP["parts"].values())
+    assert report.main(["--output", str(tmp_path), *asked]) == int(failed)
+    assert updated == ([(MADE_UP, ROOT / "docs")] if asked else [])
+
+
 def test_the_parts_fit_into_ten_minutes_and_name_real_scripts(report: Any, tmp_path: Path) -> None:
     parts = report.plan(tmp_path, "90")
     assert sum(part.seconds for part in parts) <= report.BUDGET < 600
