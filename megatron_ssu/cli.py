@@ -64,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             os._exit(status)
     except KeyboardInterrupt:
         status = 130
-    if "megatron_ssu.runtime" in sys.modules:  # else no process group was started
-        sys.modules["megatron_ssu.runtime"].stop_processes()
+    if "megatron_ssu.engine.mesh" in sys.modules:  # else no process group was started
+        sys.modules["megatron_ssu.engine.mesh"].stop_processes()
     settle()
     if output.lost and status == 0 and options.command in (_estimate, _inspect):  # called for what they print
         print_error(f"megatron-ssu: standard output cannot be written: {output.lost}; write it elsewhere")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ssu import runtime
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.validate import validate_run
+from megatron_ssu.engine.mesh import Mesh, start_mesh, start_processes, world_size
+from megatron_ssu.engine.ranks import on_all_ranks
 from megatron_ssu.models.build import DTYPES, build_chunks, rope_frequencies, transformer_config
 from megatron_ssu.models.family import padded_vocab
 from megatron_ssu.models.hf_import import check_checkpoint, import_weights
@@ -22,7 +23,7 @@ class Session:
     """This rank's part of the model, with everything that says what it is."""
 
     run: RunConfig
-    mesh: runtime.Mesh
+    mesh: Mesh
     source: Source
     config: TransformerConfig
     chunks: list[GPTModel]
@@ -36,7 +37,7 @@ def check_run(run: RunConfig, *, training: bool = True, shielding: bool = True) 
     """
     source = open_source(run.model.path)
     rope_frequencies(source.hf, run.model.path)
-    validate_run(run, runtime.world_size(), source.hf, training=training, shielding=shielding)
+    validate_run(run, world_size(), source.hf, training=training, shielding=shielding)
     check_checkpoint(source.checkpoint, source.family, source.dims, DTYPES[run.precision.dtype])
     return source
 
@@ -45,8 +46,8 @@ def open_session(run: RunConfig, source: Source | None = None, *, load: bool = T
     """Start the mesh, build this rank's model chunks and, with `load`, fill them from the Hugging Face directory."""
     source = source or open_source(run.model.path)
     family, dims = source.family, source.dims
-    runtime.start_processes(run.parallel.timeout_minutes)
-    mesh = runtime.start_mesh(
+    start_processes(run.parallel.timeout_minutes)
+    mesh = start_mesh(
         run.parallel.tensor,
         run.parallel.pipeline,
         run.parallel.virtual_pipeline,
@@ -59,5 +60,5 @@ def open_session(run: RunConfig, source: Source | None = None, *, load: bool = T
     vocab_rows = padded_vocab(dims.vocab, run.model.make_vocab_size_divisible_by)
     layout = Layout(family, dims, chunks, mesh.tensor_rank, mesh.tensor, vocab_rows)
     if load:
-        runtime.on_all_ranks(lambda: import_weights(layout, source.checkpoint))
+        on_all_ranks(lambda: import_weights(layout, source.checkpoint))
     return Session(run, mesh, source, config, chunks, layout)

@@ -21,8 +21,9 @@ from common import show, write_json
 from rich.console import Console
 from safetensors.torch import save_file
 
-from megatron_ssu import runtime
 from megatron_ssu.config.schema import CheckpointSection, ModelSection, ParallelSection, PrecisionSection, RunConfig
+from megatron_ssu.engine.device import has_cuda
+from megatron_ssu.engine.mesh import stop_processes
 from megatron_ssu.models.family import Dims, Family, family_of
 from megatron_ssu.models.hf_export import INDEX, export_model
 from megatron_ssu.models.hf_files import HFCheckpoint
@@ -145,7 +146,7 @@ def one_rank(tensor: int, model: Path, output: Path) -> None:
         "gpu_beside": max(reading.gpu, writing.gpu),
     }
     output.with_name(f"{output.name}.rank{session.mesh.rank}").write_text(json.dumps(figures))
-    runtime.stop_processes()
+    stop_processes()
 
 
 @dataclass
@@ -158,7 +159,7 @@ class Watched:
 
     def __enter__(self) -> Watched:
         self._begin, self._base, self._done = time.perf_counter(), held(), threading.Event()
-        if runtime.has_cuda():
+        if has_cuda():
             torch.cuda.reset_peak_memory_stats()
             self._gpu_base = torch.cuda.memory_allocated()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -170,7 +171,7 @@ class Watched:
             self.beside = max(self.beside, held() - self._base)
 
     def __exit__(self, *error: object) -> None:
-        if runtime.has_cuda():
+        if has_cuda():
             torch.cuda.synchronize()
             self.gpu = torch.cuda.max_memory_allocated() - self._gpu_base
         self.seconds = time.perf_counter() - self._begin

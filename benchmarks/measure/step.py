@@ -25,7 +25,6 @@ from rich.console import Console
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from megatron_ssu import runtime
 from megatron_ssu.config.schema import (
     CheckpointSection,
     DataSection,
@@ -34,6 +33,8 @@ from megatron_ssu.config.schema import (
     RunConfig,
     TrainSection,
 )
+from megatron_ssu.engine.device import device_name, has_cuda
+from megatron_ssu.engine.mesh import start_processes
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.session import open_session, open_source
 from megatron_ssu.shield.file import Mask, Shield
@@ -56,18 +57,18 @@ def run(options: argparse.Namespace) -> None:
     if options.peak:
         sys.stdout.write(json.dumps(peak(options, *options.peak)))
         return
-    runtime.start_processes()
+    start_processes()
     names = chosen(options.variants)
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(options, Path(folder) / "model")
         if options.profile:
             rows = profile(options, model, options.profile)
-        elif runtime.has_cuda():
+        elif has_cuda():
             rows = table(options, *measure_in_turns(options, model, names))
         else:
             rows = table(options, *measure_side_by_side(options, model, names))
     kind = options.dtype + (f" with FP8 {options.fp8}" if options.fp8 else "")
-    kernels = f", {'fused' if options.fused else 'unfused'} kernels" if runtime.has_cuda() else ""
+    kernels = f", {'fused' if options.fused else 'unfused'} kernels" if has_cuda() else ""
     tokens = options.batch * options.length
     title = f"{kind}{kernels}, hidden {options.hidden}, {options.layers} layers, {tokens} tokens a step; "
     title += f"{options.profile}, three steps" if options.profile else "ratios to stock"
@@ -216,7 +217,7 @@ def stock_clip(optimizer: Any, norm: float) -> None:
 
 def timed_step(trainer: loop.Trainer, data: Any) -> dict[str, float]:
     """Seconds of one step by phase."""
-    timers = trainer.session.config.timers = Timers(StreamClock() if runtime.has_cuda() else HostClock())
+    timers = trainer.session.config.timers = Timers(StreamClock() if has_cuda() else HostClock())
     trainer.phases.take()
     clip = (
         loop.clip if isinstance(trainer.optimizer.chained_optimizers[0], ShieldedDistributedOptimizer) else stock_clip
@@ -234,7 +235,7 @@ def timed_step(trainer: loop.Trainer, data: Any) -> dict[str, float]:
 
 def finish() -> None:
     """Wait for the GPU, where there is one."""
-    if runtime.has_cuda():
+    if has_cuda():
         torch.cuda.synchronize()
 
 
@@ -311,8 +312,8 @@ def table(options: argparse.Namespace, seconds: Rounds, compared: Rounds, sizes:
         row["shield %"] = round(100 * float(np.median([a["shield"] / a["step"] for a in own])), 2)
         row["state MiB"] = round(sizes[name]["state"] / 2**20, 1)
         row["peak MiB"] = round(sizes[name]["peak"] / 2**20, 1)
-        if runtime.has_cuda():
-            rate = peak_flops(runtime.device_name())
+        if has_cuda():
+            rate = peak_flops(device_name())
             row["MFU %"] = round(100 * sizes[name]["flops"] / step / rate, 1) if rate else "?"
         rows.append(row)
     for row in rows:
@@ -327,7 +328,7 @@ def profile(options: argparse.Namespace, model: Path, name: str, top: int = 25) 
     for _ in range(WARMUP):
         trainer.step(data)
     finish()
-    cuda = runtime.has_cuda()
+    cuda = has_cuda()
     kind = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     with torch.profiler.profile(activities={ProfilerActivity.CPU, kind}) as found:
         for _ in range(3):
@@ -358,7 +359,7 @@ def ask_peak(variant: str, model: Path) -> int:
 
 def peak(options: argparse.Namespace, variant: str, model: str) -> int:
     """Most bytes that a process on the CPU holds over two steps, above what it held before the model."""
-    runtime.start_processes()
+    start_processes()
     before = held()
     trainer, data = build(options, Path(model), variant), batches(options)
     Path("/proc/self/clear_refs").write_text("5")  # begin a new peak: reading the weights is over

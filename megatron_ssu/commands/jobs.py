@@ -15,7 +15,6 @@ import psutil
 import torch.distributed as dist
 from rich.console import Console
 
-from megatron_ssu import runtime
 from megatron_ssu.commands.shields import has_begun, refuse_given
 from megatron_ssu.config.load import save_run
 from megatron_ssu.config.schema import RunConfig
@@ -25,6 +24,9 @@ from megatron_ssu.data.datasets import build_train_valid, build_valid
 from megatron_ssu.data.indexed import content_digest
 from megatron_ssu.data.sources import Prefixes, prepare_run, present_train, run_tokenizer
 from megatron_ssu.data.tokenizer import Tokenizer
+from megatron_ssu.engine.device import device_name
+from megatron_ssu.engine.mesh import start_processes
+from megatron_ssu.engine.ranks import is_rank_zero, on_all_ranks, on_rank_zero
 from megatron_ssu.errors import UserError
 from megatron_ssu.io.atomic import check_writable, write_text
 from megatron_ssu.methods.base import method_named
@@ -50,9 +52,9 @@ log = logging.getLogger(__name__)
 def score(run: RunConfig, console: Console) -> None:
     """Write the scores file of a run file."""
     source = _start(run, training=False)
-    runtime.on_rank_zero(lambda: refuse_given("score", "shield.scores", run.shield.scores))
+    on_rank_zero(lambda: refuse_given("score", "shield.scores", run.shield.scores))
     with held(run.checkpoint.directory, "score"):
-        runtime.on_rank_zero(lambda: _check_scores_place(run, source))
+        on_rank_zero(lambda: _check_scores_place(run, source))
         scores = make_scores(open_session(run, source))
     if scores is not None:
         console.print(
@@ -98,21 +100,21 @@ def train_run(run: RunConfig, console: Console) -> Progress:
 
 def _train(run: RunConfig, source: Source, console: Console) -> Progress:
     checkpoints, method = Checkpoints(run.checkpoint.directory), method_named(run.shield.method)
-    latest = runtime.on_rank_zero(lambda: newest(run, checkpoints))
-    exported = runtime.on_rank_zero(lambda: may_be_exported(run, latest))
-    runtime.on_rank_zero(lambda: _begin_directory(run))
-    runtime.on_all_ranks(lambda: _log(run))
-    tokenizer = runtime.on_all_ranks(lambda: run_tokenizer(run))
+    latest = on_rank_zero(lambda: newest(run, checkpoints))
+    exported = on_rank_zero(lambda: may_be_exported(run, latest))
+    on_rank_zero(lambda: _begin_directory(run))
+    on_all_ranks(lambda: _log(run))
+    tokenizer = on_all_ranks(lambda: run_tokenizer(run))
     if exported:
         digests_of = partial(_digests_or_saved, run, tokenizer)
         shield_of = partial(method.present_shield, run, source)
-        runtime.on_rank_zero(lambda: check_exported(run, source, checkpoints, shield_of, digests_of))
+        on_rank_zero(lambda: check_exported(run, source, checkpoints, shield_of, digests_of))
         console.print(f"{run.checkpoint.export}: the run has ended and is exported; nothing to do", highlight=False)
         return Progress(run.train.iterations, run.train.iterations * run.train.global_batch_size)
-    runtime.on_rank_zero(lambda: method.check(run, source, begun=latest is not None))
-    prefixes = runtime.on_rank_zero(lambda: prepare_run(run, tokenizer, console)[0])
+    on_rank_zero(lambda: method.check(run, source, begun=latest is not None))
+    prefixes = on_rank_zero(lambda: prepare_run(run, tokenizer, console)[0])
     session = open_session(run, source)
-    datasets = runtime.on_all_ranks(lambda: _datasets(run, session, prefixes, tokenizer))
+    datasets = on_all_ranks(lambda: _datasets(run, session, prefixes, tokenizer))
     shield = method.shield(session, begun=latest is not None)
     identity = identity_of(run, shield, datasets.train_digests)
     trainer = Trainer(session, shield)
@@ -120,7 +122,7 @@ def _train(run: RunConfig, source: Source, console: Console) -> Progress:
     if latest is not None:
         progress = checkpoints.load(latest, session, identity, trainer.optimizer)
         trainer.resume(progress)
-    runtime.on_rank_zero(lambda: save_run(run, Path(run.checkpoint.directory) / "run.yaml"))
+    on_rank_zero(lambda: save_run(run, Path(run.checkpoint.directory) / "run.yaml"))
     telemetry = _telemetry(session, console, progress)
     try:
         _announce(telemetry, session, shield, progress)
@@ -135,9 +137,9 @@ def _train(run: RunConfig, source: Source, console: Console) -> Progress:
 def export(run: RunConfig, output: str | Path, iteration: int | None, console: Console) -> None:
     """Write a checkpoint of the run as a Hugging Face directory, from whatever mesh the run file names now."""
     source = _start(run, training=False, shielding=False)
-    target = runtime.on_rank_zero(lambda: check_target(output, "--output"))
+    target = on_rank_zero(lambda: check_target(output, "--output"))
     checkpoints = Checkpoints(run.checkpoint.directory)
-    found = runtime.on_rank_zero(lambda: iteration if iteration is not None else _newest(checkpoints))
+    found = on_rank_zero(lambda: iteration if iteration is not None else _newest(checkpoints))
     session = open_session(run, source, load=False)
     common = checkpoints.load_weights(found, session)
     _export(session, target, common["identity"], Progress(**common["progress"]), console)
@@ -176,8 +178,8 @@ def estimate(run: RunConfig, options: argparse.Namespace, console: Console) -> N
 def _start(run: RunConfig, *, training: bool, shielding: bool = True) -> Source:
     """Join the ranks and check the run file; all ranks get through, or none."""
     method_named(run.shield.method)
-    runtime.start_processes(run.parallel.timeout_minutes)
-    return runtime.on_all_ranks(lambda: check_run(run, training=training, shielding=shielding))
+    start_processes(run.parallel.timeout_minutes)
+    return on_all_ranks(lambda: check_run(run, training=training, shielding=shielding))
 
 
 def _begin_directory(run: RunConfig) -> None:
@@ -242,7 +244,7 @@ def _digests_or_saved(run: RunConfig, tokenizer: Tokenizer, saved: Sequence[str]
 def _warn_of_unused_documents(run: RunConfig) -> None:
     """A split given beside target_valid keeps documents from training that nothing else reads."""
     unused = 1 - parse_split(run.data.used_split)[0]
-    if run.data.target_valid and unused > 0 and runtime.is_rank_zero():
+    if run.data.target_valid and unused > 0 and is_rank_zero():
         log.warning(
             "data.split: %s keeps %.3g %% of the documents out of training, and data.target_valid is watched instead of "
             "them; leave data.split out to train on all",
@@ -258,7 +260,7 @@ def _names(kind: str, paths: dict[str, Path]) -> list[tuple[str, Path]]:
 
 def _telemetry(session: Session, console: Console, progress: Progress) -> Telemetry:
     run, source = session.run, session.source
-    peak = run.log.peak_tflops * 1e12 if run.log.peak_tflops else peak_flops(runtime.device_name())
+    peak = run.log.peak_tflops * 1e12 if run.log.peak_tflops else peak_flops(device_name())
     active = session.mesh.rank == 0
 
     def open_telemetry() -> Telemetry:
@@ -271,7 +273,7 @@ def _telemetry(session: Session, console: Console, progress: Progress) -> Teleme
             peak=peak * session.mesh.world if peak else None,
         )
 
-    return runtime.on_all_ranks(open_telemetry)
+    return on_all_ranks(open_telemetry)
 
 
 def _log(run: RunConfig) -> None:
@@ -298,7 +300,7 @@ def _export(session: Session, target: Path, facts: dict[str, Any], progress: Pro
     size = parse_size(run.checkpoint.max_shard_size)
     name = Path(run.checkpoint.directory).resolve().name
     checkpoint = Checkpoints(run.checkpoint.directory).path(progress.iteration)
-    record = runtime.on_rank_zero(lambda: checkpoint_record(session.source, checkpoint, facts, progress).to_json(name))
+    record = on_rank_zero(lambda: checkpoint_record(session.source, checkpoint, facts, progress).to_json(name))
     export_model(session.layout, session.mesh, session.source.checkpoint, target, size, record=record)
     if session.mesh.rank == 0:
         console.print(f"{target}: exported", highlight=False, soft_wrap=True)

@@ -14,15 +14,16 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 from megatron.core.datasets import helpers
-from megatron.core.datasets.gpt_dataset import GPTDataset
+
+from megatron_ssu.engine.datasets import OrderedGPTDataset
 
 PARTS = ("document_index", "sample_index", "shuffle_index")
 
 
-class EpochwiseGPTDataset(GPTDataset):
+class EpochwiseGPTDataset(OrderedGPTDataset):
     """GPTDataset in an order that any number of samples begins alike. Built on rank 0 first, then on the others."""
 
-    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def build_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if self.config.path_to_cache is None:
             return self._build()
         base = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}-epochs"
@@ -39,7 +40,7 @@ class EpochwiseGPTDataset(GPTDataset):
     def _build(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Document index int32 [epochs * documents], sample index [samples + 1, 2], shuffle index int64 [samples]."""
         length, extra = self.config.sequence_length, self.config.add_extra_token_to_sequence
-        tokens = self._get_num_tokens_per_epoch()
+        tokens = self.tokens_per_epoch()
         epochs = 1
         if self.num_samples is not None:
             epochs = max(1, -(-(self.num_samples * length + extra) // tokens))

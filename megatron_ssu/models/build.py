@@ -9,12 +9,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ssu import runtime
 from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.engine.device import has_cuda, local_device
+from megatron_ssu.engine.mesh import Mesh
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.family import Dims, Family, padded_vocab
 from megatron_ssu.models.modules import mask_padded_vocabulary
-from megatron_ssu.runtime import Mesh
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -23,7 +23,7 @@ def has_transformer_engine() -> bool:
     """Whether Transformer Engine's layers are used: where CUDA is and it can be imported."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
-    return runtime.has_cuda() and HAVE_TE
+    return has_cuda() and HAVE_TE
 
 
 def _keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ def transformer_config(run: RunConfig, family: Family, hf: dict[str, Any], dims:
         "pipeline_dtype": dtype,
         **family.settings(hf, dims),
     }
-    if runtime.has_cuda():
+    if has_cuda():
         fields |= fused_settings(run, engine=has_transformer_engine())
     else:
         fields |= {
@@ -125,10 +125,10 @@ def build_chunks(
             position_embedding_type="rope",
             vp_stage=vp_stage,
         )
-        chunk.rotary_pos_emb.inv_freq = frequencies.to(runtime.device())
+        chunk.rotary_pos_emb.inv_freq = frequencies.to(local_device())
         if chunk.post_process:
             mask_padded_vocabulary(chunk.output_layer, dims.vocab)
-        chunks.append(chunk.to(runtime.device()))
+        chunks.append(chunk.to(local_device()))
     return chunks
 
 

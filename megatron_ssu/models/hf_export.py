@@ -19,13 +19,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ssu import runtime
+from megatron_ssu.engine.device import local_device
+from megatron_ssu.engine.mesh import Mesh
+from megatron_ssu.engine.ranks import on_rank_zero
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.hf_files import EXPORT_RECORD, HFCheckpoint, carry_files
 from megatron_ssu.models.hf_import import DTYPE_NAMES
 from megatron_ssu.models.layout import Layout, Piece, take
 from megatron_ssu.models.matrix import Matrix
-from megatron_ssu.runtime import Mesh
 
 INDEX = "model.safetensors.index.json"
 
@@ -111,7 +112,7 @@ def export_model(
     own = {p.matrix.name: (shard, p) for shard, p in _own_pieces(layout, mesh)}
     holders = _holders(own, mesh)
     partial = target.with_name(f".{target.name}.partial")
-    runtime.on_rank_zero(lambda: _prepare(target, partial))
+    on_rank_zero(lambda: _prepare(target, partial))
     if mesh.rank == 0:
         writer = _Writer(partial)
     for name, part in files.items():
@@ -123,7 +124,7 @@ def export_model(
                 writer.write(whole)
         if mesh.rank == 0:
             writer.end()
-    runtime.on_rank_zero(lambda: _finish(writer, files, source.directory, target, partial, record))
+    on_rank_zero(lambda: _finish(writer, files, source.directory, target, partial, record))
 
 
 def _prepare(target: Path, partial: Path) -> None:
@@ -241,7 +242,7 @@ def _collect(tensor: Tensor, own: OwnPieces, holders: Holders, mesh: Mesh) -> to
         if mesh.rank == 0:
             if part is None:
                 shape = [s.stop - s.start for s in piece.index]
-                part = torch.empty(shape, dtype=dtype, device=runtime.device())
+                part = torch.empty(shape, dtype=dtype, device=local_device())
                 dist.recv(part, rank)
             whole[piece.index].copy_(part)
     return whole

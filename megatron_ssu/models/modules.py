@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from megatron_ssu import runtime
+from megatron_ssu.engine.device import local_device
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -22,7 +22,7 @@ class RMSNorm(torch.nn.RMSNorm):
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
-        super().__init__(hidden_size, eps=eps, device=runtime.device(), dtype=config.params_dtype)
+        super().__init__(hidden_size, eps=eps, device=local_device(), dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
@@ -68,7 +68,7 @@ class ProjectionRMSNorm(torch.nn.Module):
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         self.width, self.eps = heads * hidden_size, eps
         local = self.width // self.tp_group.size()
-        self.weight = torch.nn.Parameter(torch.ones(local, device=runtime.device(), dtype=config.params_dtype))
+        self.weight = torch.nn.Parameter(torch.ones(local, device=local_device(), dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_ssu import runtime
 from megatron_ssu.data.chat import Calibration
+from megatron_ssu.engine.device import local_device
+from megatron_ssu.engine.ranks import on_all_ranks
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.layout import LocalParam, Piece, take
 from megatron_ssu.scoring import base
@@ -47,7 +48,7 @@ def micro_batches(calibration: Calibration, session: Session, size: int) -> list
     All ranks of a pipeline get as many; the interleaved schedule needs a multiple of the pipeline's length. Sequence
     parallelism needs rows that divide over its ranks: masked tokens are appended.
     """
-    mesh, where = session.mesh, runtime.device()
+    mesh, where = session.mesh, local_device()
     tokens, mask = calibration.tokens[mesh.data_rank :: mesh.data], calibration.mask[mesh.data_rank :: mesh.data]
     unit = size * (mesh.pipeline if mesh.virtual else 1)
     missing = -tokens.shape[0] % unit if tokens.shape[0] else unit
@@ -137,7 +138,7 @@ def score_model(session: Session, names: list[str], calibration: Calibration | N
     if needed and calibration is None:
         why = f"the score {names[0]}" if base.needs_calibration(names) else "shield.norms: half"
         raise UserError(f"shield.calibration.path: needed for {why}; name a file of source chats")
-    runtime.on_all_ranks(lambda: _check_weights(session))
+    on_all_ranks(lambda: _check_weights(session))
     found: dict[str, dict[str, Tensor]] = {}
     mine: list[Entry] = []
     if needed and calibration is not None:
@@ -181,11 +182,11 @@ def _measure(
         if gradients is not None:
             gradients.close()
     found = statistics.merge(rows)
-    runtime.on_all_ranks(lambda: statistics.check(found))
+    on_all_ranks(lambda: statistics.check(found))
     if gradients is None:
         return found, []
     entries = gradients.entries(rows)
-    runtime.on_all_ranks(gradients.check)
+    on_all_ranks(gradients.check)
     return found, entries
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from megatron_ssu import runtime
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.data.chat import Calibration, load_calibration
 from megatron_ssu.data.tokenizer import load_tokenizer
+from megatron_ssu.engine.ranks import is_rank_zero, on_all_ranks, on_rank_zero
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.family import Dims
 from megatron_ssu.models.fingerprint import model_fingerprint
@@ -65,15 +65,15 @@ def make_scores(session: Session) -> Scores | None:
     """
     run = session.run
     check_names(run)
-    calibration = runtime.on_all_ranks(lambda: load_samples(run, session.source.dims))
+    calibration = on_all_ranks(lambda: load_samples(run, session.source.dims))
     return _score(session, calibration)
 
 
 def _score(session: Session, calibration: Calibration | None) -> Scores | None:
     run = session.run
-    if calibration is not None and calibration.note and runtime.is_rank_zero():
+    if calibration is not None and calibration.note and is_rank_zero():
         log.warning("%s", calibration.note)
-    fingerprint = runtime.on_rank_zero(lambda: model_fingerprint(session.source.path))
+    fingerprint = on_rank_zero(lambda: model_fingerprint(session.source.path))
     scores = score_model(session, wanted_scores(run), calibration, fingerprint)
 
     def write() -> None:
@@ -81,7 +81,7 @@ def _score(session: Session, calibration: Calibration | None) -> Scores | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         scores.save(path, overwrite=True)  # type: ignore[union-attr]
 
-    runtime.on_rank_zero(write)
+    on_rank_zero(write)
     return scores
 
 
@@ -93,13 +93,13 @@ def make_shield(session: Session, *, begun: bool = False) -> Shield:
     fit the run file.
     """
     run, source = session.run, session.source
-    if runtime.on_rank_zero(lambda: needs_scoring(run, source, begun=begun)):
-        calibration = runtime.on_all_ranks(lambda: load_samples(run, source.dims))
+    if on_rank_zero(lambda: needs_scoring(run, source, begun=begun)):
+        calibration = on_all_ranks(lambda: load_samples(run, source.dims))
         scores = _score(session, calibration)
-        runtime.on_rank_zero(lambda: _plan_and_write(run, source, scores, begun))
+        on_rank_zero(lambda: _plan_and_write(run, source, scores, begun))
     else:
-        runtime.on_rank_zero(lambda: _plan_from_files(run, source, begun))
-    return runtime.on_all_ranks(lambda: _load(run, source))
+        on_rank_zero(lambda: _plan_from_files(run, source, begun))
+    return on_all_ranks(lambda: _load(run, source))
 
 
 def present_shield(run: RunConfig, source: Source) -> Shield | None:

@@ -18,7 +18,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
-from megatron_ssu import runtime
+from megatron_ssu.engine.optimizer_class import distributed_optimizer_class
 from megatron_ssu.errors import UserError
 from megatron_ssu.shield.local import LocalShield
 from megatron_ssu.shield.shards import ShardMask
@@ -273,7 +273,7 @@ def build_optimizer(
     for key, why in UNSUPPORTED.items():
         if getattr(config, key):
             raise UserError(f"train.optimizer.{key}: not supported with a shield: {why}; leave it out")
-    with runtime.distributed_optimizer_class(ShieldedDistributedOptimizer, shield=shield, fused_adam=fused_adam):
+    with distributed_optimizer_class(ShieldedDistributedOptimizer, shield=shield, fused_adam=fused_adam):
         return get_megatron_optimizer(config, chunks)
 
 

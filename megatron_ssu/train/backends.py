@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Any
 
-from megatron_ssu import runtime
+from megatron_ssu.engine.device import local_device
 from megatron_ssu.shield import kernels
 
 # Package of a class -> what its maker calls it; the first that a class or one of its bases comes from counts.
@@ -37,4 +37,4 @@ def backends(chunks: list[Any], optimizer: Any, attention: str) -> str:
     adam = [f"{library(step)} ({type(step).__name__})" for step in steps]
     named = (("linear layers", linear), ("attention", core), ("Adam", adam))
     parts = [f"{what}: {found[0] if found else 'none on this rank'}" for what, found in named]
-    return "; ".join([*parts, f"shield kernels: {kernels.backend(runtime.device().type)}"])
+    return "; ".join([*parts, f"shield kernels: {kernels.backend(local_device().type)}"])

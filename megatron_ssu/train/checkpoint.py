@@ -28,7 +28,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ssu import runtime
+from megatron_ssu.engine.checkpoint_io import Saver, in_process_checkpoint_writers, kept_common_errors, to_disk, watched
+from megatron_ssu.engine.ranks import gathered, is_rank_zero, on_all_ranks, on_rank_zero
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.session import Session
@@ -37,7 +38,6 @@ from megatron_ssu.train.digests import Digests, check_digests, digest_files, wri
 from megatron_ssu.train.identity import Identity, model_facts
 from megatron_ssu.train.latest import LATEST, checkpoint_path, checkpoints_folder, latest_iteration
 from megatron_ssu.train.state import one_line, read_common
-from megatron_ssu.train.writer import Saver, to_disk, watched
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class Checkpoints:
 
     def save_weights(self, session: Session) -> Path:
         """Write the model's weights alone, as iteration 0: for export, not to go on from; collective."""
-        identity = runtime.on_rank_zero(lambda: _model_identity(session))
+        identity = on_rank_zero(lambda: _model_identity(session))
         return self._write(session, lambda: states.model_state(session), Progress(), identity)
 
     def _write(
@@ -137,7 +137,7 @@ class Checkpoints:
             except OSError as error:
                 raise self._unwritten(part, error) from error
 
-        runtime.on_rank_zero(begin)
+        on_rank_zero(begin)
         state = state_of()
         state["progress"] = asdict(progress)
         state["identity"] = identity.facts
@@ -150,7 +150,7 @@ class Checkpoints:
     def _request(self, state: dict[str, Any], part: Path, iteration: int) -> _Pending:
         """Plan the save on all ranks, write the common part, and start the writer."""
         saver = Saver(background=self.background)
-        with runtime.in_process_checkpoint_writers(), runtime.kept_common_errors() as errors:
+        with in_process_checkpoint_writers(), kept_common_errors() as errors:
             request = dist_checkpointing.save(state, str(part), saver, async_sharded_save=True)
         assert request is not None
         pending = _Pending(iteration, part, request, saver, errors=errors)
@@ -187,7 +187,7 @@ class Checkpoints:
         while True:
             if pending.thread is not None:
                 pending.thread.join(POLL)
-            reports = runtime.gathered((pending.busy, pending.steps))
+            reports = gathered((pending.busy, pending.steps))
             done = sum(steps for _, steps in reports)
             if done > seen:
                 self.mark()
@@ -209,7 +209,7 @@ class Checkpoints:
             if pending.errors:
                 raise self._unwritten(pending.part, pending.errors[0])
 
-        def gathered() -> None:
+        def finalize() -> None:
             try:
                 pending.request.finalize_fns[0]()
             except (Exception, CheckpointException) as error:  # torch's is no Exception
@@ -219,12 +219,12 @@ class Checkpoints:
 
         final = self.path(pending.iteration)
         try:
-            runtime.on_all_ranks(wrote)
-            runtime.on_all_ranks(gathered)
-            digests = runtime.gathered(pending.digests)
-            runtime.on_rank_zero(lambda: self._publish(pending.part, final, pending.iteration, digests))
+            on_all_ranks(wrote)
+            on_all_ranks(finalize)
+            digests = gathered(pending.digests)
+            on_rank_zero(lambda: self._publish(pending.part, final, pending.iteration, digests))
         except UserError:
-            if runtime.is_rank_zero():
+            if is_rank_zero():
                 shutil.rmtree(pending.part, ignore_errors=True)
             raise
         return final
@@ -275,7 +275,7 @@ class Checkpoints:
             UserError: the checkpoint is damaged, or belongs to another run.
         """
         path, phase = self.path(iteration), session.run.train.phase
-        common = runtime.on_all_ranks(lambda: _checked(path))
+        common = on_all_ranks(lambda: _checked(path))
         progress = Progress(**common["progress"])
         new_phase = phase.number > progress.phase
 
@@ -283,7 +283,7 @@ class Checkpoints:
             progress.check_phase(phase.number, path)
             identity.compare(common["identity"], path, new_phase=new_phase)
 
-        runtime.on_all_ranks(compare)
+        on_all_ranks(compare)
         states.load_model(session, path)
         settings = _settings(optimizer)
         same_mesh = common["mesh"] == states.mesh_facts(session)
@@ -302,8 +302,8 @@ class Checkpoints:
         Raises UserError where they are weights of another model than the session's, or in another precision.
         """
         path = self.path(iteration)
-        common = runtime.on_all_ranks(lambda: _checked(path))
-        runtime.on_rank_zero(lambda: _model_identity(session).compare_model(common["identity"], path))
+        common = on_all_ranks(lambda: _checked(path))
+        on_rank_zero(lambda: _model_identity(session).compare_model(common["identity"], path))
         states.load_model(session, path)
         return common
 

@@ -25,8 +25,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
-from megatron_ssu import runtime
 from megatron_ssu.data.loader import iterate, lost_loader
+from megatron_ssu.engine.device import has_cuda, local_device
+from megatron_ssu.engine.ranks import on_rank_zero
+from megatron_ssu.engine.tensors import scale_all
 from megatron_ssu.session import Session
 from megatron_ssu.shield.file import Shield
 from megatron_ssu.shield.local import LocalShield
@@ -62,7 +64,7 @@ def language_model_loss(loss: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, T
 
 def forward_step(iterator: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
     """megatron's forward step: one micro-batch, or this rank's part of its sequences, through one model chunk."""
-    where = runtime.device()
+    where = local_device()
     batch = {key: value.to(where, non_blocking=True) for key, value in next(iterator).items()}
     batch = get_batch_on_this_cp_rank(batch)
     output = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
@@ -74,7 +76,7 @@ def mean_loss(reports: list[dict[str, Tensor]], votes: Sequence[float] = ()) -> 
 
     Reports are empty outside the last pipeline stage.
     """
-    total = torch.zeros(2 + len(votes), dtype=torch.float64, device=runtime.device())
+    total = torch.zeros(2 + len(votes), dtype=torch.float64, device=local_device())
     for report in reports:
         total[:2] += report["loss"]
     if votes:
@@ -107,7 +109,7 @@ class Trainer:
         if run.parallel.transformer.get("gradient_accumulation_fusion", True):
             accumulate_in_gemm(session.chunks)
         self.ddp_config = DistributedDataParallelConfig(
-            use_distributed_optimizer=True, **ddp_fields(run.parallel.ddp, nccl=runtime.has_cuda())
+            use_distributed_optimizer=True, **ddp_fields(run.parallel.ddp, nccl=has_cuda())
         )
         self.chunks = [
             DistributedDataParallel(session.config, self.ddp_config, chunk, disable_bucketing=index > 0)
@@ -287,7 +289,7 @@ def clip(optimizer: MegatronOptimizer, norm: float) -> None:
         grads = [p.grad for p in parameters if p.grad is not None]
         coefficient = member.config.clip_grad / (norm + 1e-6)
         if grads and 0 < coefficient < 1:
-            torch._foreach_mul_(grads, coefficient)
+            scale_all(grads, coefficient)
 
 
 @dataclass
@@ -372,7 +374,7 @@ class Loop:
         self.telemetry.warn(f"step skipped at {where}: {what}; no weight moved ({progress.skipped} in a row)")
         if progress.skipped >= self.run.train.max_skipped:
             self.published()
-            latest = runtime.on_rank_zero(self.checkpoints.latest)
+            latest = on_rank_zero(self.checkpoints.latest)
             good = (
                 f"the last good checkpoint is {self.checkpoints.path(latest)}"
                 if latest

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_ssu import runtime
+from megatron_ssu.engine.device import has_cuda
 
 
 class Clock(Protocol):
@@ -50,7 +50,7 @@ class Phases:
     """`with phases(name)` books the time within, less that of inner phases."""
 
     def __init__(self, clock: Clock | None = None) -> None:
-        self._clock: Clock = clock or (StreamClock() if runtime.has_cuda() else HostClock())
+        self._clock: Clock = clock or (StreamClock() if has_cuda() else HostClock())
         self._open: list[tuple[str, Any]] = []  # phases around, each with the mark from which it is not booked yet
         self._spent: deque[tuple[str, Any, Any]] = deque()  # phase and its two marks, not read yet
 

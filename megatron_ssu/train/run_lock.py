@@ -394,10 +394,10 @@ def held(directory: str | Path, command: str) -> Iterator[None]:
 
     Raises UserError on all ranks where another job holds it, before anything is touched.
     """
-    from megatron_ssu import runtime  # late: it imports megatron-core
+    from megatron_ssu.engine.ranks import on_rank_zero  # late: it imports torch
 
     lock = RunLock(directory, command)
-    while not runtime.on_rank_zero(lock.attempt):  # step by step: other ranks' wait for rank 0 has a time limit
+    while not on_rank_zero(lock.attempt):  # step by step: other ranks' wait for rank 0 has a time limit
         pass
     try:
         yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -18,25 +17,15 @@ from megatron.core.enums import Fp8Recipe
 from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
-from megatron_ssu import runtime
+from megatron_ssu.engine.checkpoint_io import check_metadata, weights_only_checkpoints
+from megatron_ssu.engine.device import local_device
+from megatron_ssu.engine.ranks import on_all_ranks
 from megatron_ssu.errors import UserError
 from megatron_ssu.session import Session
 from megatron_ssu.train.scaling import restore_scaling, scaling_room, scaling_state
 
 RNG_BYTES = 1 << 16  # room for one rank's generators
-_DCP = "torch.distributed.checkpoint"
-_METADATA_NAMES = frozenset(  # all that torch 2.13 writes into our `.metadata`: dataclasses, enums, dtypes
-    {
-        *((f"{_DCP}.metadata", n) for n in ("Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata")),
-        *((f"{_DCP}.metadata", n) for n in ("TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING")),
-        (f"{_DCP}.filesystem", "_StorageInfo"),
-        ("torch", "Size"),
-        *(("torch", n) for n in ("float32", "bfloat16", "uint8")),
-        ("torch.serialization", "_get_layout"),  # a table look-up by name
-    }
-)
 
 
 def sharded_state(session: Session, optimizer: MegatronOptimizer) -> dict[str, Any]:
@@ -110,7 +99,7 @@ def mesh_facts(session: Session) -> dict[str, Any]:
     """The mesh and the kind of device; random number generators are read back on the same one only."""
     mesh = session.mesh
     facts = {k: getattr(mesh, k) for k in ("tensor", "pipeline", "virtual", "context", "data")}
-    return {**facts, "device": runtime.device().type}
+    return {**facts, "device": local_device().type}
 
 
 def _rng(session: Session) -> ShardedTensor:
@@ -161,12 +150,12 @@ def read_sharded(state: dict[str, Any], path: Path) -> dict[str, Any]:
 
     def load() -> dict[str, Any]:
         try:
-            with runtime.weights_only_checkpoints():
+            with weights_only_checkpoints():
                 return dist_checkpointing.load(state, str(path))
         except (Exception, CheckpointException) as error:  # torch's is no Exception
             raise damaged(path, error) from error
 
-    return runtime.on_all_ranks(load)
+    return on_all_ranks(load)
 
 
 def damaged(path: Path, error: BaseException) -> UserError:
@@ -178,31 +167,10 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads torch's `.metadata` without letting it name anything but what it is made of."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        # Whole pairs: the superclass follows the dots of protocol 4's names, and modules hold what they import.
-        if (module, name) in _METADATA_NAMES:
-            return super().find_class(module, name)
-        if (module, name) == ("builtins", "getattr"):
-            return _memory_format
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
-
-
-def _memory_format(*arguments: Any) -> _MEM_FORMAT_ENCODING:
-    """Stands for getattr, by which Python 3.11.0 to 3.11.3 pickle members of enums."""
-    for member in _MEM_FORMAT_ENCODING:
-        if arguments == (_MEM_FORMAT_ENCODING, member.name):
-            return member
-    raise pickle.UnpicklingError("builtins.getattr has no place in a checkpoint's metadata but for memory formats")
-
-
 def _check_metadata(path: Path) -> None:
     """Refuse a `.metadata` that would run code when torch unpickles it."""
     file = path / ".metadata"
     try:
-        with file.open("rb") as stream:
-            _MetadataUnpickler(stream).load()
+        check_metadata(file)
     except Exception as error:  # unpickling damaged bytes raises many kinds
         raise damaged(file, error) from error

@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_ssu import runtime
 from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.engine.device import has_cuda
 from megatron_ssu.errors import UserError
 from megatron_ssu.train.sinks import Guarded, open_sinks
 
@@ -138,7 +138,7 @@ class Telemetry:
 
 def _memory() -> dict[str, float]:
     """Peak bytes of this process: on the GPU where there is one, else resident."""
-    if runtime.has_cuda():
+    if has_cuda():
         return {"memory_bytes": float(torch.cuda.max_memory_allocated())}
     scale = 1 if sys.platform == "darwin" else 1024
     return {"memory_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)}

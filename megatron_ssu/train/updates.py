@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
-from megatron_ssu import runtime
+from megatron_ssu.engine.device import local_device
 from megatron_ssu.models.layout import Layout
 from megatron_ssu.models.matrix import KINDS
 
@@ -27,7 +27,7 @@ def update_norms(optimizer: MegatronOptimizer, layout: Layout) -> dict[str, floa
     """
     # A tensor-parallel rank may hold nothing but the padding of embedding and head, which is of no matrix.
     kinds = {local.param: _kind(local.pieces) for local in layout if local.pieces}
-    squares = torch.zeros(len(NAMES), dtype=torch.float64, device=runtime.device())
+    squares = torch.zeros(len(NAMES), dtype=torch.float64, device=local_device())
     for member in getattr(optimizer, "chained_optimizers", [optimizer]):
         if getattr(member, "is_stub_optimizer", False):
             continue

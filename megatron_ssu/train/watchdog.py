@@ -24,6 +24,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_ssu.engine.ranks import WAITING_FILES, job_store
 from megatron_ssu.io.output import print_error
 from megatron_ssu.train.faults import STATUS_RANK_LOST
 
@@ -35,7 +36,6 @@ _FOUND = "found"
 _STORE_TRIES = 3  # failures in a row
 _READERS = 4  # ranks that read all heartbeats: n that read n would be too much for the store
 _PATIENCE = 8  # heartbeats that the others wait for them, who take three
-_WAITING = ("distributed_c10d.py", "p2p_communication.py")  # files of a main thread that waits for other ranks
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Watchdog:
             name = os.path.basename(frame.f_code.co_filename)
             if depth == 0:
                 place = f"{name}:{frame.f_lineno}"
-            waiting = waiting or name in _WAITING
+            waiting = waiting or name in WAITING_FILES
             frame, depth = frame.f_back, depth + 1
         return waiting, place
 
@@ -215,7 +215,7 @@ def _own_store(rank: int) -> Any:
     """A connection of our own to the job's store: the main thread may hold the common one while it waits.
 
     Its keys carry the number of this watchdog in the job, counted by every rank alike: none reads another's."""
-    store = dist.distributed_c10d._get_default_store()
+    store: Any = job_store()
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     own: Any

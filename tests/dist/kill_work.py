@@ -13,7 +13,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from megatron_ssu import runtime
+from megatron_ssu.engine.cpu_backend import install_cpu_backend
+from megatron_ssu.engine.ranks import on_rank_zero
 from megatron_ssu.train.checkpoint import Checkpoints
 from tests.dist import resume_work
 from tests.dist.work import mesh
@@ -25,7 +26,7 @@ def rank(number: int, store: str, order: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    runtime.install_cpu_backend()
+    install_cpu_backend()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=order["world"])
     directory = Path(order["directory"])
     run = resume_work.make_run(
@@ -37,7 +38,7 @@ def rank(number: int, store: str, order: dict[str, Any]) -> None:
         async_save=True,
         micro_batch_size=4,  # few exchanges per step: on a CPU they take the time
     )
-    runtime.on_rank_zero(Checkpoints(directory).clean)
+    on_rank_zero(Checkpoints(directory).clean)
     answer = resume_work.train_run(run, order["shield"])
     digest = hashlib.sha256()
     for tensor in (*answer["weights"], *answer["moments"]):

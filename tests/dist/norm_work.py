@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from megatron_ssu import runtime
+from megatron_ssu.engine.mesh import start_mesh
 from megatron_ssu.models.modules import ProjectionRMSNorm
 
 HEADS, SIZE = 4, 8
@@ -14,7 +14,7 @@ HEADS, SIZE = 4, 8
 
 def norm_with_gradients(tensor: int) -> list[torch.Tensor]:
     """This rank's heads of output, input gradient [5, 3, n, d] and weight gradient [n * d], fp32."""
-    mesh = runtime.start_mesh(tensor)
+    mesh = start_mesh(tensor)
     draw = torch.Generator().manual_seed(0)
     x, grad = torch.randn(5, 3, HEADS, SIZE, generator=draw), torch.randn(5, 3, HEADS, SIZE, generator=draw)
     weight = 1 + 0.2 * torch.randn(HEADS, SIZE, generator=draw)

@@ -48,10 +48,10 @@ def _serve(rank: int, world: int, store: str, pipe: Any, work: Callable, args: t
     import torch
     import torch.distributed as dist
 
-    from megatron_ssu import runtime
+    from megatron_ssu.engine.cpu_backend import install_cpu_backend
 
     torch.set_num_threads(1)
-    runtime.install_cpu_backend()
+    install_cpu_backend()
     share_a_device()
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)

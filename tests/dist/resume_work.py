@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from megatron_ssu import runtime
 from megatron_ssu.config.schema import (
     OPTIMIZER_DEFAULTS,
     CheckpointSection,
@@ -24,6 +23,7 @@ from megatron_ssu.config.schema import (
     ScheduleSection,
     TrainSection,
 )
+from megatron_ssu.engine.ranks import on_rank_zero
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.session import open_session
 from megatron_ssu.shield.file import Shield, load_shield
@@ -88,7 +88,7 @@ def train_run(
     shield = load_shield(shield_file) if shield_file else empty
     trainer = loop.Trainer(session, shield)
     checkpoints, progress = Checkpoints(run.checkpoint.directory), Progress(phase=run.train.phase.number)
-    latest = runtime.on_rank_zero(checkpoints.latest)
+    latest = on_rank_zero(checkpoints.latest)
     if latest is not None:
         progress = checkpoints.load(latest, session, identity_of(run, shield, []), trainer.optimizer)
         trainer.resume(progress)

@@ -12,7 +12,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-from megatron_ssu import runtime
 from megatron_ssu.config.schema import (
     OPTIMIZER_DEFAULTS,
     CalibrationSection,
@@ -26,6 +25,7 @@ from megatron_ssu.config.schema import (
     ShieldSection,
     TrainSection,
 )
+from megatron_ssu.engine.device import local_device
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.hf_export import export_model
 from megatron_ssu.session import Session, open_session
@@ -64,7 +64,7 @@ def logits(model: str, parallel: dict[str, Any], ids: torch.Tensor, dtype: str =
     """Logits [b, s, V], unpadded, on the first rank of the last stage."""
     session = open_session(run_config(model, parallel, dtype))
     batch, length = ids.shape
-    ids = ids.to(runtime.device())
+    ids = ids.to(local_device())
     positions = torch.arange(length, device=ids.device).expand(batch, -1)
     for chunk in session.chunks:
         chunk.eval()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ssu import runtime
+from megatron_ssu.engine.mesh import start_processes, stop_processes
 from megatron_ssu.models.build import has_transformer_engine
 from megatron_ssu.session import open_session
 from megatron_ssu.shield.file import load_shield
@@ -31,9 +31,9 @@ ROOT = Path(__file__).parents[2]
 STEPS, STOP = 6, 3
 ON_CPU = """
 import pickle, signal, sys
-from megatron_ssu import runtime
+from megatron_ssu.engine.cpu_backend import install_cpu_backend
 from tests.dist import resume_work as work
-runtime.install_cpu_backend()
+install_cpu_backend()
 run, shield, kick, answer = pickle.load(open(sys.argv[1], "rb"))
 found = work.train_run(run, shield, kick=kick)
 pickle.dump(found["history"], open(answer, "wb"))
@@ -58,11 +58,11 @@ def train(run, shield, **options):
         from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
         FP8GlobalStateManager.reset()
-    runtime.start_processes()
+    start_processes()
     try:
         return work.train_run(run, shield, **options)
     finally:
-        runtime.stop_processes()
+        stop_processes()
 
 
 @pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
@@ -85,7 +85,7 @@ def test_three_steps_and_three_are_six(precision, async_save, shielded, tmp_path
 def test_a_save_gathers_nothing_on_the_gpu(shielded, tmp_path):
     """The optimizer's state goes to the host as each rank holds it; an exchange would take 4 bytes per parameter and more."""
     model, shield = shielded
-    runtime.start_processes()
+    start_processes()
     try:
         run = make_run(model, tmp_path / "run")
         session = open_session(run)
@@ -99,7 +99,7 @@ def test_a_save_gathers_nothing_on_the_gpu(shielded, tmp_path):
         assert torch.cuda.max_memory_allocated() - before < 8 * largest + 2**20
         assert torch.cuda.memory_allocated() - before < 2**16
     finally:
-        runtime.stop_processes()
+        stop_processes()
 
 
 def test_a_checkpoint_of_the_cpu_resumes_on_the_gpu(shielded, tmp_path):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.extensions import transformer_engine as engine
 
-from megatron_ssu import runtime
+from megatron_ssu.engine.mesh import start_processes, stop_processes
 from megatron_ssu.models.build import has_transformer_engine
 from megatron_ssu.models.modules import SplitRMSNorm
 from megatron_ssu.scoring.calibrate import MicroBatch, calibration_pass
@@ -41,9 +41,9 @@ FP8 = {
 
 @pytest.fixture(autouse=True)
 def alone():
-    runtime.start_processes()
+    start_processes()
     yield
-    runtime.stop_processes()
+    stop_processes()
     if engine.HAVE_TE:
         engine.FP8GlobalStateManager.reset()  # it keeps the scales of layers that are gone
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ssu import runtime
-from megatron_ssu.train import checkpoint, writer
+from megatron_ssu.engine import checkpoint_io
+from megatron_ssu.train import checkpoint
 from megatron_ssu.train.digests import digest_files
 
 
@@ -55,20 +55,22 @@ def test_a_writer_that_hangs_marks_none(saving):
 def test_a_rank_that_has_written_marks_the_progress_of_the_others(saving, monkeypatch):
     checkpoints, pending, marks = saving([5])
     other = iter([(True, 1), (True, 2), (True, 2), (True, 2), (True, 3), (False, 3)])
-    monkeypatch.setattr(runtime, "gathered", lambda mine: [mine, next(other)])
+    monkeypatch.setattr(checkpoint, "gathered", lambda mine: [mine, next(other)])
     checkpoints._wait(pending)
     assert marks == [1, 2, 5] and next(other, None) is None
 
 
 def test_what_is_written_goes_to_the_disk_in_portions(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "PORTION", 100)
+    monkeypatch.setattr(checkpoint_io, "PORTION", 100)
     file, synced, steps = tmp_path / "__0_0.distcp", [], []
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
     tensors = [
         (name, torch.zeros(size, dtype=torch.uint8))
         for name, size in zip("abcdef", (40, 40, 40, 250, 1, 1), strict=True)
     ]
-    [(path, key, (objects, found))] = writer.watched([(str(file), "key", ([], tensors))], lambda: steps.append(1))
+    [(path, key, (objects, found))] = checkpoint_io.watched(
+        [(str(file), "key", ([], tensors))], lambda: steps.append(1)
+    )
     seen = []
     with open(path, "wb", buffering=0) as stream:
         for name, tensor in found:

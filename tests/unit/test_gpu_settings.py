@@ -45,12 +45,12 @@ def config_of(run: RunConfig) -> Any:
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build.runtime, "has_cuda", lambda: True)
+    monkeypatch.setattr(build, "has_cuda", lambda: True)
 
 
 def test_fused_kernels_are_the_default_on_cuda_alone(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(getattr(config_of(run_config()), name) for name in FUSED)
-    monkeypatch.setattr(build.runtime, "has_cuda", lambda: False)
+    monkeypatch.setattr(build, "has_cuda", lambda: False)
     assert not any(getattr(config_of(run_config()), name) for name in FUSED)
 
 

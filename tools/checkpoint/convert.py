@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 def to_core(options: argparse.Namespace, console: Console) -> None:
     """Hugging Face directory -> run directory with one checkpoint of the weights, iteration 0."""
-    from megatron_ssu import runtime
     from megatron_ssu.config.load import save_run
+    from megatron_ssu.engine.mesh import start_processes
+    from megatron_ssu.engine.ranks import on_all_ranks, on_rank_zero
     from megatron_ssu.models.family import family_of
     from megatron_ssu.session import check_run, open_session
     from megatron_ssu.train.checkpoint import Checkpoints
@@ -43,13 +44,13 @@ def to_core(options: argparse.Namespace, console: Console) -> None:
         if record.exists():
             raise UserError(f"{target}: holds a run already and is not overwritten; name another directory")
 
-    runtime.start_processes()
-    run = runtime.on_all_ranks(lambda: _core_run(options))
-    source = runtime.on_all_ranks(lambda: check_run(run, training=False))
+    start_processes()
+    run = on_all_ranks(lambda: _core_run(options))
+    source = on_all_ranks(lambda: check_run(run, training=False))
     with held(target, "convert"):
-        runtime.on_rank_zero(refuse_run)
+        on_rank_zero(refuse_run)
         path = Checkpoints(target).save_weights(open_session(run, source))
-        runtime.on_rank_zero(lambda: save_run(run, record))
+        on_rank_zero(lambda: save_run(run, record))
     console.print(f"{path}: {family_of(source.hf).name}, written", highlight=False)
 
 
@@ -102,7 +103,7 @@ def main() -> int:
     """Convert, and return the exit status."""
     options = parse()
     warnings.filterwarnings("ignore")  # those of libraries
-    from megatron_ssu import runtime
+    from megatron_ssu.engine.mesh import stop_processes
 
     open_closed_streams()
     first, status = os.environ.get("RANK", "0") == "0", 0
@@ -113,7 +114,7 @@ def main() -> int:
         if first or not error.agreed:
             print_error(f"convert: {error}")
         status = 2
-    runtime.stop_processes()
+    stop_processes()
     settle()
     return status
 

@@ -11,8 +11,8 @@ import pytest
 
 FACTORIES = """
 import torch
-from megatron_ssu import runtime
-runtime.install_cpu_backend()
+from megatron_ssu.engine.cpu_backend import install_cpu_backend
+install_cpu_backend()
 with torch.device("meta"):
     print(all(make(3).is_meta for make in (torch.empty, torch.zeros, torch.ones, torch.arange, torch.rand, torch.randn)))
     print(torch.full((3,), 1).is_meta, torch.tensor([1]).is_meta, torch.zeros(3, device="cuda").is_cpu)
@@ -28,19 +28,19 @@ def test_device_contexts_work_behind_the_cpu_backend():
 
 WITHOUT_A_GPU = """
 import megatron_ssu.session  # imports megatron-core before ours
-from megatron_ssu import runtime
+from megatron_ssu.engine.cpu_backend import install_cpu_backend
 from megatron.core import optimizer
 from megatron.core.extensions import transformer_engine
-runtime.install_cpu_backend()
+install_cpu_backend()
 print(optimizer.USING_PYTORCH_OPTIMIZER, transformer_engine.HAVE_TE)
 """
 
 
 TOO_LATE = """
 import sys
-from megatron_ssu import runtime
+from megatron_ssu.engine.cpu_backend import install_cpu_backend
 sys.modules["transformer_engine"] = sys  # as if it had been imported before
-runtime.install_cpu_backend()
+install_cpu_backend()
 """
 
 
