@@ -80,7 +80,6 @@ def transformer_config(run: RunConfig, family: Family, hf: dict[str, Any], dims:
             "bias_activation_fusion": False,
             "bias_dropout_fusion": False,
             "gradient_accumulation_fusion": False,
-            "async_tensor_model_parallel_allreduce": False,
         }
         if run.parallel.virtual_pipeline:
             # On gloo the batched exchange of the interleaved schedule delivers wrong tensors without an error.
