@@ -165,7 +165,7 @@ def kept_common_errors() -> Iterator[list[BaseException]]:
 
     The other ranks are in a collective by then and would wait for rank 0.
     """
-    owner: Any = common.TorchCommonSaveStrategy if _IS_0_16 else serialization
+    owner = owner_of_save_common()
     stock = owner.save_common
     errors: list[BaseException] = []
 
@@ -177,6 +177,11 @@ def kept_common_errors() -> Iterator[list[BaseException]]:
 
     with _replaced(owner, "save_common", save_common):
         yield errors
+
+
+def owner_of_save_common() -> Any:
+    """The object whose `save_common` writes a checkpoint's common part."""
+    return common.TorchCommonSaveStrategy if _IS_0_16 else serialization
 
 
 @contextmanager

@@ -105,13 +105,13 @@ NAMES = (
     PrivateName(
         f"{STRATEGIES}.common.TorchCommonSaveStrategy.save_common",
         "self, common_state_dict, checkpoint_dir",
-        "checkpoint_io:kept_common_errors",
+        "checkpoint_io:owner_of_save_common",
         "<0.17",
     ),
     PrivateName(
         f"{CORE}.dist_checkpointing.serialization.save_common",
         "common_state_dict, checkpoint_dir",
-        "checkpoint_io:kept_common_errors",
+        "checkpoint_io:owner_of_save_common",
         ">=0.17",
     ),
     PrivateName(

@@ -23,6 +23,7 @@ from megatron_ssu.config.schema import (
     ScheduleSection,
     TrainSection,
 )
+from megatron_ssu.engine.checkpoint_io import owner_of_save_common
 from megatron_ssu.engine.ranks import on_rank_zero
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.session import open_session
@@ -141,7 +142,7 @@ def fill_disk(run: RunConfig, where: str, iteration: int) -> None:
     """Train; at `iteration` the write of one part of the checkpoint meets a full disk, on one rank."""
     from unittest import mock
 
-    from megatron.core.dist_checkpointing.strategies import common, filesystem_async
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from torch.distributed.checkpoint import filesystem
 
     def full(*args: Any, **kwargs: Any) -> None:
@@ -149,7 +150,7 @@ def fill_disk(run: RunConfig, where: str, iteration: int) -> None:
 
     patches = {
         "shard": mock.patch.object(filesystem_async, "_write_item", full),
-        "common": mock.patch.object(common.TorchCommonSaveStrategy, "save_common", full),
+        "common": mock.patch.object(owner_of_save_common(), "save_common", full),
         "metadata": mock.patch.object(filesystem.pickle, "dump", full),
     }
     guilty = torch.distributed.get_rank() == (1 if where == "shard" else 0)

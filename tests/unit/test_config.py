@@ -311,7 +311,7 @@ def sample(hint: Any) -> Any:
     if get_origin(hint) is list:
         return [sample(get_args(hint)[0])]
     if get_origin(hint) is tuple:
-        return [sample(arm) for arm in get_args(hint)]
+        return [sample(arm) for arm in get_args(hint) if arm is not ...]
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return next(iter(hint.__members__))
     return {bool: True, int: 3, float: 0.5, str: "word", torch.dtype: "bf16"}[hint]
