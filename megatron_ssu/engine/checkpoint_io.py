@@ -23,12 +23,12 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies import common, filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as strategies
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     distribute_main_replicas_with_precomputed_distribution,
 )
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
@@ -48,7 +48,7 @@ _METADATA_NAMES = frozenset(  # all that torch 2.13 writes into our `.metadata`:
 _IS_0_16 = hasattr(FileSystemWriterAsync, "write_preloaded_data_multiproc")  # else 0.17
 
 
-class Saver(TorchDistSaveShardedStrategy):
+class Saver(strategies.TorchDistSaveShardedStrategy):
     """megatron's strategy. Weights that all data-parallel ranks hold are written by one of them each, spread by size.
 
     With `background` what the training would change is copied. Rank 0's failure to write the metadata is kept, not raised
@@ -69,8 +69,10 @@ class Saver(TorchDistSaveShardedStrategy):
         distribute_main_replicas_with_precomputed_distribution(sharded_state_dict, group, distribution)
         if self.background:
             _copy_cpu_tensors(sharded_state_dict)
-        strategy = () if _IS_0_16 else ("mcore",)
-        return super().async_save(sharded_state_dict, checkpoint_dir, *strategy)
+        if _IS_0_16:
+            return super().async_save(sharded_state_dict, checkpoint_dir)
+        strategies._logged_mcore_async_deprecation = True  # else a line on every rank about a package of NVIDIA's
+        return super().async_save(sharded_state_dict, checkpoint_dir, "mcore")
 
     def _get_save_and_finalize_callbacks(self, writer: Any, plan: Any, *strategy: str) -> AsyncRequest:
         finish, held, errors = type(writer).finish, weakref.ref(writer), self.errors

@@ -81,6 +81,7 @@ NAMES = (
         "checkpoint_io:Saver",
         ">=0.17",
     ),
+    PrivateName(f"{STRATEGIES}.torch._logged_mcore_async_deprecation", "", "checkpoint_io:Saver", ">=0.17"),
     PrivateName(f"{WRITER}.finish", "self, metadata, results", "checkpoint_io:Saver"),
     PrivateName(
         f"{WRITER}.write_preloaded_data",
