@@ -4,12 +4,26 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "rows.hpp"
 
 namespace ssu {
 
 constexpr int64_t kSumColumns = 2048;  // at most: 16 KiB of running sums stay in L1
+
+// bfloat16 as its bits.
+struct bf16 {
+  uint16_t bits;
+};
+
+SSU_INLINE float widen(float x) { return x; }
+SSU_INLINE float widen(bf16 x) {
+  uint32_t u = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
 
 // One row into the sums. Products of two floats are exact in double, so fusing them with the sum changes nothing.
 template <typename T>
@@ -26,6 +40,12 @@ inline void column_sums_portable(const T* w, int64_t rows, int64_t width, int64_
 }
 
 #if SSU_X86
+SSU_AVX512 inline __m512 widen16(const float* p) { return _mm512_loadu_ps(p); }
+SSU_AVX512 inline __m512 widen16(const bf16* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
 SSU_AVX512 inline __m512d add_half(__m512d sum, __m256 half, int square) {
   const __m512d x = _mm512_cvtps_pd(half);
   return square ? _mm512_fmadd_pd(x, x, sum) : _mm512_add_pd(sum, x);
@@ -42,7 +62,7 @@ SSU_AVX512 inline void column_sums_avx512(const T* w, int64_t rows, int64_t widt
     for (int64_t j = 0; j < whole; j += 16) {
       __m512d low = _mm512_loadu_pd(sums + j), high = _mm512_loadu_pd(sums + j + 8);
       for (int k = 0; k < 4; ++k) {
-        __m512 v = load16(row + k * width + j, 0xffff);
+        __m512 v = widen16(row + k * width + j);
         if (!square) v = _mm512_andnot_ps(_mm512_set1_ps(-0.0f), v);
         low = add_half(low, _mm512_castps512_ps256(v), square);
         high = add_half(high, _mm512_extractf32x8_ps(v, 1), square);
@@ -69,7 +89,7 @@ inline void column_sums(const T* w, int64_t rows, int64_t width, int square, dou
     const int64_t at = g * group, n = std::min(width - at, group);
     double sums[kSumColumns] = {};
 #if SSU_X86
-    if (level == kAvx512) {
+    if (level >= kAvx512) {
       column_sums_avx512(w + at, rows, width, n, square, sums);
     } else {
       column_sums_portable(w + at, rows, width, n, square, sums);

@@ -1,10 +1,10 @@
 // Gather and scatter of trainable elements on CUDA; see shield_core.hpp for the data layout. Free of torch headers.
+// Elements are words of 2 or 4 bytes (T is uint16_t or uint32_t): bits are moved, never converted.
 //
 // Pieces: the grid is cut into tiles of SSU_TILE_ROWS rows x SSU_TILE_COLUMNS trainable columns. A thread keeps its
 // column numbers in registers and walks down the rows, so the column list is read once a tile; neighbouring lanes write
 // (gather) or read (scatter) neighbouring compact elements. Elements: a block takes kBlock elements, a warp 1024 of
 // them: 32 mask words, whose running counts come from a warp scan and from the block's entry in `counts`.
-#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include "kernels.h"
@@ -17,26 +17,35 @@ constexpr int64_t kTileElements = int64_t{SSU_TILE_ROWS} * SSU_TILE_COLUMNS;
 constexpr int64_t kBlock = 8192;
 constexpr int kWarps = kThreads / 32;
 static_assert(kBlock == int64_t{kWarps} * 1024, "a warp handles 32 words of 32 elements");
+constexpr int kShared = 8;  // rows that a thread block keeps in shared memory: 32 KiB of 4-byte elements
+constexpr int kSets = 4;    // sets of columns that one launch gathers
+
+struct ColumnSets {
+  ssu_columns set[kSets];
+  int n;
+};
 
 struct Piece {
-  int64_t dense, src, rows, out, bit, width, count, col, first, cost, tile;
+  int64_t dense, src, rows, out, bit, width, count, stride, col, cost, tile;
 };
 
 struct Gather {
   template <typename T>
-  __device__ static void move(T* full, float* compact) {
-    *compact = static_cast<float>(*full);
+  __device__ static void move(const T* full, T* compact) {
+    *compact = *full;
   }
 };
 
 struct Scatter {
-  __device__ static void move(float* full, float* compact) { *full = *compact; }
-  __device__ static void move(__nv_bfloat16* full, float* compact) { *full = __float2bfloat16_rn(*compact); }
+  template <typename T>
+  __device__ static void move(T* full, const T* compact) {
+    *full = *compact;
+  }
 };
 
 template <typename Op, typename T>
 __global__ void __launch_bounds__(kThreads)
-    pieces_kernel(T* full, float* compact, const Piece* pieces, int64_t n, const int32_t* columns) {
+    pieces_kernel(T* full, T* compact, const Piece* pieces, int64_t n, const int32_t* columns) {
   const int64_t tile = blockIdx.x;
   int64_t low = 0, high = n;  // the last piece whose first tile is not after this one
   while (high - low > 1) {
@@ -62,12 +71,12 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
     const int64_t j = column0 + k * kThreads;
-    offset[k] = j < p.count ? columns[p.col + j] - p.first : -1;
+    offset[k] = j < p.count ? columns[p.col + j] : -1;
   }
   T* full_row = full + p.src + row0 * p.width;
-  float* compact_row = compact + p.out + row0 * p.count + column0;
+  T* compact_row = compact + p.out + row0 * p.stride + column0;
 #pragma unroll 4
-  for (int64_t r = 0; r < rows; ++r, full_row += p.width, compact_row += p.count) {
+  for (int64_t r = 0; r < rows; ++r, full_row += p.width, compact_row += p.stride) {
 #pragma unroll
     for (int k = 0; k < kPerThread; ++k) {
       if (offset[k] >= 0) Op::move(full_row + offset[k], compact_row + k * kThreads);
@@ -77,7 +86,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename Op, typename T>
 __global__ void __launch_bounds__(kThreads)
-    elements_kernel(T* full, float* compact, int64_t numel, const uint32_t* words, const int64_t* counts) {
+    elements_kernel(T* full, T* compact, int64_t numel, const uint32_t* words, const int64_t* counts) {
   __shared__ int warp_total[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t begin = blockIdx.x * kBlock + warp * int64_t{1024};
@@ -105,32 +114,102 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename Op>
-int launch_pieces(void* full, int type, float* compact, const int64_t* pieces, int64_t n, int64_t tiles,
-                  const int32_t* columns, void* stream) {
-  if (tiles == 0) return 0;
-  const auto* p = reinterpret_cast<const Piece*>(pieces);
-  const auto s = static_cast<cudaStream_t>(stream);
-  const dim3 grid(static_cast<unsigned>(tiles));
-  if (type == SSU_FLOAT32) {
-    pieces_kernel<Op><<<grid, kThreads, 0, s>>>(static_cast<float*>(full), compact, p, n, columns);
-  } else {
-    pieces_kernel<Op><<<grid, kThreads, 0, s>>>(static_cast<__nv_bfloat16*>(full), compact, p, n, columns);
+template <typename T>
+__global__ void __launch_bounds__(kThreads) columns_kernel(const T* x, T* out, int64_t rows, int64_t width,
+                                                           int64_t stride, int64_t across, const int32_t* columns) {
+  const int64_t row0 = blockIdx.x / across * SSU_TILE_ROWS;
+  const int64_t column0 = blockIdx.x % across * SSU_TILE_COLUMNS + threadIdx.x;
+  const int64_t height = min(int64_t{SSU_TILE_ROWS}, rows - row0);
+  int64_t offset[kPerThread];
+#pragma unroll
+  for (int k = 0; k < kPerThread; ++k) {
+    const int64_t j = column0 + k * kThreads;
+    offset[k] = j < stride ? columns[j] : -1;
   }
+  const T* from = x + row0 * width;
+  T* to = out + row0 * stride + column0;
+#pragma unroll 4
+  for (int64_t r = 0; r < height; ++r, from += width, to += stride) {
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) {
+      if (column0 + k * kThreads < stride) to[k * kThreads] = offset[k] >= 0 ? from[offset[k]] : T{0};
+    }
+  }
+}
+
+// Several sets of columns: kShared rows x SSU_TILE_COLUMNS columns of x are loaded once, for all sets.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    column_sets_kernel(const T* x, int64_t rows, int64_t width, int64_t across, ColumnSets sets) {
+  __shared__ T tile[kShared][SSU_TILE_COLUMNS];
+  const int64_t row0 = blockIdx.x / across * kShared;
+  const int64_t segment = blockIdx.x % across, column0 = segment * SSU_TILE_COLUMNS;
+  const int height = static_cast<int>(min(int64_t{kShared}, rows - row0));
+  const int length = static_cast<int>(min(int64_t{SSU_TILE_COLUMNS}, width - column0));
+  const T* from = x + row0 * width + column0;
+  for (int i = threadIdx.x; i < length; i += kThreads) {
+#pragma unroll
+    for (int r = 0; r < kShared; ++r) {
+      if (r < height) tile[r][i] = from[r * width + i];
+    }
+  }
+  __syncthreads();
+  for (int s = 0; s < sets.n; ++s) {
+    const ssu_columns& set = sets.set[s];
+    const int last = set.starts[segment + 1];
+    for (int j = set.starts[segment] + threadIdx.x; j < last; j += kThreads) {
+      const int32_t column = set.columns[j];
+      T* to = static_cast<T*>(set.out) + row0 * set.stride + j;
+#pragma unroll
+      for (int r = 0; r < kShared; ++r) {
+        if (r < height) to[r * set.stride] = column >= 0 ? tile[r][column - column0] : T{0};
+      }
+    }
+  }
+}
+
+template <typename Op, typename T>
+int launch_pieces(void* full, void* compact, const int64_t* pieces, int64_t n, int64_t tiles, const int32_t* columns,
+                  void* stream) {
+  if (tiles == 0) return 0;
+  pieces_kernel<Op><<<static_cast<unsigned>(tiles), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      static_cast<T*>(full), static_cast<T*>(compact), reinterpret_cast<const Piece*>(pieces), n, columns);
   return static_cast<int>(cudaGetLastError());
 }
 
-template <typename Op>
-int launch_elements(void* full, int type, float* compact, int64_t numel, const uint8_t* bits, const int64_t* counts,
+template <typename Op, typename T>
+int launch_elements(void* full, void* compact, int64_t numel, const uint8_t* bits, const int64_t* counts,
                     void* stream) {
   if (numel == 0) return 0;
-  const auto* words = reinterpret_cast<const uint32_t*>(bits);
-  const auto s = static_cast<cudaStream_t>(stream);
-  const dim3 grid(static_cast<unsigned>((numel + kBlock - 1) / kBlock));
-  if (type == SSU_FLOAT32) {
-    elements_kernel<Op><<<grid, kThreads, 0, s>>>(static_cast<float*>(full), compact, numel, words, counts);
-  } else {
-    elements_kernel<Op><<<grid, kThreads, 0, s>>>(static_cast<__nv_bfloat16*>(full), compact, numel, words, counts);
+  const auto blocks = static_cast<unsigned>((numel + kBlock - 1) / kBlock);
+  elements_kernel<Op><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      static_cast<T*>(full), static_cast<T*>(compact), numel, reinterpret_cast<const uint32_t*>(bits), counts);
+  return static_cast<int>(cudaGetLastError());
+}
+
+template <typename T>
+int launch_columns(const void* x, int64_t rows, int64_t width, const ssu_columns& set, void* stream) {
+  if (rows == 0 || set.stride == 0) return 0;
+  const int64_t across = (set.stride + SSU_TILE_COLUMNS - 1) / SSU_TILE_COLUMNS;
+  const auto tiles = static_cast<unsigned>((rows + SSU_TILE_ROWS - 1) / SSU_TILE_ROWS * across);
+  columns_kernel<<<tiles, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      static_cast<const T*>(x), static_cast<T*>(set.out), rows, width, set.stride, across, set.columns);
+  return static_cast<int>(cudaGetLastError());
+}
+
+// A single set reads what it needs of x alone, which may be little of it.
+template <typename T>
+int launch_column_sets(const void* x, int64_t rows, int64_t width, const ssu_columns* sets, int n, void* stream) {
+  if (n == 1) return launch_columns<T>(x, rows, width, sets[0], stream);
+  if (rows == 0 || width == 0) return 0;
+  const int64_t across = (width + SSU_TILE_COLUMNS - 1) / SSU_TILE_COLUMNS;
+  const auto tiles = static_cast<unsigned>((rows + kShared - 1) / kShared * across);
+  for (int first = 0; first < n; first += kSets) {
+    ColumnSets some{};
+    some.n = n - first < kSets ? n - first : kSets;
+    for (int s = 0; s < some.n; ++s) some.set[s] = sets[first + s];
+    column_sets_kernel<<<tiles, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<const T*>(x), rows, width,
+                                                                                  across, some);
   }
   return static_cast<int>(cudaGetLastError());
 }
@@ -139,24 +218,34 @@ int launch_elements(void* full, int type, float* compact, int64_t numel, const u
 
 extern "C" {
 
-int ssu_cuda_gather_pieces(const void* src, int type, float* out, const int64_t* pieces, int64_t n, int64_t tiles,
+int ssu_cuda_gather_pieces(const void* src, void* out, int size, const int64_t* pieces, int64_t n, int64_t tiles,
                            const int32_t* columns, void* stream) {
-  return launch_pieces<Gather>(const_cast<void*>(src), type, out, pieces, n, tiles, columns, stream);
+  const auto launch = size == 2 ? launch_pieces<Gather, uint16_t> : launch_pieces<Gather, uint32_t>;
+  return launch(const_cast<void*>(src), out, pieces, n, tiles, columns, stream);
 }
 
-int ssu_cuda_scatter_pieces(const float* values, void* dst, int type, const int64_t* pieces, int64_t n, int64_t tiles,
+int ssu_cuda_scatter_pieces(const void* values, void* dst, int size, const int64_t* pieces, int64_t n, int64_t tiles,
                             const int32_t* columns, void* stream) {
-  return launch_pieces<Scatter>(dst, type, const_cast<float*>(values), pieces, n, tiles, columns, stream);
+  const auto launch = size == 2 ? launch_pieces<Scatter, uint16_t> : launch_pieces<Scatter, uint32_t>;
+  return launch(dst, const_cast<void*>(values), pieces, n, tiles, columns, stream);
 }
 
-int ssu_cuda_gather_elements(const void* src, int type, float* out, int64_t numel, const uint8_t* bits,
+int ssu_cuda_gather_elements(const void* src, void* out, int size, int64_t numel, const uint8_t* bits,
                              const int64_t* counts, void* stream) {
-  return launch_elements<Gather>(const_cast<void*>(src), type, out, numel, bits, counts, stream);
+  const auto launch = size == 2 ? launch_elements<Gather, uint16_t> : launch_elements<Gather, uint32_t>;
+  return launch(const_cast<void*>(src), out, numel, bits, counts, stream);
 }
 
-int ssu_cuda_scatter_elements(const float* values, void* dst, int type, int64_t numel, const uint8_t* bits,
+int ssu_cuda_scatter_elements(const void* values, void* dst, int size, int64_t numel, const uint8_t* bits,
                               const int64_t* counts, void* stream) {
-  return launch_elements<Scatter>(dst, type, const_cast<float*>(values), numel, bits, counts, stream);
+  const auto launch = size == 2 ? launch_elements<Scatter, uint16_t> : launch_elements<Scatter, uint32_t>;
+  return launch(dst, const_cast<void*>(values), numel, bits, counts, stream);
+}
+
+int ssu_cuda_gather_columns(const void* x, int size, int64_t rows, int64_t width, const ssu_columns* sets, int n,
+                            void* stream) {
+  const auto launch = size == 2 ? launch_column_sets<uint16_t> : launch_column_sets<uint32_t>;
+  return launch(x, rows, width, sets, n, stream);
 }
 
 const char* ssu_cuda_error(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }

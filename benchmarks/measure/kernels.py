@@ -1,4 +1,4 @@
-"""Gather, scatter and column sums: bytes a second against a memory copy on the same machine, in the same run."""
+"""Gather, scatter, columns of activations, column sums: bytes a second against a memory copy in the same run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from common import Timing, interleave, machine, milliseconds, show, write_json
 from rich.console import Console
 
-from megatron_ssu.shield import kernels
-from megatron_ssu.shield.shards import RowRun, ShardMask
+from megatron_ssu.compact import kernels
+from megatron_ssu.compact.shards import RowRun, ShardMask
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -24,21 +24,26 @@ def touched(trainable: torch.Tensor, size: int, line: int) -> int:
     return int(padded.view(-1, per_line).any(dim=1).sum()) * line
 
 
+def chosen_columns(width: int, ratio: float, generator: torch.Generator) -> torch.Tensor:
+    """The trainable columns of a matrix whose frozen share is `ratio`."""
+    return torch.randperm(width, generator=generator)[: width - int(ratio * width)].sort().values
+
+
 def make_mask(kind: str, rows: int, width: int, ratio: float) -> tuple[ShardMask, torch.Tensor]:
-    """A mask of a shard that ends within rows, and its bool form. 'fused' is q, k, v with a column set each."""
+    """A mask and its bool form. 'fused' is q, k, v with a column set each; rows are padded to a multiple of 16."""
     generator = torch.Generator().manual_seed(0)
-    start, end = 7, rows * width - 11
     if kind == "element":
         frozen = torch.rand(rows * width, generator=generator) < ratio
-        return ShardMask.from_bits((rows, width), frozen, start, end), ~frozen[start:end]
-    count = width - int(ratio * width)
-    patterns = [torch.randperm(width, generator=generator)[:count].sort().values for _ in range(3)]
+        return ShardMask.from_bits((rows, width), frozen), ~frozen
+    patterns = [chosen_columns(width, ratio, generator) for _ in range(3)]
     cuts = [0, rows] if kind == "column" else [rows * k // 24 for k in range(25)]
     runs = [RowRun(a, b, k % 3) for k, (a, b) in enumerate(itertools.pairwise(cuts))]
     trainable = torch.zeros(rows, width, dtype=torch.bool)
     for run in runs:
         trainable[run.start : run.stop, patterns[run.pattern]] = True
-    return ShardMask.from_patterns((rows, width), runs, patterns, start, end), trainable.view(-1)[start:end]
+    return ShardMask.from_patterns(
+        (rows, width), runs, patterns, stride=-(-max(p.numel() for p in patterns) // 16) * 16
+    ), trainable.view(-1)
 
 
 def measure(kind: str, mib: int, name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -51,35 +56,52 @@ def measure(kind: str, mib: int, name: str, args: argparse.Namespace) -> list[di
     mask = mask.to(device)
     full = torch.randn(mask.length, device=device).to(dtype)
     other = torch.empty_like(full)
-    values = torch.empty(mask.numel, device=device)
+    values = torch.empty(mask.size, dtype=dtype, device=device)
+    compact = size * mask.numel
     work: dict[str, tuple[Callable[[], object], int]] = {
-        "gather": (lambda: mask.gather(full, values), lines + 4 * mask.numel),
-        "gather torch": (lambda: kernels.torch_gather(mask, full, values), lines + 4 * mask.numel),
-        "scatter": (lambda: mask.scatter(values, other), 2 * lines + 4 * mask.numel),
-        "scatter torch": (lambda: kernels.torch_scatter(mask, values, other), 2 * lines + 4 * mask.numel),
+        "gather": (lambda: mask.gather(full, values), lines + compact),
+        "gather torch": (lambda: kernels.torch_gather(mask, full, values), lines + compact),
+        "scatter": (lambda: mask.scatter(values, other), 2 * lines + compact),
+        "scatter torch": (lambda: kernels.torch_scatter(mask, values, other), 2 * lines + compact),
     }
     times = interleave({"copy": lambda: other.copy_(full), **{k: run for k, (run, _) in work.items()}}, args.rounds)
     copied = 2 * size * mask.length
     results = []
     for operation in ("gather", "scatter"):
-        moved = work[operation][1]
-        results.append(
-            {
-                "operation": operation,
-                "mask": kind,
-                "dtype": name,
-                "shard_mib": mib,
-                "bytes": moved,
-                "useful_bytes": mask.numel * (size + 4),
-                "copy_bytes": copied,
-                "index_bytes": mask.nbytes,
-                "kernel": times[operation],
-                "torch": times[f"{operation} torch"],
-                "copy": times["copy"],
-                "share": share(moved, times[operation], copied, times["copy"]),
-                "torch_share": share(moved, times[f"{operation} torch"], copied, times["copy"]),
-            }
-        )
+        result = figures(operation, kind, name, mib, work[operation][1], copied)
+        result |= {"useful_bytes": 2 * compact, "index_bytes": mask.nbytes}
+        results.append(result | compared(result, times[operation], times[f"{operation} torch"], times["copy"]))
+    return results
+
+
+def measure_columns(inputs: int, name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One and three sets of columns of activations [args.tokens, inputs], into new tensors; torch is `index_select`."""
+    dtype, device = DTYPES[name], torch.device(args.device)
+    generator = torch.Generator().manual_seed(0)
+    sets = [chosen_columns(inputs, args.ratio, generator).to(device) for _ in range(3)]
+    x = torch.randn(args.tokens, inputs, device=device).to(dtype)
+    other = torch.empty_like(x)
+    gathers = [kernels.ColumnGather(columns, inputs, -(-columns.numel() // 16) * 16) for columns in sets]
+    work: dict[str, Callable[[], object]] = {
+        "copy": lambda: other.copy_(x),
+        "columns": lambda: gathers[0](x),
+        "columns torch": lambda: x.index_select(1, sets[0]),
+        "3 sets of columns": lambda: kernels.gather_columns(gathers, x),
+        "one by one, 3 sets of columns": lambda: [gather(x) for gather in gathers],
+        "3 sets torch": lambda: [x.index_select(1, columns) for columns in sets],
+    }
+    times = interleave(work, args.rounds)
+    results = []
+    for operation, plain in (
+        ("columns", "columns torch"),
+        ("3 sets of columns", "3 sets torch"),
+        ("one by one, 3 sets of columns", "3 sets torch"),
+    ):
+        count = 1 if operation == "columns" else 3
+        moved = x.nbytes + count * args.tokens * sets[0].numel() * dtype.itemsize
+        title = f"{operation} of [{args.tokens}, {inputs}]"
+        result = figures(title, "-", name, x.nbytes >> 20, moved, 2 * x.nbytes)
+        results.append(result | compared(result, times[operation], times[plain], times["copy"]))
     return results
 
 
@@ -99,23 +121,33 @@ def measure_sums(mib: int, name: str, args: argparse.Namespace) -> list[dict[str
             return kernels.column_sums(weight, square=square)
 
         times = interleave({"copy": lambda: other.copy_(weight), "kernel": fast, "torch": plain}, args.rounds)
-        moved = copied // 2
-        results.append(
-            {
-                "operation": operation,
-                "mask": "-",
-                "dtype": name,
-                "shard_mib": mib,
-                "bytes": moved,
-                "copy_bytes": copied,
-                "kernel": times["kernel"],
-                "torch": times["torch"],
-                "copy": times["copy"],
-                "share": share(moved, times["kernel"], copied, times["copy"]),
-                "torch_share": share(moved, times["torch"], copied, times["copy"]),
-            }
-        )
+        result = figures(operation, "-", name, mib, copied // 2, copied)
+        results.append(result | compared(result, times["kernel"], times["torch"], times["copy"]))
     return results
+
+
+def figures(operation: str, mask: str, dtype: str, mib: int, moved: int, copied: int) -> dict[str, Any]:
+    """What was done, and the bytes that it and the copy moved."""
+    return {
+        "operation": operation,
+        "mask": mask,
+        "dtype": dtype,
+        "shard_mib": mib,
+        "bytes": moved,
+        "copy_bytes": copied,
+    }
+
+
+def compared(result: dict[str, Any], kernel: Timing, plain: Timing, copy: Timing) -> dict[str, Any]:
+    """Times of the kernel, of torch and of the copy, and shares of the copy's bytes/s."""
+    moved, copied = result["bytes"], result["copy_bytes"]
+    return {
+        "kernel": kernel,
+        "torch": plain,
+        "copy": copy,
+        "share": share(moved, kernel, copied, copy),
+        "torch_share": share(moved, plain, copied, copy),
+    }
 
 
 def share(moved: int, spent: Timing, copied: int, copy: Timing) -> float:
@@ -126,7 +158,7 @@ def share(moved: int, spent: Timing, copied: int, copy: Timing) -> float:
 def run(args: argparse.Namespace) -> None:
     """Measure what the command line asks for, and print it."""
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    console = Console(width=150)
+    console = Console(width=170)
     described = machine()
     versions = ", ".join(f"{k} {v}" for k, v in described["versions"].items())
     chip = described["processor"] if args.device == "cpu" else described.get("gpu")
@@ -135,6 +167,7 @@ def run(args: argparse.Namespace) -> None:
     results = [
         r for kind in args.mask for mib in args.mib for name in args.dtype for r in measure(kind, mib, name, args)
     ]
+    results += [r for inputs in args.inputs for name in args.dtype for r in measure_columns(inputs, name, args)]
     if torch.device(args.device).type == "cpu":
         results += [r for mib in args.mib for name in args.dtype for r in measure_sums(mib, name, args)]
     rows = [

@@ -67,13 +67,13 @@ def make_model(options: argparse.Namespace, directory: Path) -> Path:
 
 def score(options: argparse.Namespace, console: Console) -> list[dict]:
     """Forward only, with statistics, and the fisher score's forward and backward, over the same tokens in turn."""
+    from megatron_ssu.compact import kernels
     from megatron_ssu.config.schema import CheckpointSection, ModelSection, PrecisionSection, RunConfig
     from megatron_ssu.data.chat import Calibration
     from megatron_ssu.scoring.calibrate import calibration_pass, micro_batches
     from megatron_ssu.scoring.fisher import SquaredGradients
     from megatron_ssu.scoring.inputs import InputStatistics
     from megatron_ssu.session import open_session
-    from megatron_ssu.shield import kernels
 
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(options, Path(folder) / "model")

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_ssu.compact import kernels
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.layout import LocalParam
 from megatron_ssu.scoring.file import INPUT_MEAN_SQUARE, INPUT_NORM
 from megatron_ssu.session import Session
-from megatron_ssu.shield import kernels
 
 _BLOCK = 64  # tokens that are added up in float32 before they go on in float64
 

@@ -1,139 +1,196 @@
-"""The C++ kernels and the torch fallback against `full[mask]`, to the bit, and the core under AddressSanitizer."""
+"""The C++ kernels and the torch fallback against plain indexing, to the bit, and the core under AddressSanitizer."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_ssu.shield import kernels
-from megatron_ssu.shield.shards import RowRun, ShardMask
-from tests.unit.mask_cases import Case, random_case, same_bits
+from megatron_ssu.compact import kernels
+from megatron_ssu.compact.shards import RowRun, ShardMask
+from tests.unit.mask_cases import (
+    DTYPES,
+    Case,
+    bits,
+    by_extension,
+    by_torch,
+    gathered,
+    random_bits,
+    random_case,
+    same_bits,
+    scattered,
+)
 
 CSRC = Path(__file__).parents[2] / "csrc"
 needs_extension = pytest.mark.skipif(kernels.backend() == "torch", reason=kernels.why_torch())
 LEVELS = range(kernels._LEVEL + 1)
+Move = Callable[[ShardMask, torch.Tensor, torch.Tensor], None]
 
 
-def naive(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """What gather and scatter should give."""
-    gathered = case.full[case.trainable].to(torch.float32)
-    scattered = case.full.clone()
-    scattered[case.trainable] = case.values.to(case.full.dtype)
-    return gathered, scattered
-
-
-def guarded(length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A buffer with sevens around, and its inner view: nothing may be written outside."""
-    whole = torch.full((length + 40,), 7.0, dtype=dtype)
-    return whole, whole[20 : 20 + length]
+def guarded(inner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A buffer with sevens around a copy of `inner`, and the copy: nothing may be written outside."""
+    whole = torch.full((inner.numel() + 40,), 7.0, dtype=inner.dtype)
+    whole[20:-20].view(torch.int8).copy_(inner.view(torch.int8))
+    return whole, whole[20:-20]
 
 
 def edges_intact(whole: torch.Tensor) -> bool:
     return bool((whole[:20] == 7.0).all() and (whole[-20:] == 7.0).all())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def check(case: Case, gather: Move, scatter: Move) -> None:
+    """Both against plain indexing; `out` is zero before, so that padding that is written shows."""
+    whole, out = guarded(torch.zeros(case.mask.size, dtype=case.full.dtype))
+    gather(case.mask, case.full, out)
+    assert same_bits(out, gathered(case)) and edges_intact(whole)
+    whole, full = guarded(case.full)
+    scatter(case.mask, case.values, full)
+    assert same_bits(full, scattered(case)) and edges_intact(whole)
+
+
+@contextmanager
+def threads_restored() -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(70))
-def test_fallback_and_dispatch_equal_naive_indexing(seed: int, dtype: torch.dtype) -> None:
+def test_fallback_and_dispatch_equal_plain_indexing(seed: int, dtype: torch.dtype) -> None:
     case = random_case(seed, dtype)
-    gathered, scattered = naive(case)
-    assert case.mask.numel == int(case.trainable.sum())
-    for gather, scatter in ((kernels.torch_gather, kernels.torch_scatter), (kernels.gather, kernels.scatter)):
-        whole, out = guarded(case.mask.numel, torch.float32)
-        gather(case.mask, case.full, out)
-        assert same_bits(out, gathered) and edges_intact(whole)
-        whole, full = guarded(case.mask.length, dtype)
-        full.copy_(case.full)
-        scatter(case.mask, case.values, full)
-        assert same_bits(full, scattered) and edges_intact(whole)
+    assert case.mask.numel == case.places.numel()
+    check(case, kernels.torch_gather, kernels.torch_scatter)
+    check(case, kernels.gather, kernels.scatter)
 
 
 @needs_extension
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_each_simd_level_equals_naive_indexing(level: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_simd_level_equals_plain_indexing(level: int, dtype: torch.dtype) -> None:
+    def gather(mask: ShardMask, src: torch.Tensor, out: torch.Tensor) -> None:
+        kernels._extension_gather(mask, src, out, level)
+
+    def scatter(mask: ShardMask, values: torch.Tensor, dst: torch.Tensor) -> None:
+        kernels._extension_scatter(mask, values, dst, level)
+
     for seed in range(1000, 1070):
-        case = random_case(seed, dtype)
-        gathered, scattered = naive(case)
-        whole, out = guarded(case.mask.numel, torch.float32)
-        kernels._extension_gather(case.mask, case.full, out, level)
-        assert same_bits(out, gathered) and edges_intact(whole), seed
-        whole, full = guarded(case.mask.length, dtype)
-        full.copy_(case.full)
-        kernels._extension_scatter(case.mask, case.values, full, level)
-        assert same_bits(full, scattered) and edges_intact(whole), seed
+        check(random_case(seed, dtype), gather, scatter)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+def test_any_dtype_of_two_or_four_bytes_will_do(dtype: torch.dtype) -> None:
+    check(random_case(4, dtype), kernels.gather, kernels.scatter)
 
 
 @needs_extension
-def test_every_float_rounds_as_torch_rounds() -> None:
-    """All bfloat16 neighbourhoods: each upper half with lower halves around the rounding points."""
-    upper = torch.arange(1 << 16, dtype=torch.int64)[:, None] << 16
-    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
-    bits = (upper | lower).view(-1)
-    values = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)
-    mask = ShardMask.from_bits((1, values.numel() + 1), torch.arange(values.numel() + 1) == 0, 0, values.numel() + 1)
-    for level in LEVELS:
-        full = torch.zeros(values.numel() + 1, dtype=torch.bfloat16)
-        kernels._extension_scatter(mask, values, full, level)
-        assert same_bits(full[1:], values.to(torch.bfloat16))
-
-
-@needs_extension
-@pytest.mark.parametrize("elements", [False, True])
-def test_thread_counts_do_not_matter(elements: bool) -> None:
+@pytest.mark.parametrize(("elements", "stride"), [(False, 0), (False, 528), (True, 0)])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_thread_counts_do_not_matter(elements: bool, stride: int, dtype: torch.dtype) -> None:
     rows, width = 301, 517
-    frozen = torch.rand(width) < 0.5
     if elements:
-        mask = ShardMask.from_bits((rows, width), torch.rand(rows, width) < 0.5, 3, rows * width - 100)
-    else:
-        runs = [RowRun(0, 100, 0), RowRun(100, 102, 1), RowRun(102, rows, 0)]
-        mask = ShardMask.from_patterns((rows, width), runs, [(~frozen).nonzero().view(-1), None], 3, rows * width - 100)
-    full = torch.randn(mask.length).bfloat16()
-    expected = torch.empty(mask.numel)
-    kernels.torch_gather(mask, full, expected)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            assert torch.equal(mask.compact(full), expected)
-            back = torch.zeros_like(full)
-            mask.scatter(expected, back)
-            assert torch.equal(mask.compact(back), expected) and int((back != 0).sum()) <= mask.numel
-    finally:
-        torch.set_num_threads(before)
-
-
-@needs_extension
-@pytest.mark.parametrize("elements", [False, True])
-def test_outputs_larger_than_the_caches(elements: bool) -> None:
-    """More than 2^20 trainable elements: other stores, through a buffer; every thread's stretch starts anywhere."""
-    rows, width = 1200, 2003
-    if elements:
-        mask = ShardMask.from_bits((rows, width), torch.rand(rows, width) < 0.5, 5, rows * width - 3)
+        mask = ShardMask.from_bits((rows, width), torch.rand(rows, width) < 0.5)
     else:
         patterns = [(torch.rand(width) < share).nonzero().view(-1) for share in (0.5, 0.1)]
-        runs = [RowRun(0, 700, 0), RowRun(700, 720, 1), RowRun(720, 900, 2), RowRun(900, rows, 0)]
-        mask = ShardMask.from_patterns((rows, width), runs, [*patterns, None], 5, rows * width - 3)
-    assert mask.numel > 1 << 20
-    before = torch.get_num_threads()
-    try:
-        for dtype in (torch.float32, torch.bfloat16):
-            full = torch.randn(mask.length).to(dtype)
-            expected = torch.empty(mask.numel)
-            kernels.torch_gather(mask, full, expected)
+        runs = [RowRun(0, 140, 0), RowRun(140, 144, 1), RowRun(144, 180, 2), RowRun(180, rows, 0)]
+        mask = ShardMask.from_patterns((rows, width), runs, [*patterns, None], stride)
+    full = random_bits(mask.length, dtype)
+    values, back = torch.zeros(mask.size, dtype=dtype), torch.zeros(mask.length, dtype=dtype)
+    kernels.torch_gather(mask, full, values)
+    kernels.torch_scatter(mask, values, back)
+    with threads_restored():
+        for level in LEVELS:
+            for threads in (1, 2, 3, 7):
+                torch.set_num_threads(threads)
+                whole, out = guarded(torch.zeros_like(values))
+                kernels._extension_gather(mask, full, out, level)
+                assert same_bits(out, values) and edges_intact(whole)
+                whole, out = guarded(torch.zeros_like(back))
+                kernels._extension_scatter(mask, values, out, level)
+                assert same_bits(out, back) and edges_intact(whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "width"),
+    [(1, 1, 1), (3, 5, 16), (17, 130, 130), (40, 333, 352), (1500, 2003, 2016), (0, 8, 8)],
+)
+def test_column_gather_equals_indexing(tokens: int, inputs: int, width: int, dtype: torch.dtype) -> None:
+    x = random_bits(tokens * inputs, dtype).view(tokens, inputs)
+    for share in (0.0, 0.1, 0.5, 1.0):
+        columns = (torch.rand(inputs) < share).nonzero().view(-1)
+        wanted = torch.zeros(tokens, width, dtype=dtype)
+        bits(wanted)[:, : columns.numel()] = bits(x)[:, columns]
+        gather = kernels.ColumnGather(columns, inputs, width)
+        assert same_bits(gather(x), wanted) and same_bits(by_torch(gather, x), wanted)
+        if kernels.backend() == "torch" or tokens == 0:
+            continue
+        with threads_restored():
             for level in LEVELS:
-                for threads in (1, 2, 5):
+                for threads in (1, 3):
                     torch.set_num_threads(threads)
-                    whole, out = guarded(mask.numel, torch.float32)
-                    kernels._extension_gather(mask, full, out, level)
-                    assert same_bits(out, expected) and edges_intact(whole)
-    finally:
-        torch.set_num_threads(before)
+                    assert same_bits(by_extension([gather], x, level)[0], wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "widths"),
+    [(1, 1, (1, 16)), (17, 130, (130, 144, 0)), (40, 1030, (1056, 1040, 1030, 1200, 1040)), (0, 8, (8, 16))],
+)
+def test_several_sets_of_columns_are_what_each_gathers(
+    tokens: int, inputs: int, widths: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    x = random_bits(tokens * inputs, dtype).view(tokens, inputs)
+    gathers = [
+        kernels.ColumnGather((torch.rand(inputs) < share * (width > 0)).nonzero().view(-1), inputs, width)
+        for width, share in zip(widths, (0.5, 0.1, 1.0, 0.0, 0.7), strict=False)
+    ]
+    wanted = [by_torch(gather, x) for gather in gathers]
+    calls = [kernels.gather_columns(gathers, x)]
+    with threads_restored():
+        for level in LEVELS if kernels.backend() != "torch" and tokens else ():
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                calls.append(by_extension(gathers, x, level))
+    assert all(same_bits(a, b) for found in calls for a, b in zip(found, wanted, strict=True))
+
+
+def test_cuda_finds_where_the_columns_of_a_tile_start() -> None:
+    tile = kernels.TILE_COLUMNS
+    gather = kernels.ColumnGather(torch.tensor([1, 2, tile - 1, 2 * tile, 2 * tile + 5]), 2 * tile + 6, 16)
+    assert gather.starts.tolist() == [0, 3, 3, 16]
+    assert gather.columns[5:].eq(-1).all() and gather.columns.numel() == 16
+
+
+def test_column_gather_is_outside_autograd() -> None:
+    gather = kernels.ColumnGather(torch.tensor([1, 2]), 4, 2)
+    x = torch.randn(3, 4, requires_grad=True)
+    for out in (gather(x), by_torch(gather, x)):
+        assert not out.requires_grad and torch.equal(out, x[:, 1:3])
+
+
+def test_column_gather_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="ascend"):
+        kernels.ColumnGather(torch.tensor([1, 4]), 4, 4)
+    with pytest.raises(ValueError, match="2 columns do not fit into 1"):
+        kernels.ColumnGather(torch.tensor([1, 2]), 4, 1)
+    gather = kernels.ColumnGather(torch.tensor([1, 2]), 4, 2)
+    assert gather.to("cpu") is gather
+    for x in (torch.zeros(4), torch.zeros(3, 5), torch.zeros(4, 3).t(), torch.zeros(3, 4, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"contiguous \[T, 4\]"):
+            gather(x)
+    with pytest.raises(ValueError, match=r"contiguous \[T, 5\]"):
+        kernels.gather_columns([gather, kernels.ColumnGather(torch.tensor([1]), 5, 1)], torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="columns are on cpu"):
+        gather(torch.zeros(3, 4, device="meta"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
