@@ -120,7 +120,7 @@ def _train(run: RunConfig, source: Source, console: Console) -> Progress:
     trainer = Trainer(session, shield)
     progress = Progress(phase=run.train.phase.number)
     if latest is not None:
-        progress = checkpoints.load(latest, session, identity, trainer.optimizer)
+        progress = checkpoints.load(latest, session, identity, trainer.optimizer_state)
         trainer.resume(progress)
     on_rank_zero(lambda: save_run(run, Path(run.checkpoint.directory) / "run.yaml"))
     telemetry = _telemetry(session, console, progress)

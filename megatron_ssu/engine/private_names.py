@@ -16,8 +16,12 @@ SAVER = f"{STRATEGIES}.torch.TorchDistSaveShardedStrategy"
 WRITER = f"{STRATEGIES}.filesystem_async.FileSystemWriterAsync"
 BUFFERS = f"{CORE}.distributed.param_and_grad_buffer"
 DATASET = f"{CORE}.datasets.gpt_dataset.GPTDataset"
+LAYERS = f"{CORE}.tensor_parallel.layers"
+OPTIMIZER = f"{CORE}.optimizer.distrib_optimizer.DistributedOptimizer"
+HYBRID = f"{CORE}.optimizer.cpu_offloading.HybridDeviceOptimizer"
 DCP = "torch.distributed.checkpoint"
 _CPU = "cpu_backend:install_cpu_backend"
+_SEAM = "linear:compute_with"
 _WRITERS = "checkpoint_io:in_process_checkpoint_writers"
 
 
@@ -62,7 +66,13 @@ NAMES = (
     PrivateName("torch.distributed.distributed_c10d", "", "ranks:WAITING_FILES"),
     PrivateName(f"{CORE}.pipeline_parallel.p2p_communication", "", "ranks:WAITING_FILES"),
     PrivateName("torch._foreach_mul_", "", "tensors:scale_all"),
-    PrivateName(f"{CORE}.optimizer.DistributedOptimizer", "", "optimizer_class:distributed_optimizer_class"),
+    PrivateName(f"{LAYERS}.ColumnParallelLinear._forward_impl", "self, input, weight, *args, **kwargs", _SEAM),
+    PrivateName(f"{LAYERS}.RowParallelLinear._forward_impl", "self, input, weight, *args, **kwargs", _SEAM),
+    PrivateName(f"{OPTIMIZER}._get_model_param_range_map", "self, param", "optimizer:owned"),
+    PrivateName(f"{OPTIMIZER}._get_main_param_and_optimizer_states", "self, model_param", "optimizer:Owned"),
+    PrivateName(f"{OPTIMIZER}._set_main_param_and_optimizer_states", "self, model_param, tensors", "optimizer:Owned"),
+    PrivateName(f"{OPTIMIZER}._init_optimizer_states_with_dummy_values", "self", "optimizer:_step_over"),
+    PrivateName(f"{HYBRID}._sync_hdo_state_to_sub_optimizers", "self", "optimizer:loaded"),
     PrivateName(f"{DATASET}._build_document_sample_shuffle_indices", "self", "datasets:OrderedGPTDataset"),
     PrivateName(f"{DATASET}._get_num_tokens_per_epoch", "self", "datasets:OrderedGPTDataset"),
     PrivateName(f"{SAVER}.async_save", "self, sharded_state_dict, checkpoint_dir", "checkpoint_io:Saver", "<0.17"),

@@ -70,12 +70,17 @@ def take(shard: torch.Tensor, piece: Piece) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def pieces(entry: Entry, dims: Dims, layer: int | None, rank: int, size: int, vocab_rows: int) -> tuple[Piece, ...]:
-    """What the shard of `entry` on tensor-parallel rank `rank` of `size` holds; `vocab_rows` is the padded vocabulary."""
-    matrices = [
+def matrices_of(entry: Entry, dims: Dims, layer: int | None) -> tuple[Matrix, ...]:
+    """The matrices that the parameter of `entry` consists of."""
+    return tuple(
         Matrix(t.format(layer=layer), dims.shape(k), layer, "norm" if k.endswith("norm") else k)
         for t, k in zip(entry.tensors, entry.kinds, strict=True)
-    ]
+    )
+
+
+def pieces(entry: Entry, dims: Dims, layer: int | None, rank: int, size: int, vocab_rows: int) -> tuple[Piece, ...]:
+    """What the shard of `entry` on tensor-parallel rank `rank` of `size` holds; `vocab_rows` is the padded vocabulary."""
+    matrices = matrices_of(entry, dims, layer)
     if entry.form == "qkv":
         return _qkv_pieces(matrices, dims, rank, size)
     found, shard_row = [], 0
@@ -112,7 +117,9 @@ class LocalParam:
 
     name: str  # within its chunk
     param: torch.nn.Parameter
-    pieces: tuple[Piece, ...]
+    matrices: tuple[Matrix, ...]  # those in it on all tensor-parallel ranks
+    pieces: tuple[Piece, ...]  # this rank's; none where all its rows pad the vocabulary
+    peers: tuple[tuple[Piece, ...], ...]  # of every tensor-parallel rank
     split: int | None
     primary: bool  # False: a second copy (the tied head of the last pipeline stage)
 
@@ -136,11 +143,15 @@ class Layout:
                 entry, layer = _find(family, chunk, name)
                 tied_copy = entry.kinds == ("head",) and dims.tied
                 source = _embedding(family) if tied_copy else entry
+                ranks = range(tensor_size if source.split is not None else 1)
+                peers = [pieces(source, dims, layer, rank, len(ranks), vocab_rows) for rank in ranks]
                 self.params.append(
                     LocalParam(
                         name=name,
                         param=param,
-                        pieces=pieces(source, dims, layer, tensor_rank, tensor_size, vocab_rows),
+                        matrices=matrices_of(source, dims, layer),
+                        pieces=peers[tensor_rank % len(peers)],
+                        peers=tuple(peers),
                         split=entry.split,
                         primary=not tied_copy,
                     )

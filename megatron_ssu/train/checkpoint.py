@@ -25,10 +25,10 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ssu.engine.checkpoint_io import Saver, in_process_checkpoint_writers, kept_common_errors, to_disk, watched
+from megatron_ssu.engine.optimizer import reset_moments
 from megatron_ssu.engine.ranks import gathered, is_rank_zero, on_all_ranks, on_rank_zero
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.fingerprint import model_fingerprint
@@ -37,6 +37,7 @@ from megatron_ssu.train import state as states
 from megatron_ssu.train.digests import Digests, check_digests, digest_files, write_digests, written_by
 from megatron_ssu.train.identity import Identity, model_facts
 from megatron_ssu.train.latest import LATEST, checkpoint_path, checkpoints_folder, latest_iteration
+from megatron_ssu.train.optimizer_state import OptimizerState
 from megatron_ssu.train.state import one_line, read_common
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class Checkpoints:
         session: Session,
         progress: Progress,
         identity: Identity,
-        optimizer: MegatronOptimizer,
+        optimizer: OptimizerState,
     ) -> Path:
         """Write a checkpoint, or begin to in the background; collective.
 
@@ -264,7 +265,7 @@ class Checkpoints:
         iteration: int,
         session: Session,
         identity: Identity,
-        optimizer: MegatronOptimizer,
+        optimizer: OptimizerState,
     ) -> Progress:
         """Load model, optimizer and RNG from a checkpoint of any mesh; collective.
 
@@ -285,15 +286,14 @@ class Checkpoints:
 
         on_all_ranks(compare)
         states.load_model(session, path)
-        settings = _settings(optimizer)
+        optimizer.compact.read()
         same_mesh = common["mesh"] == states.mesh_facts(session)
         states.load_training(session, optimizer, path, with_rng=same_mesh)
-        _restore_settings(optimizer, settings)  # the learning rate may change, and in a new phase the others
         if new_phase:
             start = progress.iteration if phase.rewarm else progress.schedule_start
             progress = Progress(progress.iteration, 0, phase.number, start)
             if phase.reset_optimizer:
-                _reset_moments(optimizer)
+                reset_moments(optimizer.optimizer)
         return progress
 
     def load_weights(self, iteration: int, session: Session) -> dict[str, Any]:
@@ -318,28 +318,6 @@ def _checked(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint; `latest` beside it names the newest")
     check_digests(path, torch.distributed.get_rank(), torch.distributed.get_world_size())
     return read_common(path)
-
-
-def _settings(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
-    return [{k: v for k, v in group.items() if k not in ("params", "step")} for group in optimizer.param_groups]
-
-
-def _restore_settings(optimizer: MegatronOptimizer, settings: list[dict[str, Any]]) -> None:
-    for group, fresh in zip(optimizer.param_groups, settings, strict=True):
-        group.update(fresh)
-
-
-def _reset_moments(optimizer: MegatronOptimizer) -> None:
-    for group in optimizer.param_groups:
-        if "step" in group:
-            group["step"] = 0
-    for member in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if member.optimizer is None:
-            continue
-        for moments in member.optimizer.state.values():
-            for value in moments.values():
-                if isinstance(value, torch.Tensor):
-                    value.zero_()
 
 
 def _reason(error: BaseException | None) -> str:

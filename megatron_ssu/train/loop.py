@@ -20,24 +20,26 @@ from megatron.core.num_microbatches_calculator import (
     init_num_microbatches_calculator,
     unset_num_microbatches_calculator,
 )
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from megatron_ssu.compact.parameters import CompactParameters
+from megatron_ssu.compact.trial import tried_gemm
 from megatron_ssu.data.loader import iterate, lost_loader
 from megatron_ssu.engine.device import has_cuda, local_device
+from megatron_ssu.engine.linear import accumulate_in_gemm
+from megatron_ssu.engine.optimizer import choose_adam_kernel, gradients, make_moments
 from megatron_ssu.engine.ranks import on_rank_zero
 from megatron_ssu.engine.tensors import scale_all
 from megatron_ssu.session import Session
 from megatron_ssu.shield.file import Shield
-from megatron_ssu.shield.local import LocalShield
-from megatron_ssu.shield.optimizer import build_optimizer
-from megatron_ssu.shield.wgrad import accumulate_in_gemm, attach
 from megatron_ssu.train.backends import backends
 from megatron_ssu.train.checkpoint import Checkpoints, Progress
 from megatron_ssu.train.faults import STATUS_NOT_FINITE, STATUS_RANK_LOST, SpikeWatch, TrainingStopped
 from megatron_ssu.train.identity import identity_of
+from megatron_ssu.train.optimizer_state import OptimizerState
 from megatron_ssu.train.phases import Phases
 from megatron_ssu.train.schedule import build_schedule
 from megatron_ssu.train.signals import STATUS, StopRequests, seconds, verdict
@@ -104,8 +106,8 @@ class Trainer:
     def __init__(self, session: Session, shield: Shield) -> None:
         self.session, self.run, self.mesh = session, session.run, session.mesh
         run = self.run
-        self.local_shield = LocalShield(shield, session.layout)
-        attach(session.chunks, self.local_shield)
+        gemm = tried_gemm(session.config) if shield.masks else None
+        self.compact = CompactParameters(session.chunks, session.layout, shield, gemm=gemm)
         if run.parallel.transformer.get("gradient_accumulation_fusion", True):
             accumulate_in_gemm(session.chunks)
         self.ddp_config = DistributedDataParallelConfig(
@@ -115,9 +117,13 @@ class Trainer:
             DistributedDataParallel(session.config, self.ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(session.chunks)
         ]
-        self.optimizer = build_optimizer(
-            self._optimizer_config(), self.chunks, self.local_shield, fused_adam=run.train.fused_adam
-        )
+        self.optimizer = get_megatron_optimizer(self._optimizer_config(), self.chunks)
+        choose_adam_kernel(self.optimizer, run.train.fused_adam)
+        make_moments(
+            self.optimizer
+        )  # what lasts is allocated before what comes and goes; and it fits, or not, right away
+        self.optimizer_state = OptimizerState(self.optimizer, self.compact)
+        self.compact.start()
         self.phases = Phases()
         self.mark: Callable[[str], None] = lambda doing: None  # told what the loop begins
         self.waits: Callable[[], AbstractContextManager] = nullcontext  # around what reads numbers of all ranks
@@ -132,7 +138,8 @@ class Trainer:
             params_dtype=precision.params_dtype,
             use_distributed_optimizer=True,
             overlap_param_gather=self.ddp_config.overlap_param_gather,
-            **self.run.train.optimizer,
+            # Checkpoints have whole main weights, of which a precision-aware optimizer would keep the lower halves alone.
+            **{"store_param_remainders": False, **self.run.train.optimizer},
         )
 
     def _connect(self) -> None:
@@ -185,16 +192,18 @@ class Trainer:
                 loss, counts = mean_loss(reports, votes())
         self.mark("optimizer")
         with self.phases("optimizer"):
+            self.compact.drop_gradients()
             step = Step(loss, math.nan, current_lr(self.optimizer), votes=counts)
             step.grad_norm = prepare_step(self.optimizer, self.waits)
             step.skipped = not (math.isfinite(loss) and math.isfinite(step.grad_norm))
             if not step.skipped:
                 clip(self.optimizer, step.grad_norm)
                 self.optimizer.step_with_ready_grads()
+                self.compact.updated(gathered=not self.ddp_config.overlap_param_gather)
                 if measure:
                     with self.waits():
-                        step.update_norms = update_norms(self.optimizer, self.session.layout)
-            self.optimizer.zero_grad()  # compact gradients must not stay beside the next step's activations
+                        step.update_norms = update_norms(self.optimizer, self.session.layout, self.compact)
+            self.optimizer.zero_grad()
             self.schedule.step(increment=1)
         return step
 
@@ -204,11 +213,13 @@ class Trainer:
         self.schedule.step(increment=progress.iteration - progress.schedule_start)
 
     def gather_weights(self) -> None:
-        """Wait for updated weights that `overlap_param_gather` would fetch in the next forward pass; before reading them."""
+        """Bring the weights up to date, which `overlap_param_gather` leaves to the next forward pass; before reading them."""
         if self.ddp_config.overlap_param_gather:
             for chunk in self.chunks:
                 chunk.disable_forward_pre_hook(param_sync=True)
                 chunk.enable_forward_pre_hook()
+            self.compact.hook()
+        self.compact.write()
 
     def evaluate(self, dataset: Any) -> float:
         """Mean loss per token over a validation set, at most train.eval_batches global batches of it."""
@@ -266,7 +277,7 @@ def ddp_fields(fields: dict[str, Any], *, nccl: bool) -> dict[str, Any]:
 
 
 def current_lr(optimizer: MegatronOptimizer) -> float:
-    return next(group["lr"] for group in optimizer.param_groups)
+    return next((group["lr"] for group in optimizer.param_groups), 0.0)  # none where nothing trains
 
 
 @torch.no_grad()
@@ -284,12 +295,9 @@ def prepare_step(optimizer: MegatronOptimizer, waits: Callable[[], AbstractConte
 @torch.no_grad()
 def clip(optimizer: MegatronOptimizer, norm: float) -> None:
     """Scale gradients of norm `norm` down to train.optimizer.clip_grad: megatron's formula, in place and in one pass."""
-    for member in getattr(optimizer, "chained_optimizers", [optimizer]):
-        parameters = [] if getattr(member, "is_stub_optimizer", False) else member.get_parameters()
-        grads = [p.grad for p in parameters if p.grad is not None]
-        coefficient = member.config.clip_grad / (norm + 1e-6)
-        if grads and 0 < coefficient < 1:
-            scale_all(grads, coefficient)
+    grads, coefficient = list(gradients(optimizer)), optimizer.config.clip_grad / (norm + 1e-6)
+    if grads and 0 < coefficient < 1:
+        scale_all(grads, coefficient)
 
 
 @dataclass
@@ -401,7 +409,7 @@ class Loop:
         with trainer.phases("checkpoint"):
             self.published()
             trainer.gather_weights()
-            path = self.checkpoints.save(trainer.session, progress, self.identity, trainer.optimizer)
+            path = self.checkpoints.save(trainer.session, progress, self.identity, trainer.optimizer_state)
         self.saved = progress.iteration
         if not self.checkpoints.pending:
             self.telemetry.say(f"checkpoint {path}")

@@ -38,7 +38,15 @@ def newest(run: RunConfig, checkpoints: Checkpoints) -> int | None:
             f"train.iterations: {train.iterations} is less than {latest}, the iteration of {path}; raise it, or write an "
             f"older checkpoint's number into {checkpoints.folder / 'latest'}"
         )
-    phase = Progress(**read_common(path)["progress"]).phase
+    common = read_common(path)
+    if "optimizer" not in common:
+        raise UserError(f"{path}: it holds weights alone, for `export`; train in another checkpoint.directory")
+    if "steps" not in common["optimizer"]:
+        raise UserError(
+            f"{path}: its optimizer state was written by an earlier version and cannot be read; resume with that version, or "
+            "`export` it and start from there in another checkpoint.directory"
+        )
+    phase = Progress(**common["progress"]).phase
     if train.phase.number > phase and train.iterations == latest:
         raise UserError(
             f"train.phase.number: {train.phase.number} begins a phase after iteration {latest} of {path} (phase {phase}), and "

@@ -15,7 +15,6 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.enums import Fp8Recipe
 from megatron.core.fp8_utils import get_fp8_recipe
-from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ssu.engine.checkpoint_io import check_metadata, weights_only_checkpoints
@@ -23,34 +22,36 @@ from megatron_ssu.engine.device import local_device
 from megatron_ssu.engine.ranks import on_all_ranks
 from megatron_ssu.errors import UserError
 from megatron_ssu.session import Session
+from megatron_ssu.train.optimizer_state import OptimizerState
 from megatron_ssu.train.scaling import restore_scaling, scaling_room, scaling_state
 
 RNG_BYTES = 1 << 16  # room for one rank's generators
 
 
-def sharded_state(session: Session, optimizer: MegatronOptimizer) -> dict[str, Any]:
+def sharded_state(session: Session, optimizer: OptimizerState) -> dict[str, Any]:
     """This rank's part of a checkpoint, as dist_checkpointing takes it."""
     model = model_state(session)
     return {
         **model,
-        "optimizer": optimizer.sharded_state_dict(model, metadata=_metadata()),
+        "optimizer": optimizer.to_save(model),
         "rng": _rng(session),
         "scaling": scaling_state(session),
     }
 
 
-def load_training(session: Session, optimizer: MegatronOptimizer, path: Path, *, with_rng: bool) -> None:
+def load_training(session: Session, optimizer: OptimizerState, path: Path, *, with_rng: bool) -> None:
     """Load what a checkpoint holds besides the model: the optimizer's state, that of FP8 scaling, and random numbers.
 
     Collective. Raises UserError as `read_sharded`.
     """
+    model = model_state(session)
     state = {
-        "optimizer": optimizer.sharded_state_dict(model_state(session), is_loading=True, metadata=_metadata()),
+        "optimizer": optimizer.to_load(model),
         "scaling": scaling_room(session, _stored(path)) if uses_delayed_scaling(session) else {},
         **({"rng": _rng(session)} if with_rng else {}),
     }
     loaded = read_sharded(state, path)
-    optimizer.load_state_dict(loaded["optimizer"])
+    optimizer.load(loaded["optimizer"], model)
     if uses_delayed_scaling(session):
         restore_scaling(session, loaded.get("scaling", {}), get_fp8_recipe(session.config))
     if with_rng:

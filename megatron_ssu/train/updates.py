@@ -9,7 +9,9 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
+from megatron_ssu.compact.parameters import CompactParameters
 from megatron_ssu.engine.device import local_device
+from megatron_ssu.engine.optimizer import MAIN, owned, steps
 from megatron_ssu.models.layout import Layout
 from megatron_ssu.models.matrix import KINDS
 
@@ -19,42 +21,41 @@ CHUNK = 1 << 23  # elements; temporaries take some 20 bytes for each
 NAMES = tuple(dict.fromkeys(_JOINED.get(kind, kind) for kind in KINDS))
 
 
-def update_norms(optimizer: MegatronOptimizer, layout: Layout) -> dict[str, float]:
-    """L2 norm of the last step's change of the trainable fp32 weights by kind; collective, between step and schedule.
+def update_norms(optimizer: MegatronOptimizer, layout: Layout, compact: CompactParameters) -> dict[str, float]:
+    """L2 norm of the last step's change of the fp32 main weights by kind; collective, between step and schedule.
+
+    Pinned elements count with the weight decay of their main weights, which never reaches the model.
 
     Computed from Adam's moments, CHUNK elements at a time, so nothing is copied before the step and no temporary is as
     large as a shard. Matrices that megatron fuses (q, k, v; gate, up) are one kind.
     """
     # A tensor-parallel rank may hold nothing but the padding of embedding and head, which is of no matrix.
-    kinds = {local.param: _kind(local.pieces) for local in layout if local.pieces}
+    kinds = {local.param: _kind(local.pieces[0].matrix.kind) for local in layout if local.pieces}
     squares = torch.zeros(len(NAMES), dtype=torch.float64, device=local_device())
-    for member in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if getattr(member, "is_stub_optimizer", False):
+    count = steps(optimizer)
+    for part in owned(optimizer):
+        found = compact.matrix(part.param)
+        kind = kinds.get(part.param) if found is None else _kind(found[0].part.matrix.kind)
+        if kind is None or getattr(part.param, "shared", False):
             continue
-        for model_param, main in member.pairs():
-            if model_param not in kinds or getattr(model_param, "shared", False):
-                continue
-            if not param_is_not_tensor_parallel_duplicate(model_param):
-                continue
-            index, order = member.model_param_group_index_map[model_param]
-            group = member.optimizer.param_groups[index]
-            state = member.optimizer.state.get(group["params"][order], {})
-            if "exp_avg" in state and main.numel():
-                decoupled = member.config.decoupled_weight_decay
-                squares[NAMES.index(kinds[model_param])] += change_square(main.detach(), state, group, decoupled)
+        if not param_is_not_tensor_parallel_duplicate(part.param):
+            continue
+        states = part.states()
+        if "exp_avg" in states:
+            decoupled = part.member.config.decoupled_weight_decay
+            squares[NAMES.index(kind)] += change_square(states, count, part.group, decoupled)
     dist.all_reduce(squares)
     return {f"update_norm_{name}": value for name, value in zip(NAMES, squares.sqrt().tolist()) if value > 0}
 
 
-def _kind(pieces: Any) -> str:
-    kind = pieces[0].matrix.kind
+def _kind(kind: str) -> str:
     return _JOINED.get(kind, kind)
 
 
-def change_square(main: torch.Tensor, state: dict[str, Any], group: dict[str, Any], decoupled: bool) -> torch.Tensor:
-    """float64 []: the sum of squares of what Adam added to `main` (its value after the step) in the last step."""
-    step = float(state.get("step", group.get("step", 1)))
-    parts = (t.reshape(-1).split(CHUNK) for t in (main, state["exp_avg"], state["exp_avg_sq"]))
+def change_square(states: dict[str, torch.Tensor], step: int, group: dict[str, Any], decoupled: bool) -> torch.Tensor:
+    """float64 []: the sum of squares of what Adam added to the main weight (its value after the step) in the last step."""
+    main = states[MAIN]
+    parts = (t.detach().reshape(-1).split(CHUNK) for t in (main, states["exp_avg"], states["exp_avg_sq"]))
     total = torch.zeros((), dtype=torch.float64, device=main.device)
     for after, mean, square in zip(*parts, strict=True):
         change = _adam_change(after, mean, square, step, group, decoupled)
