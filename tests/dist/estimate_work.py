@@ -8,10 +8,10 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ssu.config.schema import DataSection, RunConfig, TrainSection
+from megatron_ssu.engine.optimizer import members, state_bytes
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.session import open_session
 from megatron_ssu.shield.file import Shield, load_shield
-from megatron_ssu.shield.optimizer import state_bytes
 from megatron_ssu.train import loop
 from tests.dist.work import RandomTokens, run_config
 
@@ -35,10 +35,9 @@ def state(run: RunConfig, shield_file: str | None) -> dict[str, int]:
     trainer = loop.Trainer(session, load_shield(shield_file) if shield_file else none)
     weights = [p for chunk in session.chunks for p in chunk.parameters()]
     buffers = [b.grad_data for chunk in trainer.chunks for b in chunk.buffers]
-    for member in trainer.optimizer.chained_optimizers:
-        if not member.is_stub_optimizer:
-            member._init_optimizer_states_with_dummy_values()
-            member._copy_model_grads_to_main_grads()
+    for member in members(trainer.optimizer):
+        member._init_optimizer_states_with_dummy_values()
+        member._copy_model_grads_to_main_grads()
     mains = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     held = {t.untyped_storage().data_ptr() for t in [*weights, *buffers]}
     copies = [p.grad for p in mains if p.grad is not None and p.grad.untyped_storage().data_ptr() not in held]

@@ -24,9 +24,11 @@ from megatron_ssu.config.schema import (
     TrainSection,
 )
 from megatron_ssu.engine.checkpoint_io import owner_of_save_common
+from megatron_ssu.engine.optimizer import members, steps
 from megatron_ssu.engine.ranks import on_rank_zero
 from megatron_ssu.models.fingerprint import model_fingerprint
-from megatron_ssu.session import open_session
+from megatron_ssu.models.layout import take
+from megatron_ssu.session import Session, open_session
 from megatron_ssu.shield.file import Shield, load_shield
 from megatron_ssu.train import loop, updates
 from megatron_ssu.train.checkpoint import Checkpoints, Progress
@@ -82,7 +84,8 @@ def train_run(
 ) -> dict[str, Any]:
     """Train from the newest checkpoint, if any; `kick`: (rank, iteration, signal) to send to oneself.
 
-    Returns history (loss, grad norm, lr by iteration), this rank's weights, moments, the console's text, how it stopped.
+    Returns history (loss, grad norm, lr by iteration), this rank's weights and moments, its optimizer's count
+    of steps, the console's text, how it stopped.
     """
     session = open_session(run)
     empty = Shield("none", "m", model_fingerprint(run.model.path), matrices={}, masks={})
@@ -91,7 +94,7 @@ def train_run(
     checkpoints, progress = Checkpoints(run.checkpoint.directory), Progress(phase=run.train.phase.number)
     latest = on_rank_zero(checkpoints.latest)
     if latest is not None:
-        progress = checkpoints.load(latest, session, identity_of(run, shield, []), trainer.optimizer)
+        progress = checkpoints.load(latest, session, identity_of(run, shield, []), trainer.optimizer_state)
         trainer.resume(progress)
     text, history, stopped = io.StringIO(), {}, None
     Path(run.checkpoint.directory).mkdir(parents=True, exist_ok=True)
@@ -121,16 +124,14 @@ def train_run(
         "said": text.getvalue(),
         "weights": [p.detach().clone() for chunk in session.chunks for p in chunk.parameters()],
         "moments": moments(trainer),
-        "group_steps": [group.get("step") for group in trainer.optimizer.param_groups],
+        "steps": steps(trainer.optimizer),
     }
 
 
 def moments(trainer: loop.Trainer) -> list[torch.Tensor]:
-    """Main weights and moments of this rank."""
+    """Main weights, moments and counts of steps of this rank."""
     found = []
-    for member in trainer.optimizer.chained_optimizers:
-        if member.is_stub_optimizer:
-            continue
+    for member in members(trainer.optimizer):
         for group in member.optimizer.param_groups:
             for param in group["params"]:
                 found.append(param.detach().clone())
@@ -169,26 +170,34 @@ def fill_disk(run: RunConfig, where: str, iteration: int) -> None:
         train_run(run)
 
 
-def compare_update_norms(run: RunConfig) -> tuple[dict[str, float], dict[str, float]]:
-    """Update norms of the third step as computed from the moments, and from copies of the main weights."""
+def compare_update_norms(run: RunConfig, shield_file: str | None) -> tuple[dict[str, float], dict[str, float]]:
+    """Update norms of the third step as computed from the moments, and from the matrices' values before and after it."""
     session = open_session(run)
     empty = Shield("none", "m", model_fingerprint(run.model.path), matrices={}, masks={})
-    trainer = loop.Trainer(session, empty)
+    trainer = loop.Trainer(session, load_shield(shield_file) if shield_file else empty)
     batches = trainer.batches(RandomTokens(), 0)
     for _ in range(2):
         trainer.step(batches)
-    member = trainer.optimizer.chained_optimizers[0]
-    before = {p: main.detach().clone() for p, main in member.pairs()}
+    before = _matrices(session)
     computed = trainer.step(batches, measure=True).update_norms
+    trainer.gather_weights()
     squares = dict.fromkeys(updates.NAMES, 0.0)
-    kinds = {local.param: updates._kind(local.pieces) for local in session.layout if local.pieces}
-    for param, main in member.pairs():
-        if param in kinds and not hasattr(param, "shared") and updates.param_is_not_tensor_parallel_duplicate(param):
-            squares[kinds[param]] += (main.detach() - before[param]).double().square().sum().item()
-    total = torch.tensor(list(squares.values()), dtype=torch.float64)
+    for (kind, old), (_, new) in zip(before, _matrices(session), strict=True):
+        squares[updates._kind(kind)] += (new - old).square().sum().item()
+    total = torch.tensor(list(squares.values()), dtype=torch.float64) / session.mesh.data
     torch.distributed.all_reduce(total)
     measured = dict(zip(squares, total.sqrt().tolist(), strict=True))
     return computed, {f"update_norm_{k}": v for k, v in measured.items() if v > 0}
+
+
+def _matrices(session: Session) -> list[tuple[str, torch.Tensor]]:
+    """Kind and float64 values of all matrices' parts of which this rank holds the first copy, padding left out."""
+    return [
+        (piece.matrix.kind, take(local.param.detach().view(len(local.param), -1), piece).double())
+        for local in session.layout
+        if local.primary and (local.split is not None or session.mesh.tensor_rank == 0)
+        for piece in local.pieces
+    ]
 
 
 def hang(run: RunConfig, guilty: int) -> str:

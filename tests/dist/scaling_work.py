@@ -15,15 +15,16 @@ from megatron_ssu.shield.file import Shield
 from megatron_ssu.train import loop, state
 from megatron_ssu.train.checkpoint import Checkpoints, Progress
 from megatron_ssu.train.identity import Identity
+from megatron_ssu.train.optimizer_state import OptimizerState
 from tests.dist import resume_work
 
 LINEAR = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
-def _open(model: str, parallel: dict[str, Any], directory: str) -> tuple[Session, Any]:
+def _open(model: str, parallel: dict[str, Any], directory: str) -> tuple[Session, OptimizerState]:
     session = open_session(resume_work.make_run(model, parallel, directory, "bf16"))
     empty = Shield("none", "m", model_fingerprint(model), matrices={}, masks={})
-    return session, loop.Trainer(session, empty).optimizer
+    return session, loop.Trainer(session, empty).optimizer_state
 
 
 def _pretend(session: Session) -> dict[str, Any]:

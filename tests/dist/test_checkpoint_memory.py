@@ -26,10 +26,9 @@ def test_a_rank_holds_its_own_part_and_keeps_nothing(background, ranks, tmp_path
     shield = random_shield(model, tmp_path / "shield.safetensors")
     found = ranks.run(memory_work.measure, RANKS, str(model), str(shield), str(tmp_path / "run"), background)
     for rank in found:
-        # A rank writes 12 / 2 bytes of fp32 state and 2 / 2 of weights per parameter. Gathered on every rank they took
-        # more than 25 on saving and 15 on loading.
-        assert rank["save_peak"] < 14 * rank["parameters"], rank
-        assert rank["load_peak"] < 11 * rank["parameters"], rank
+        # Half of the model trains: a rank writes 12 / 2 / 2 bytes of fp32 state and 2 / 2 of weights per parameter.
+        assert rank["save_peak"] < 7 * rank["parameters"], rank
+        assert rank["load_peak"] < 6 * rank["parameters"], rank
         assert rank["save_left"] < 2**16 and rank["load_left"] < 2**16, rank
     run = resume_work.make_run(str(model), mesh(), str(tmp_path / "run"), "bf16", async_save=background)
     hf = json.loads((model / "config.json").read_text())

@@ -61,12 +61,13 @@ def test_state_is_what_the_ranks_hold(name, kind, dtype, shielded, ranks, models
     by_stage = world // len(expected.stages)
     for number, stage in enumerate(expected.stages):
         ranks_of_stage = found[number * by_stage : (number + 1) * by_stage]
-        assert {r["parameters"] for r in ranks_of_stage} == {stage.parameters}
-        for key in ("weights", "gradients"):
-            assert ranks_of_stage[0][key] == pytest.approx(getattr(stage.state, key), rel=0.05), key
-        for key in ("optimizer", "gradient_copies"):  # shared out among the data-parallel ranks
-            mean = sum(r[key] for r in ranks_of_stage) / by_stage
-            assert mean == pytest.approx(getattr(stage.state, key), rel=0.05), key
+        # Tensor-parallel ranks differ in their compact parameters, data-parallel ones in their parts of the state.
+        mean = {key: sum(r[key] for r in ranks_of_stage) / by_stage for key in ranks_of_stage[0]}
+        assert mean["parameters"] == pytest.approx(stage.parameters + stage.compact, rel=0.05)
+        if not shielded:
+            assert {r["parameters"] for r in ranks_of_stage} == {stage.parameters}
+        for key in ("weights", "gradients", "optimizer", "gradient_copies"):
+            assert mean[key] == pytest.approx(getattr(stage.state, key), rel=0.05), key
 
 
 @pytest.mark.parametrize("kind,dtype", [("olmo2", "bf16"), ("llama", "fp32"), ("llama", "bf16")])

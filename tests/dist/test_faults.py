@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.dist import resume_work as work
+from tests.dist.test_shielded_training import random_shield
 from tests.dist.work import GLOBAL_BATCH, mesh
 from tests.models import make_model
 from tests.unit.data_makers import make_hf_tokenizer, write_jsonl
@@ -166,11 +167,13 @@ def test_wall_clock_budget(ranks, model, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "1\n"
 
 
-def test_update_norms_are_those_of_the_weights(ranks, model, tmp_path):
+@pytest.mark.parametrize("granularity", [None, "column", "row", "element"])
+def test_update_norms_are_those_of_the_weights(granularity, ranks, model, tmp_path):
+    shield = random_shield(model, tmp_path / "shield.safetensors", granularity) if granularity else None
     for world, parallel, padding in ((1, mesh(), 128), (4, mesh(2, 2), 128), (2, mesh(2), 4096)):
         run = work.make_run(str(model), parallel, str(tmp_path / f"run{world}"))
         run.model.make_vocab_size_divisible_by = padding  # 4096: the second rank holds nothing but padding
-        computed, measured = ranks.run(work.compare_update_norms, world, run)[0]
+        computed, measured = ranks.run(work.compare_update_norms, world, run, str(shield) if shield else None)[0]
         assert sorted(computed) == sorted(measured) and len(computed) == 7
         for kind, value in measured.items():
             assert computed[kind] == pytest.approx(value, rel=2e-3), kind

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ssu.train import state
+from megatron_ssu.engine import checkpoint_io
 from tests.dist import scaling_work as work
 from tests.dist.work import mesh
 from tests.models import make_model
@@ -76,4 +76,4 @@ def test_metadata_names_nothing_else(saved):
 
     with (Path(saved[0]) / "checkpoints" / "iter_0000001" / ".metadata").open("rb") as stream:
         Noting(stream).load()
-    assert named and named <= state._METADATA_NAMES
+    assert named and named <= checkpoint_io._METADATA_NAMES

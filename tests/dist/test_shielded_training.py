@@ -138,9 +138,11 @@ def _flip_one_frozen_bit(directory, shield_file):
 
 @pytest.mark.parametrize("world,parallel", [(1, mesh()), (8, FULL)], ids=["TP1", "TP2xPP2xDP2"])
 def test_frozen_elements_cost_no_optimizer_state(world, parallel, ranks, tmp_path):
-    model = make_model("olmo2", tmp_path / "model", torch.bfloat16)
+    model = make_model("olmo2", tmp_path / "model", torch.bfloat16, hidden_size=256, intermediate_size=640)
     shield = random_shield(model, tmp_path / "shield.safetensors")
     results = ranks.run(work.train_steps, world, str(model), parallel, 2, dtype="bf16", shield_file=str(shield))
-    assert sum(r["frozen"] for r in results) > 0
     for result in results:
-        assert result["state_bytes"] == 12 * (result["owned"] - result["frozen"])
+        assert result["state_bytes"] == 12 * result["owned"]
+    # All that is held beside what trains is padding, at most 15 columns or rows of a matrix, and half of the norms.
+    held, trains = (sum(r[key] for r in results) for key in ("owned", "trainable"))
+    assert trains < held < 1.12 * trains

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
 from megatron_ssu.config.schema import (
@@ -26,13 +23,13 @@ from megatron_ssu.config.schema import (
     TrainSection,
 )
 from megatron_ssu.engine.device import local_device
+from megatron_ssu.engine.optimizer import owned, state_bytes
+from megatron_ssu.models import family
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.hf_export import export_model
 from megatron_ssu.session import Session, open_session
-from megatron_ssu.shield import wgrad
 from megatron_ssu.shield.file import Shield, load_shield
 from megatron_ssu.shield.make import make_shield
-from megatron_ssu.shield.optimizer import state_bytes
 from megatron_ssu.train import loop
 
 VOCAB, LENGTH, GLOBAL_BATCH = 100, 16, 8
@@ -136,23 +133,17 @@ class RandomTokens(torch.utils.data.Dataset):
         }
 
 
-def hold_all(chunks: Any, shield: Any) -> None:
-    """Compact gradients of local layers in the way of Transformer Engine's."""
-    for chunk in chunks:
-        for module in chunk.modules():
-            if isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and module.weight is not None:
-                matrices = wgrad._matrices(module.weight, shield)
-                if matrices:
-                    column = isinstance(module, ColumnParallelLinear)
-                    wgrad.hold_weight_gradient(module, matrices, column=column)
-
-
-def stock_optimizer(config: Any, chunks: Any, shield: Any, *, fused_adam: bool) -> Any:
-    """megatron's own, untouched but for the kernel of torch's AdamW."""
-    optimizer = get_megatron_optimizer(config, chunks)
-    for group in optimizer.param_groups if fused_adam else ():
-        group["fused"] = True
-    return optimizer
+def stock_step(trainer: loop.Trainer, batches: Any) -> loop.Step:
+    """A step as megatron's own training loop takes it: `optimizer.step()` clips and updates."""
+    for chunk in trainer.chunks:
+        chunk.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    reports = trainer._schedule(batches, trainer.micro_batches, forward_only=False)
+    lr = loop.current_lr(trainer.optimizer)
+    done, norm, _ = trainer.optimizer.step()
+    assert done
+    trainer.schedule.step(increment=1)
+    return loop.Step(loop.mean_loss(reports)[0], float(norm), lr)
 
 
 def train_steps(
@@ -168,7 +159,6 @@ def train_steps(
     ddp: dict[str, Any] | None = None,
     transformer: dict[str, Any] | None = None,
     precision: dict[str, Any] | None = None,
-    gradient: str = "compact",
     fused_adam: bool = True,
 ) -> dict[str, Any]:
     """Train on random tokens; [loss, grad norm, lr] by step, optimizer state bytes and trainable elements of this rank."""
@@ -192,34 +182,45 @@ def train_steps(
     session = open_session(run)
     fingerprint = model_fingerprint(model)
     shield = load_shield(shield_file) if shield_file else Shield("none", "m", fingerprint, matrices={}, masks={})
-    if stock:
-        with mock.patch.object(loop, "build_optimizer", stock_optimizer):
-            trainer = loop.Trainer(session, shield)
-    else:
-        attach = {"compact": loop.attach, "dense": lambda *_: 0, "held": hold_all}[gradient]
-        with mock.patch.object(loop, "attach", attach):
-            trainer = loop.Trainer(session, shield)
+    trainer = loop.Trainer(session, shield)
     batches = trainer.batches(RandomTokens(), 0)
     history = []
     for _ in range(steps):
-        step = trainer.step(batches)
+        step = stock_step(trainer, batches) if stock else trainer.step(batches)
         history.append((step.loss, step.grad_norm, step.lr))
     trainer.gather_weights()
     if target:
         export(session, target)
-    masks = trainer.optimizer.chained_optimizers[0].masks if not stock else {}
+    compact = trainer.compact
     return {
         "history": history,
         "state_bytes": state_bytes(trainer.optimizer),
-        "owned": sum(
-            trainer.optimizer.chained_optimizers[0]._get_model_param_range_map(p)["param"].size for p in _owned(trainer)
-        ),
-        "frozen": sum(mask.frozen for mask in masks.values()),
+        "owned": sum(part.stop - part.start for part in owned(trainer.optimizer)),
+        "trainable": sum(_trainable(part, compact) for part in owned(trainer.optimizer)),
+        "gradients": sum(buffer.grad_data.numel() for chunk in trainer.chunks for buffer in chunk.buffers),
+        "compact": {name: list(p.shape) for name, p in session.chunks[0].named_parameters() if "compact_" in name},
         "weights": [p.detach().clone() for chunk in session.chunks for p in chunk.parameters()]
         if stock or not target
         else None,
     }
 
 
-def _owned(trainer: loop.Trainer) -> list[torch.nn.Parameter]:
-    return list(trainer.optimizer.chained_optimizers[0].model_param_gbuf_map)
+def _trainable(part: Any, compact: Any) -> int:
+    """Elements of a rank's range that are neither frozen nor padding."""
+    found = compact.matrix(part.param)
+    if found is not None:
+        real, width = found[0].part.real, part.param.shape[1]
+        flat = torch.zeros(part.param.shape, dtype=torch.bool)
+        flat[: real[0], : real[1]] = True
+        assert width % 16 == 0 or real[1] == width
+        return int(flat.view(-1)[part.start : part.stop].sum())
+    pinned = next((p for p in compact.pinned.values() if p.weight is part.param), None)
+    if pinned is None:
+        return part.stop - part.start
+    frozen = pinned.pinned.to("cpu").expand(torch.ones(pinned.pinned.size))
+    return int((frozen[part.start : part.stop] == 0).sum())
+
+
+def padded_vocab() -> int:
+    """Rows of embedding and head of the test models."""
+    return family.padded_vocab(VOCAB, ModelSection(path="").make_vocab_size_divisible_by)

@@ -11,13 +11,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ssu.config import validate
+from megatron_ssu.compact.selection import Workspace
+from megatron_ssu.compact.weight import CompactWeight
+from megatron_ssu.config import validate, validate_train
 from megatron_ssu.config.schema import CheckpointSection, ModelSection, ParallelSection, PrecisionSection, RunConfig
+from megatron_ssu.engine import linear
 from megatron_ssu.errors import UserError
 from megatron_ssu.models import build
 from megatron_ssu.models.family import Dims, family_of
 from megatron_ssu.scoring import calibrate
-from megatron_ssu.shield import wgrad
 from megatron_ssu.shield.file import Shield
 from megatron_ssu.train import identity
 from megatron_ssu.train.backends import backends, library
@@ -89,16 +91,18 @@ class EngineLinear(torch.nn.Linear):
 
 
 def test_dense_engine_layers_alone_accumulate_in_the_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wgrad.engine, "HAVE_TE", True)
-    monkeypatch.setattr(wgrad.engine, "TELinear", EngineLinear)
+    monkeypatch.setattr(linear.extension, "HAVE_TE", True)
+    monkeypatch.setattr(linear.extension, "TELinear", EngineLinear)
     model = torch.nn.Sequential(EngineLinear(2, 2), EngineLinear(2, 2), torch.nn.Linear(2, 2))
-    wgrad.hold_weight_gradient(model[0], (), column=True)
-    assert wgrad.accumulate_in_gemm([model]) == 1
+    model[0].weight.requires_grad_(False)  # compact parameters train in its place, or nothing does
+    assert linear.accumulate_in_gemm([model]) == 1
     assert [layer.fuse_wgrad_accumulation for layer in model[:2]] == [False, True]
 
 
 def test_what_stands_for_a_gradient_takes_memory_once() -> None:
-    first, second = (wgrad._dummy(torch.nn.Parameter(torch.ones(3, 5))) for _ in range(2))
+    params = [SimpleNamespace(param=torch.nn.Parameter(torch.ones(3, 5))) for _ in range(2)]
+    compact = CompactWeight(torch.nn.Parameter(torch.ones(6, 5)), tuple(params), Workspace())  # type: ignore[arg-type]
+    first, second = compact.placeholders()
     assert first is not second and first.data_ptr() == second.data_ptr() and first.shape == (3, 5)
 
 
@@ -187,6 +191,28 @@ def test_settings_that_would_be_ignored_or_break_are_refused(
     getattr(run, section).transformer[name] = value
     with pytest.raises(UserError, match=rf"^{section}\.{name}: .*{words}"):
         validate.validate_mesh(run, 1)
+
+
+@pytest.mark.parametrize(
+    "dtype,values,words",
+    [
+        ("fp32", {"use_precision_aware_optimizer": True}, r"needs precision\.dtype: bf16, not fp32"),
+        ("bf16", {}, r"needs train\.optimizer\.use_precision_aware_optimizer: true"),
+        (
+            "bf16",
+            {"use_precision_aware_optimizer": True, "decoupled_weight_decay": False},
+            "needs decoupled_weight_decay",
+        ),
+    ],
+)
+def test_an_optimizer_on_the_cpu_needs_what_megatron_core_needs_for_it(dtype: Any, values: Any, words: str) -> None:
+    run = run_config(dtype)
+    run.train.optimizer = {"optimizer_cpu_offload": True, **values}
+    with pytest.raises(UserError, match=rf"^train\.optimizer\.optimizer_cpu_offload: {words}"):
+        validate_train._placement(run)
+    run.precision.dtype = "bf16"
+    run.train.optimizer = {"optimizer_cpu_offload": True, "use_precision_aware_optimizer": True}
+    validate_train._placement(run)
 
 
 class StepClock:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_ssu.engine.optimizer import MAIN
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.family import Dims, family_of
 from megatron_ssu.train import updates, watchdog
@@ -155,8 +156,9 @@ def test_update_norms_need_no_copy_of_a_shard(decay, monkeypatch):
         before = weight.detach().clone()
         weight.grad = torch.randn_like(weight)
         optimizer.step()
+    states = {MAIN: weight.detach(), **optimizer.state[weight]}
     with LargestOutput() as largest:
-        found = updates.change_square(weight.detach(), optimizer.state[weight], optimizer.param_groups[0], True)
+        found = updates.change_square(states, 3, optimizer.param_groups[0], True)
     assert found.dtype == torch.float64
     assert found.item() == pytest.approx((weight.detach() - before).double().square().sum().item(), rel=1e-5)
     assert 0 < largest.bytes <= 8 * 1000

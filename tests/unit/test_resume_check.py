@@ -1,0 +1,31 @@
+"""What a run refuses to resume from, before anything is made or loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ssu.config.schema import CheckpointSection, ModelSection, RunConfig
+from megatron_ssu.errors import UserError
+from megatron_ssu.train import resume_check
+from megatron_ssu.train.checkpoint import Checkpoints, Progress
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"optimizer": {"param_groups": []}}, {"optimizer": {"steps": 4}}])
+def test_optimizer_state_of_an_earlier_version(
+    optimizer: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunConfig(model=ModelSection(path="hf"), checkpoint=CheckpointSection(directory=str(tmp_path)))
+    (tmp_path / "checkpoints" / "iter_0000004").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "latest").write_text("4\n")
+    run.train.iterations = 8
+    common = {"progress": vars(Progress(iteration=4)), **optimizer}
+    monkeypatch.setattr(resume_check, "read_common", lambda path: common)
+    if "steps" in optimizer.get("optimizer", {}):
+        assert resume_check.newest(run, Checkpoints(tmp_path)) == 4
+        return
+    reason = "its optimizer state was written by an earlier version" if optimizer else "it holds weights alone"
+    with pytest.raises(UserError, match=rf"iter_0000004: {reason}.*export"):
+        resume_check.newest(run, Checkpoints(tmp_path))
