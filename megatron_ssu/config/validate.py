@@ -30,6 +30,7 @@ from megatron_ssu.errors import UserError
 
 _OTHER_MODEL = "would make it another model than config.json of model.path"
 _INFERENCE = "is for inference; this trains"
+_ADAM = "megatron-core's distributed optimizer takes adam alone"
 _FSDP = "fully sharded data parallelism is not supported; the distributed optimizer already shards the optimizer states"
 
 # megatron settings that nothing here carries, as patterns of dotted keys; their defaults pass.
@@ -56,31 +57,25 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("precision.fp8_wgrad", "Transformer Engine 2 has no such choice and would ignore it"),
     *((f"parallel.ddp.{n}", _FSDP) for n in ("*fsdp*", "*sharding_strategy")),
     ("parallel.ddp.num_distributed_optimizer_instances", "only one is supported"),
-    ("train.optimizer.optimizer", "only adam (as AdamW) is supported"),
-    ("train.optimizer.muon_*", "only adam (as AdamW) is supported"),
-    ("train.optimizer.sgd_*", "only adam (as AdamW) is supported"),
-    ("train.optimizer.decoupled_weight_decay", "only AdamW's decoupled weight decay is supported"),
-    ("train.optimizer.overlap_param_gather_with_optimizer_step", "is not supported"),
+    *((f"train.optimizer.{name}", _ADAM) for name in ("optimizer", "muon_*", "sgd_*")),
     ("train.optimizer.log_num_zeros_in_grad", "is not logged; metrics have the gradient norm and the update norms"),
     *(
         (f"train.optimizer.{name}", "losses are scaled for fp16 only, which precision.dtype does not offer")
         for name in ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
     ),
 )
-# Refused only with a shield: megatron keeps the main weights elsewhere then, where frozen elements cannot be left out, or
-# records a graph of layers whose weight gradients are computed here, or computes whole weight gradients, of which shielded
-# layers need only some columns.
-UNSHIELDED: tuple[str, ...] = (
-    "model.enable_cuda_graph",
-    "model.external_cuda_graph",
-    "model.cuda_graph_impl",
-    "parallel.gradient_accumulation_fusion",
-    "parallel.ddp.fp8_param_gather",
-    "precision.fp8_param",
-    "precision.fp4_param",
-    "train.optimizer.use_precision_aware_optimizer",
-    "train.optimizer.optimizer_cpu_offload",
-)
+_GRAPH = "what trains is written into the weights before a layer runs, which a recorded graph would not repeat"
+_QUANTIZED = "elements cannot be written into a weight that is kept in FP8 or FP4"
+# Refused only with a shield.
+UNSHIELDED: dict[str, str] = {
+    "model.enable_cuda_graph": _GRAPH,
+    "model.external_cuda_graph": _GRAPH,
+    "model.cuda_graph_impl": _GRAPH,
+    "parallel.defer_embedding_wgrad_compute": "a shielded head adds its weight gradient in its own backward pass",
+    "parallel.ddp.fp8_param_gather": _QUANTIZED,
+    "precision.fp8_param": _QUANTIZED,
+    "precision.fp4_param": _QUANTIZED,
+}
 NEEDS_CUDA: tuple[str, ...] = (
     "model.masked_softmax_fusion",
     "model.apply_rope_fusion",
@@ -95,6 +90,8 @@ NEEDS_CUDA: tuple[str, ...] = (
     "parallel.use_te_rng_tracker",
     "parallel.ddp.nccl_ub",
     "parallel.ddp.average_in_collective",
+    "train.optimizer.use_precision_aware_optimizer",
+    "train.optimizer.optimizer_cpu_offload",
 )
 RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
 
@@ -210,7 +207,9 @@ def _refuse_unsupported(run: RunConfig) -> None:
             if fnmatch(key, pattern):
                 raise UserError(f"{key}: {shown}: {reason}; leave it out")
         if run.shield.method != "none" and key in UNSHIELDED:
-            raise UserError(f"{key}: {shown} does not go with a shield; leave it out, or set shield.method: none")
+            raise UserError(
+                f"{key}: {shown} does not go with a shield: {UNSHIELDED[key]}; leave it out, or set shield.method: none"
+            )
         if not _cuda() and any(fnmatch(key, pattern) for pattern in NEEDS_CUDA):
             raise UserError(f"{key}: {shown} needs CUDA, which is not here; leave it out")
         if key == "model.attention_backend" and value.name in ("flash", "fused") and not _transformer_engine():

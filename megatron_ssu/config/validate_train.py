@@ -125,8 +125,37 @@ def _optimizer(run: RunConfig) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= values.get(name, 0.9) < 1:
             raise UserError(f"{key}.{name}: {values[name]} must be in [0, 1)")
+    _placement(run)
     accepted(key, OPTIMIZER.load(), {**values, "use_distributed_optimizer": True})
     accepted("parallel.ddp", DDP.load(), {**run.parallel.ddp, "use_distributed_optimizer": True})
+
+
+def _placement(run: RunConfig) -> None:
+    """What megatron-core's optimizers need where they keep their state elsewhere, or gather weights early."""
+    values, key = run.train.optimizer, "train.optimizer"
+    if values.get("optimizer_cpu_offload"):
+        if run.precision.dtype != "bf16":
+            raise UserError(
+                f"{key}.optimizer_cpu_offload: needs precision.dtype: bf16, not {run.precision.dtype}, whose weights "
+                "are their own main weights; leave it out"
+            )
+        if not values.get("use_precision_aware_optimizer"):
+            raise UserError(
+                f"{key}.optimizer_cpu_offload: needs {key}.use_precision_aware_optimizer: true, by which megatron-core "
+                "saves and loads its state; set it"
+            )
+        if values.get("decoupled_weight_decay") is False:
+            raise UserError(f"{key}.optimizer_cpu_offload: needs decoupled_weight_decay: true; leave one of them out")
+    if values.get("store_param_remainders"):  # megatron's default, and so no setting of its own elsewhere
+        raise UserError(
+            f"{key}.store_param_remainders: true: checkpoints hold whole main weights, of which this keeps the lower halves; "
+            "leave it out"
+        )
+    early = "overlap_param_gather_with_optimizer_step"
+    if values.get(early) and not (run.parallel.virtual_pipeline and run.parallel.ddp.get("overlap_param_gather")):
+        raise UserError(
+            f"{key}.{early}: needs virtual pipeline stages and parallel.ddp.overlap_param_gather; set both, or leave it out"
+        )
 
 
 def _decoupled_rates(key: str, values: dict[str, Any], min_lr: float) -> None:

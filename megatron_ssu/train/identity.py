@@ -24,7 +24,12 @@ _FREE_MODEL = (
     "apply_rope_fusion",
     "cpu_offloading",
 )
-_FREE_OPTIMIZER = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "log_num_zeros_in_grad", "overlap_")
+_FREE_OPTIMIZER = (
+    *("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "log_num_zeros_in_grad", "overlap_"),
+    # where the optimizer keeps its state, and in which dtype; checkpoints have it in fp32
+    *("use_precision_aware_optimizer", "main_params_dtype", "main_grads_dtype", "exp_avg_"),
+    *("optimizer_cpu_offload", "optimizer_offload_fraction", "use_torch_optimizer_for_cpu_offload", "pin_cpu_"),
+)
 _PHASE = ("data.", "train.global_batch_size", "train.optimizer.")  # what a new phase may change
 _MODEL = ("model.path (", "model.make_vocab_size_divisible_by", "precision.dtype")  # what decides how weights are read
 DOCUMENTS = "data.train (its documents' digests)"
