@@ -2,7 +2,7 @@
 
 Counted tensor by tensor, after Korthikanti et al. 2022 (arXiv 2205.05198), for what this project's layers are made of: RMSNorm,
 rotary positions, grouped queries, gated MLP, no biases, no dropout. Per token, with h hidden, q and k widths of query and key
-projection, f of the MLP, T tensor-parallel ranks, S = T under sequence parallelism and 1 without, e bytes an element:
+projection, f of the MLP, T tensor-parallel ranks, S = T under sequence parallelism and 1 without, e bytes per element:
 
     linear layers' inputs   e (h/S + q/T + h/S + f/T)
     norms                   local: 8 w + 4 (input and result in fp32), Transformer Engine: e w + 4; w = h/S
@@ -25,14 +25,14 @@ Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
-class Batch:
+class MicroBatch:
     """A micro-batch on a rank."""
 
     sequences: int
     length: int  # tokens of a sequence on this rank: context-parallel ranks share them out
     tensor: int
     sequence_parallel: bool
-    itemsize: int  # bytes of an element
+    itemsize: int  # bytes per element
 
     @property
     def tokens(self) -> int:
@@ -53,7 +53,13 @@ class Kept:
 
 
 def layer_kept(
-    dims: Dims, batch: Batch, *, output_norms: bool, engine: bool, recompute: Recompute, modules: Sequence[str] = ()
+    dims: Dims,
+    batch: MicroBatch,
+    *,
+    output_norms: bool,
+    engine: bool,
+    recompute: Recompute,
+    modules: Sequence[str] = (),
 ) -> Kept:
     """Of one layer. `output_norms`: OLMo-2's order, with q and k norms; `engine`: Transformer Engine with flash attention."""
     parts = _parts(dims, batch, output_norms, engine)
@@ -70,11 +76,11 @@ def layer_kept(
         kept += batch.itemsize * widths * dims.head / batch.tensor * batch.tokens
     if "mlp" in modules:
         gone += parts["mlp"]  # its input stays: the tensor that fc1 reads
-        gone += parts["norms"] / 2 if output_norms else 0.0  # the norm behind it is a part of it
+        gone += parts["norms"] / 2 if output_norms else 0.0  # the norm after it is a part of it
     return Kept(whole - gone + kept, gone)
 
 
-def _parts(dims: Dims, batch: Batch, output_norms: bool, engine: bool) -> dict[str, float]:
+def _parts(dims: Dims, batch: MicroBatch, output_norms: bool, engine: bool) -> dict[str, float]:
     e, t, tokens = batch.itemsize, batch.tensor, batch.tokens
     query, key = dims.heads * dims.head / t, dims.groups * dims.head / t
     hidden, ffn = dims.hidden / batch.split, dims.ffn / t
@@ -95,7 +101,7 @@ def _parts(dims: Dims, batch: Batch, output_norms: bool, engine: bool) -> dict[s
     }
 
 
-def head_kept(dims: Dims, batch: Batch, divisible_by: int, *, engine: bool) -> float:
+def head_kept(dims: Dims, batch: MicroBatch, divisible_by: int, *, engine: bool) -> float:
     """Final norm, the head's input, and the cross entropy's softmax in fp32, [tokens, V / T]."""
     vocabulary = padded_vocab(dims.vocab, divisible_by) / batch.tensor
     norm = (batch.itemsize if engine else 8) * dims.hidden / batch.split + 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -19,7 +18,8 @@ from megatron_ssu.config.validate import NEEDS_CUDA, validate_mesh, validate_mod
 from megatron_ssu.config.validate_train import at_least, validate_batches
 from megatron_ssu.errors import UserError
 from megatron_ssu.estimate import steps
-from megatron_ssu.estimate.activations import Batch, Kept, Recompute, head_kept, in_flight, layer_kept
+from megatron_ssu.estimate.activations import Kept, MicroBatch, Recompute, head_kept, in_flight, layer_kept
+from megatron_ssu.estimate.compact import matrix_shields
 from megatron_ssu.estimate.gpus import Gpu
 from megatron_ssu.estimate.host import HostBytes, host_bytes
 from megatron_ssu.estimate.weights import (
@@ -28,11 +28,15 @@ from megatron_ssu.estimate.weights import (
     StateBytes,
     edge_parameters,
     layer_parameters,
+    optimizer_bytes,
     state_bytes,
 )
 from megatron_ssu.models.build import transformer_config
 from megatron_ssu.models.family import Dims, Family, read_family
 from megatron_ssu.shield.file import Shield
+
+# Of FP8, whose weight-gradient GEMMs can leave frozen columns and rows out.
+GATHERING_RECIPES = ("delayed", "tensorwise", "blockwise")
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,9 @@ class Stage:
     """One rank of a pipeline stage; bytes."""
 
     layers: int
-    parameters: int
+    parameters: int  # elements of the weights
     trainable: int
+    compact: int  # elements of the compact parameters beside them, padding included
     state: StateBytes
     activations: int  # of all micro-batches in flight
     recomputed: int  # brought back for a while
@@ -61,14 +66,14 @@ class Estimate:
     mesh: steps.Mesh
     parameters: int  # of the whole model
     frozen: int
-    linear_ratio: float  # frozen share of the linear layers' weights
+    linear_ratio: float  # frozen fraction of the linear layers' weights
     stages: tuple[Stage, ...]
     recompute: dict[str, int]
-    sequences: int  # a step
-    tokens: int  # a step
+    sequences: int  # per step
+    tokens: int  # per step
     work: steps.Work
     traffic: steps.Traffic
-    optimizer_bytes: int  # read and written by the optimizer of a rank
+    optimizer_bytes: int  # read and written by the optimizer step of a rank of the fullest stage
     fp8: bool
     host: HostBytes
 
@@ -124,7 +129,7 @@ def _as_checked_here(run: RunConfig) -> RunConfig:
 
 
 class _Counter:
-    """The pieces of an estimate."""
+    """The parts of an estimate."""
 
     def __init__(
         self,
@@ -146,11 +151,10 @@ class _Counter:
             train.global_batch_size // (train.micro_batch_size * data),
             bool(parallel.ddp.get("overlap_grad_reduce")),
         )
-        self.frozen = _frozen_shares(run, self.family, self.dims, shield)
-        self.granularity = shield.granularity if shield is not None else run.shield.granularity
+        self.shields = matrix_shields(run, family, dims, shield)
         weight = 2 if run.precision.dtype == "bf16" else 4
         self.formats = Formats(weight, 4 if parallel.ddp.get("grad_reduce_in_fp32", True) else weight)
-        self.batch = Batch(
+        self.batch = MicroBatch(
             train.micro_batch_size, run.data.sequence_length, parallel.tensor, parallel.sequence_parallel, weight
         )
 
@@ -160,21 +164,20 @@ class _Counter:
         fullest = max(range(len(stages)), key=lambda i: stages[i].peak)
         matrices = list(self.family.matrices(self.dims))
         elements = sum(m.elements for m in matrices)
-        frozen = sum(m.elements * self.frozen.get(m.name, 0.0) for m in matrices)
         linear = [m for m in matrices if m.scored]
-        linear_frozen = sum(m.elements * self.frozen.get(m.name, 0.0) for m in linear)
+        frozen = {name: shield.frozen for name, shield in self.shields.items()}
+        all_frozen, linear_frozen = (
+            sum(m.elements * frozen.get(m.name, 0.0) for m in members) for members in (matrices, linear)
+        )
         tokens = self.run.train.global_batch_size * self.run.data.sequence_length
         kinds: tuple[Recompute, ...] = ("none", "selective", "full")
         busiest = max((self.work(rank) for rank in range(mesh.pipeline)), key=lambda w: w.total)
-        state = stages[fullest].state
-        # Gradients are read for the norm, scaled, and read by Adam, which reads and writes main weights and moments.
-        optimizer = 4 * state.gradient_copies + 2 * state.optimizer + state.weights / mesh.data
         return Estimate(
             Path(self.run.model.path).resolve().name,
             mesh.world,
             mesh,
             elements,
-            round(frozen),
+            round(all_frozen),
             linear_frozen / sum(m.elements for m in linear),
             stages,
             {kind: sum(self.activations(fullest, kind)) for kind in kinds},
@@ -182,8 +185,8 @@ class _Counter:
             tokens,
             busiest,
             self.traffic(fullest),
-            round(optimizer),
-            bool(self.run.precision.transformer.get("fp8")),
+            optimizer_bytes(self.parameters(fullest), self.formats, mesh.data),
+            self.fp8,
             host_bytes(
                 mesh,
                 self.parameters,
@@ -213,7 +216,7 @@ class _Counter:
         found = [
             p
             for layer in self.layers(rank)
-            for p in layer_parameters(self.family, self.dims, layer, mesh.tensor, self.frozen)
+            for p in layer_parameters(self.family, self.dims, layer, mesh.tensor, self.shields)
         ]
         return found + list(
             edge_parameters(
@@ -221,7 +224,7 @@ class _Counter:
                 self.dims,
                 mesh.tensor,
                 self.run.model.make_vocab_size_divisible_by,
-                self.frozen,
+                self.shields,
                 first=rank == 0,
                 last=rank == mesh.pipeline - 1,
             )
@@ -234,6 +237,7 @@ class _Counter:
             len(self.layers(rank)),
             sum(p.elements for p in parameters),
             round(sum(p.trainable for p in parameters)),
+            round(sum(p.compact for p in parameters)),
             state_bytes(parameters, self.formats, self.mesh.data),
             stored,
             recomputed,
@@ -271,21 +275,50 @@ class _Counter:
         )
 
     def work(self, rank: int) -> steps.Work:
-        mesh, dims = self.mesh, self.dims
+        mesh, dims, parameters = self.mesh, self.dims, self.parameters(rank)
         tokens = self.batch.tokens * mesh.micro_batches
-        linear = [p for p in self.parameters(rank) if p.linear]
-        heads = 0.0
-        if rank == mesh.pipeline - 1:
-            heads = dims.vocab * dims.hidden / mesh.tensor
+        linear = [p for p in parameters if p.linear]
+        head = dims.vocab * dims.hidden / mesh.tensor if rank == mesh.pipeline - 1 else 0.0
         forward = 2 * tokens * sum(p.elements for p in linear)
-        full = 3 * forward + 6 * tokens * heads
-        compact = self.granularity == "column" and not self.run.precision.transformer.get("fp8")
-        saved = 2 * tokens * sum(p.frozen for p in linear) if compact else 0.0
-        # Two products of s x s by head, of which flash attention leaves out the masked half; the backward pass has five.
+        full = 3 * forward + 6 * tokens * head
+        saved = gather = 0.0
+        for p in linear:
+            saved += 2 * tokens * (p.elements - self.gemm(p))
+        for p in parameters:
+            if p.name == self.head_name and p.training == "frozen":
+                saved += 2 * tokens * head
+        if self.gathers:
+            # In FP8 rows of the transposed inputs, which leave the others unread.
+            per_token = sum(2 * p.written if self.fp8 else self.batch.itemsize * (p.read + p.written) for p in linear)
+            gather = tokens * per_token
+        # Two GEMMs of s x s per head, of which flash attention leaves out the masked half; the backward pass has five.
         attention = 4 * tokens * dims.heads * dims.head / mesh.tensor * self.batch.length * len(self.layers(rank))
         attention *= 0.5 if self.engine else 1.0
         again = forward + attention if self.recompute() == "full" else 0.0
-        return steps.Work(full - saved, attention * 3.5, again, full)
+        return steps.Work(full - saved, attention * 3.5, again, full, gather)
+
+    def gemm(self, parameter: Parameter) -> float:
+        """Elements of a linear weight's gradient that GEMMs compute."""
+        if parameter.training == "compact" and not self.gathers:
+            return parameter.elements
+        return parameter.gemm
+
+    @property
+    def fp8(self) -> bool:
+        return bool(self.run.precision.transformer.get("fp8"))
+
+    @property
+    def gathers(self) -> bool:
+        """Whether weight-gradient GEMMs leave frozen columns and rows out."""
+        fields = self.run.precision.transformer
+        recipe = fields.get("fp8_recipe") or "delayed"
+        return not fields.get("fp4") and (not self.fp8 or getattr(recipe, "value", recipe) in GATHERING_RECIPES)
+
+    @property
+    def head_name(self) -> str:
+        """megatron's name of the weight that the head multiplies by."""
+        kind = "embedding" if self.dims.tied else "head"
+        return next(entry.param for entry in self.family.edges if entry.kinds[0] == kind)
 
     def traffic(self, rank: int) -> steps.Traffic:
         """All-reduces count twice what an all-gather or reduce-scatter does."""
@@ -294,22 +327,13 @@ class _Counter:
         tensor = 0.0
         if mesh.tensor > 1:
             once = hidden * (mesh.tensor - 1) / mesh.tensor
-            # Two blocks a layer, each with an all-reduce forward and one backward; sequence parallelism gathers its
+            # Two blocks per layer, each with an all-reduce forward and one backward; sequence parallelism gathers its
             # inputs once more for the weight gradients.
             times = 4 * 2 + (2 if batch.sequence_parallel else 0)
             tensor = once * times * len(self.layers(rank)) * mesh.micro_batches
         pipeline = 0.0
         if mesh.pipeline > 1:
             pipeline = 2 * hidden / batch.split * mesh.virtual * mesh.micro_batches
-        elements = sum(p.elements for p in self.parameters(rank))
-        share = (mesh.data - 1) / mesh.data
-        data = share * elements * (self.formats.gradient + self.formats.weight)
+        trained = sum(p.trained for p in self.parameters(rank))
+        data = (mesh.data - 1) / mesh.data * trained * (self.formats.gradient + self.formats.weight)
         return steps.Traffic(tensor, pipeline, data)
-
-
-def _frozen_shares(run: RunConfig, family: Family, dims: Dims, shield: Shield | None) -> Mapping[str, float]:
-    if run.shield.method == "none":
-        return {}
-    if shield is not None:
-        return {m.name: shield.counts[m.name] / m.elements for m in shield.matrices.values()}
-    return {m.name: run.shield.ratio for m in family.linear_matrices(dims)}

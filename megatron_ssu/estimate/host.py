@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_ssu.estimate.steps import GPUS_A_NODE, Mesh
+from megatron_ssu.estimate.steps import GPUS_PER_NODE, Mesh
 from megatron_ssu.estimate.weights import Parameter
 
-STATE = 12  # bytes of an element's main weight and moments in a checkpoint, frozen or not
+STATE = 12  # bytes of main weight and moments per stored element
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class HostBytes:
 
     ranks: int  # on a node
     saving: int  # copies that are being written
-    loading: int  # shielded weights' state, before its trainable part is taken
+    loading: int  # stored state, before it is copied to the device
     background: bool  # training goes on while `saving` is held
     stored: int  # a checkpoint on disk
 
@@ -32,12 +32,14 @@ def host_bytes(
 ) -> HostBytes:
     """Count what the ranks of a node hold.
 
+    Weights are stored whole, and compact parameters not at all. Main weight and moments are stored for the trainable columns
+    and rows of a shielded matrix, for all elements of one that is shielded by element, and for a weight that trains whole.
     Every data-parallel rank saves and loads one part of the state, and writes one part of the weights.
 
     Args:
         parameters: those of a rank of a pipeline stage.
         copied: whether a stage's parameter is a copy of another stage's, which stores it.
-        weight: bytes of a weight.
+        weight: bytes per element of a weight.
     """
     saving: list[float] = []
     loading: list[float] = []
@@ -45,13 +47,13 @@ def host_bytes(
         found = parameters(stage)
         for tensor in range(mesh.tensor):
             # Norms that all tensor-parallel ranks hold are stored by the first.
-            stored = sum(p.elements for p in found if (p.split or tensor == 0) and not copied(stage, p))
-            saving.append((STATE + weight) * stored / mesh.data)
-            loading.append(STATE * sum(p.elements for p in found if p.frozen) / mesh.data)
+            own = [p for p in found if (p.split or tensor == 0) and not copied(stage, p)]
+            saving.append(sum(STATE * p.stored + weight * p.elements for p in own) / mesh.data)
+            loading.append(STATE * sum(p.stored for p in found) / mesh.data)
     total = sum(saving) * mesh.data
     # Tensor-parallel ranks are neighbours, then data-parallel ones, then stages.
     places = [t + mesh.tensor * s for s in range(mesh.pipeline) for _ in range(mesh.data) for t in range(mesh.tensor)]
-    nodes = [places[first : first + GPUS_A_NODE] for first in range(0, len(places), GPUS_A_NODE)]
+    nodes = [places[first : first + GPUS_PER_NODE] for first in range(0, len(places), GPUS_PER_NODE)]
     return HostBytes(
         len(nodes[0]),
         round(max(sum(saving[place] for place in node) for node in nodes)),

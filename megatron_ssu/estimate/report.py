@@ -18,8 +18,8 @@ GIB = 2**30
 def to_dict(found: Estimate, gpu: Gpu | None, math: float = steps.MATH) -> dict[str, Any]:
     """For JSON; bytes, FLOPs and seconds."""
     result = asdict(found)
-    for stage, told in zip(found.stages, result["stages"], strict=True):
-        told["peak"] = stage.peak
+    for stage, entry in zip(found.stages, result["stages"], strict=True):
+        entry["peak"] = stage.peak
     if gpu is not None:
         time = found.time(gpu, math)
         result["gpu"] = asdict(gpu)
@@ -35,13 +35,13 @@ def render(found: Estimate, gpu: Gpu | None, console: Console, math: float = ste
     say(
         f"{found.model} on {mesh.tensor} (tensor) x {mesh.pipeline} (pipeline)"
         + (f" x {mesh.virtual} (virtual)" if mesh.virtual > 1 else "")
-        + f" x {mesh.data} (data) = {found.world} ranks, {mesh.micro_batches} micro-batches a step"
+        + f" x {mesh.data} (data) = {found.world} ranks, {mesh.micro_batches} micro-batches per step"
     )
     say(
         f"{found.parameters:,} parameters, {found.frozen:,} frozen ({found.linear_ratio:.1%} of the linear layers'), "
         f"{found.parameters - found.frozen:,} trainable"
     )
-    table = Table(title="GiB on a rank", title_justify="left")
+    table = Table(title="GiB per rank", title_justify="left")
     for column in (
         "stage",
         "layers",
@@ -65,7 +65,8 @@ def render(found: Estimate, gpu: Gpu | None, console: Console, math: float = ste
     work, traffic = found.work, found.traffic
     say(
         f"a step of {found.tokens:,} tokens, on a rank of the busiest stage: {work.total / 1e12:.1f} TFLOP "
-        f"({(work.full - work.products) / 1e12:.1f} saved by frozen columns, {work.recomputed / 1e12:.1f} recomputed)"
+        f"({(work.full - work.gemms) / 1e12:.1f} saved by frozen columns and rows, {work.recomputed / 1e12:.1f} recomputed; "
+        f"{work.gather / 1e9:.1f} GB read and written to gather the others)"
     )
     say(
         f"sent by a rank in a step, GB: tensor {traffic.tensor / 1e9:.2f}, pipeline {traffic.pipeline / 1e9:.2f}, "
@@ -87,6 +88,6 @@ def render(found: Estimate, gpu: Gpu | None, console: Console, math: float = ste
     time = found.time(gpu, math)
     parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in asdict(time).items())
     say(
-        f"{gpu.name}: about {time.total:.2f} s a step, {found.tokens / time.total:,.0f} tokens/s "
-        f"({parts}; products at {math:.0%} of the peak)"
+        f"{gpu.name}: about {time.total:.2f} s per step, {found.tokens / time.total:,.0f} tokens/s "
+        f"({parts}; GEMMs at {math:.0%} of the peak)"
     )

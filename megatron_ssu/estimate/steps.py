@@ -1,8 +1,9 @@
 """Work and traffic of one training step, and how long a GPU takes for them.
 
-Seconds are those of the busiest stage: products at a share of the GPU's peak, then what is not hidden behind them.
+Seconds are those of the busiest stage: GEMMs at a fraction of the GPU's peak, then what is not hidden behind them.
 Tensor-parallel traffic is exposed, pipeline stages wait (P - 1) / (V M) of the time (Narayanan et al. 2021, arXiv 2104.04473),
-gradient reduction and weight gathering are exposed unless overlapped, the optimizer works at memory bandwidth.
+gradient reduction and weight gathering are exposed unless overlapped; the optimizer, and the gathers of the columns and rows
+that weight gradients of trainable elements need, work at memory bandwidth.
 """
 
 from __future__ import annotations
@@ -11,22 +12,23 @@ from dataclasses import dataclass
 
 from megatron_ssu.estimate.gpus import Gpu
 
-GPUS_A_NODE = 8
-MATH, LINKS, MEMORY = 0.6, 0.7, 0.8  # shares of peak that are reached: products, links and network, memory
+GPUS_PER_NODE = 8
+MATH, LINKS, MEMORY = 0.6, 0.7, 0.8  # fractions of the peak that are reached: GEMMs, links and network, memory
 
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of one rank of the busiest stage in a step."""
+    """FLOPs of one rank of the busiest stage in a step, and bytes of its gathers."""
 
-    products: float  # linear layers and head: forward, input gradient, weight gradients of trainable columns
+    gemms: float  # linear layers and head: forward, input gradient, weight gradients of what they compute
     attention: float
     recomputed: float
-    full: float  # products if all weights were trained
+    full: float  # `gemms` if all weights were trained
+    gather: float  # bytes read and written to gather trainable columns and rows for weight gradients
 
     @property
     def total(self) -> float:
-        return self.products + self.attention + self.recomputed
+        return self.gemms + self.attention + self.recomputed
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Traffic:
 class StepTime:
     """Seconds."""
 
-    products: float
+    gemms: float
+    gather: float
     tensor: float
     pipeline: float
     bubble: float
@@ -51,7 +54,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return self.products + self.tensor + self.pipeline + self.bubble + self.data + self.optimizer
+        return self.gemms + self.gather + self.tensor + self.pipeline + self.bubble + self.data + self.optimizer
 
 
 @dataclass(frozen=True)
@@ -73,17 +76,18 @@ class Mesh:
 def step_time(
     work: Work, traffic: Traffic, optimizer_bytes: float, mesh: Mesh, gpu: Gpu, *, fp8: bool, math: float = MATH
 ) -> StepTime:
-    """`optimizer_bytes`: read and written by a rank; `math`: share of the peak that products reach."""
+    """`optimizer_bytes`: read and written by a rank; `math`: fraction of the peak that GEMMs reach."""
     peak = (gpu.fp8 if fp8 and gpu.fp8 else gpu.bf16) * 1e12
+    memory = MEMORY * gpu.memory_bandwidth * 1e9
     # Attention stays in bf16.
-    products = (work.products + work.recomputed) / (math * peak) + work.attention / (math * gpu.bf16 * 1e12)
+    gemms = (work.gemms + work.recomputed) / (math * peak) + work.attention / (math * gpu.bf16 * 1e12)
+    gather = work.gather / memory
     link, network = LINKS * gpu.link * 1e9, LINKS * gpu.network * 1e9
-    tensor = traffic.tensor / (link if mesh.tensor <= GPUS_A_NODE else network)
-    one_node = mesh.world <= GPUS_A_NODE
+    tensor = traffic.tensor / (link if mesh.tensor <= GPUS_PER_NODE else network)
+    one_node = mesh.world <= GPUS_PER_NODE
     pipeline = traffic.pipeline / (link if one_node else network)
-    bubble = (products + tensor) * (mesh.pipeline - 1) / (mesh.virtual * mesh.micro_batches)
+    bubble = (gemms + gather + tensor) * (mesh.pipeline - 1) / (mesh.virtual * mesh.micro_batches)
     data = traffic.data / (link if one_node else network)
     if mesh.overlap:
-        data = max(0.0, data - products)
-    optimizer = optimizer_bytes / (MEMORY * gpu.memory_bandwidth * 1e9)
-    return StepTime(products, tensor, pipeline, bubble, data, optimizer)
+        data = max(0.0, data - gemms)
+    return StepTime(gemms, gather, tensor, pipeline, bubble, data, optimizer_bytes / memory)

@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
+from megatron_ssu.compact.rules import is_pinned
+from megatron_ssu.estimate.compact import Compact, MatrixShield, compact
 from megatron_ssu.models.family import Dims, Entry, Family, padded_vocab
+
+# How a weight trains:
+#   plain    nothing of it is frozen: a parameter
+#   pinned   hardly anything is frozen, or it is a norm: a parameter, whose frozen elements are put back
+#   compact  its trainable elements are a parameter of their own beside it
+#   frozen   all of it is frozen: no gradient, no optimizer state
+Training = Literal["plain", "pinned", "compact", "frozen"]
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One megatron parameter on a tensor-parallel rank."""
+    """One megatron parameter on the average tensor-parallel rank; elements."""
 
     name: str
-    elements: int
-    frozen: float  # of these elements, on the average rank
+    elements: int  # of the weight itself
+    frozen: float
     linear: bool  # the weight of a layer's linear layer
     split: bool  # over tensor-parallel ranks
+    training: Training
+    compact: float  # of the compact parameters beside it, padding included
+    gemm: float  # of the weight gradient that GEMMs compute, where they can leave frozen columns and rows out
+    read: float  # per token, to gather the trainable columns and rows of the GEMMs' operands; see `_read`
+    written: float  # per token, likewise
+    stored: float  # whose main weight and moments are in a checkpoint
 
     @property
     def trainable(self) -> float:
         return self.elements - self.frozen
 
+    @property
+    def trained(self) -> float:
+        """Those that have a gradient, a main weight and moments, and that data-parallel ranks exchange."""
+        return {"plain": self.elements, "pinned": self.elements, "compact": self.compact, "frozen": 0.0}[self.training]
+
 
 @dataclass(frozen=True)
 class Formats:
-    """Bytes of an element."""
+    """Bytes per element."""
 
     weight: int  # 2 in bf16, 4 in fp32
     gradient: int  # of the gradient buffer
@@ -36,10 +57,10 @@ class Formats:
 class StateBytes:
     """Bytes on one rank of a stage."""
 
-    weights: int
+    weights: int  # compact parameters included
     gradients: int
     optimizer: int  # main weights and moments that are memory of their own
-    gradient_copies: int  # fp32 copies of trainable gradients while the optimizer works
+    gradient_copies: int  # in fp32, while the optimizer works
 
     @property
     def lasting(self) -> int:
@@ -47,54 +68,114 @@ class StateBytes:
 
 
 def layer_parameters(
-    family: Family, dims: Dims, layer: int, tensor: int, frozen: Mapping[str, float]
+    family: Family, dims: Dims, layer: int, tensor: int, shields: Mapping[str, MatrixShield]
 ) -> list[Parameter]:
-    """Parameters of a layer on one of `tensor` ranks; `frozen`: share of a matrix that is frozen, by Hugging Face name."""
-    return [_parameter(entry, dims, layer, tensor, frozen, dims.shape) for entry in family.layer]
+    """Parameters of a layer on one of `tensor` ranks; `shields`: of the shielded matrices, by Hugging Face name."""
+    return [_parameter(entry, dims, layer, tensor, shields, 0) for entry in family.layer]
 
 
 def edge_parameters(
-    family: Family, dims: Dims, tensor: int, divisible_by: int, frozen: Mapping[str, float], *, first: bool, last: bool
+    family: Family,
+    dims: Dims,
+    tensor: int,
+    divisible_by: int,
+    shields: Mapping[str, MatrixShield],
+    *,
+    first: bool,
+    last: bool,
 ) -> Iterator[Parameter]:
     """Embedding (on the first stage), final norm and head (on the last); a tied head on a stage of its own is a copy."""
     rows = padded_vocab(dims.vocab, divisible_by)
-
-    def shape(kind: str) -> tuple[int, ...]:
-        return (rows, dims.hidden) if kind in ("embedding", "head") else dims.shape(kind)
-
     for entry in family.edges:
         kind = entry.kinds[0]
         here = first if kind == "embedding" else last
         if kind == "embedding" and dims.tied:
             here = first or last
         if here and not (kind == "head" and dims.tied):
-            yield _parameter(entry, dims, None, tensor, frozen, shape)
+            padding = rows - dims.vocab if entry.form == "vocab" else 0
+            yield _parameter(entry, dims, None, tensor, shields, padding)
 
 
-def _parameter(entry: Entry, dims: Dims, layer: int | None, tensor: int, frozen: Mapping, shape: object) -> Parameter:
-    elements = shares = 0.0
-    for name, kind in zip(entry.tensors, entry.kinds, strict=True):
-        size = prod(shape(kind))  # type: ignore[operator]
-        elements += size
-        shares += size * frozen.get(name.format(layer=layer), 0.0)
-    parts = tensor if entry.split is not None else 1
-    linear = layer is not None and not entry.kinds[0].endswith("norm")
-    return Parameter(entry.param, round(elements / parts), shares / parts, linear, entry.split is not None)
+def _parameter(
+    entry: Entry, dims: Dims, layer: int | None, tensor: int, shields: Mapping[str, MatrixShield], padding: int
+) -> Parameter:
+    """`padding`: rows that pad the vocabulary."""
+    shapes = [dims.shape(kind) for kind in entry.kinds]
+    own = [shields.get(name.format(layer=layer)) for name in entry.tensors]
+    sizes = [prod(shape) for shape in shapes]
+    frozen = sum(size * shield.frozen for size, shield in zip(sizes, own, strict=True) if shield is not None)
+    ranks = tensor if entry.split is not None else 1
+    elements = (sum(sizes) + padding * prod(shapes[0][1:])) / ranks
+    training = _training(len(shapes[0]), frozen / sum(sizes))
+    found = [Compact(elements, elements, 0, 0, elements)]
+    if training == "frozen":
+        found = []
+    elif training == "compact":
+        found = [_compact(entry, shield, shape, tensor, padding) for shield, shape in zip(own, shapes, strict=True)]
+    return Parameter(
+        entry.param,
+        round(elements),
+        frozen / ranks,
+        layer is not None and not entry.kinds[0].endswith("norm"),
+        entry.split is not None,
+        training,
+        sum(c.parameter for c in found) if training == "compact" else 0.0,
+        sum(c.gemm for c in found),
+        _read(own, found) if training == "compact" else 0.0,
+        sum(c.written for c in found),
+        sum(c.stored for c in found),
+    )
 
 
-def state_bytes(parameters: list[Parameter], formats: Formats, shards: int) -> StateBytes:
+def _compact(entry: Entry, shield: MatrixShield | None, shape: Sequence[int], tensor: int, padding: int) -> Compact:
+    length = 0 if entry.split is None else (shape[entry.split] + padding) // tensor
+    return compact(shield, shape, entry.split, tensor, length)
+
+
+def _read(shields: Sequence[MatrixShield | None], found: Sequence[Compact]) -> float:
+    """Of a weight's matrices: its input, which has the columns of all of them, once, and the output gradient of each."""
+    by_column = [shield is not None and shield.granularity == "column" for shield in shields]
+    inputs = [c.read for c, column in zip(found, by_column, strict=True) if column]
+    outputs = [c.read for c, column in zip(found, by_column, strict=True) if not column]
+    return max(inputs, default=0.0) + sum(outputs)
+
+
+def _training(dimensions: int, frozen: float) -> Training:
+    """`frozen`: fraction of the parameter's elements."""
+    if frozen == 0:
+        return "plain"
+    if frozen == 1:
+        return "frozen"
+    return "pinned" if is_pinned(dimensions, frozen) else "compact"
+
+
+def state_bytes(parameters: Sequence[Parameter], formats: Formats, shards: int) -> StateBytes:
     """Bytes on a rank that holds `parameters` and one of `shards` parts of their optimizer state.
 
-    fp32 main weight and two moments, 4 bytes each, for trainable elements. In fp32 a parameter without frozen elements is
-    its own main weight; one with some has a compact main weight beside it. Gradients that are not fp32, and those of
-    shielded parameters, are copied in fp32 for the optimizer.
+    fp32 main weight and two moments, 4 bytes each, for every element that is trained; in fp32 a parameter is its own main
+    weight. Gradients that are not fp32 are copied in fp32 for the optimizer.
     """
-    optimizer = copies = 0.0
-    for p in parameters:
-        own_main = formats.weight != 4 or p.frozen > 0
-        optimizer += (12 if own_main else 8) * p.trainable
-        copies += 4 * p.trainable if formats.gradient != 4 or p.frozen > 0 else 0
-    elements = sum(p.elements for p in parameters)
+    trained = sum(p.trained for p in parameters)
+    weights = sum(p.elements + p.compact for p in parameters)
     return StateBytes(
-        elements * formats.weight, elements * formats.gradient, round(optimizer / shards), round(copies / shards)
+        round(weights * formats.weight),
+        round(trained * formats.gradient),
+        round((12 if formats.weight != 4 else 8) * trained / shards),
+        round(4 * trained / shards) if formats.gradient != 4 else 0,
     )
+
+
+def optimizer_bytes(parameters: Sequence[Parameter], formats: Formats, shards: int) -> int:
+    """Bytes that a rank reads and writes in one optimizer step.
+
+    Per trained element: the fp32 gradient is read for the norm, read and written by clipping, and read by Adam, which reads
+    and writes main weight and moments; a main weight beside the weight is copied into it, and a gradient that is not fp32
+    is copied before. Then compact parameters are written into their weights, whose cache lines are all read and written.
+    """
+    per_element = 4 * 4 + 2 * 12
+    if formats.weight != 4:
+        per_element += formats.weight
+    if formats.gradient != 4:
+        per_element += formats.gradient + 4
+    scattered = sum(p.compact + 2 * p.elements for p in parameters if p.training == "compact")
+    return round(per_element * sum(p.trained for p in parameters) / shards + formats.weight * scattered)

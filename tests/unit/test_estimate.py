@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from megatron_ssu import cli
+from megatron_ssu.compact.rules import is_pinned
 from megatron_ssu.config.load import load_run
 from megatron_ssu.errors import UserError
 from megatron_ssu.estimate.activations import in_flight
+from megatron_ssu.estimate.compact import MatrixShield, compact
 from megatron_ssu.estimate.count import estimate
 from megatron_ssu.estimate.gpus import GPUS, gpu_named
 from megatron_ssu.estimate.report import to_dict
+from megatron_ssu.models.family import Dims, family_of
+from megatron_ssu.shield.file import Mask, Shield
 from tests.models import KINDS, SIZES, make_model
 
 OLMO2_13B = {
@@ -65,14 +70,33 @@ def test_a_13b_model_by_hand(run):
     stage = found.stages[0]
     split = (40 * layer + 40 * 2 * 5120 + 2 * 100352 * 5120) // 8  # q and k norms are split as well
     assert stage.parameters == split + 40 * 2 * 5120 + 5120
-    assert stage.state.weights == 2 * stage.parameters and stage.state.gradients == 4 * stage.parameters
+    # Half of all columns are multiples of 16, also of those that 8 ranks share out: nothing is padded.
+    assert stage.compact == 20 * layer // 8 and stage.trainable == stage.parameters - stage.compact
+    assert stage.state.weights == 2 * (stage.parameters + stage.compact)
+    assert stage.state.gradients == 4 * stage.trainable
     assert stage.state.optimizer == 12 * stage.trainable // 2  # two data-parallel ranks
+    assert stage.state.gradient_copies == 0
     tokens = 64 * 2048
-    products = 6 * (40 * layer + 100352 * 5120) * tokens / 16
-    assert found.work.full == pytest.approx(products)
-    assert found.work.full - found.work.products == pytest.approx(2 * 20 * layer * tokens / 16)
-    assert found.traffic.data == stage.parameters * (4 + 2) / 2
+    gemms = 6 * (40 * layer + 100352 * 5120) * tokens / 16
+    assert found.work.full == pytest.approx(gemms)
+    assert found.work.full - found.work.gemms == pytest.approx(2 * 20 * layer * tokens / 16)
+    split = (5120 + 13824) / 8  # inputs of o and down
+    read, written = 2 * 5120 + split, (5 * 5120 + split) / 2  # q, k and v read theirs together, gate and up as well
+    assert found.work.gather == 2 * (read + written) * 40 * tokens / 2
+    assert found.traffic.data == stage.trainable * (4 + 2) / 2
     assert found.traffic.pipeline == 0
+    # 16 bytes of gradient, 24 of main weight and moments, 2 of weight; then P is read, W read and written.
+    updated = (16 + 24 + 2) * stage.trainable / 2
+    assert found.optimizer_bytes == updated + 2 * (20 * layer + 2 * 40 * layer) / 8
+
+
+def test_a_compact_13b_model_is_smaller_than_a_whole_one(run):
+    for data, most in ((1, 0.645), (64, 0.85)):
+        whole, shielded = (
+            estimate(run(OLMO2_13B, f"shield.method={method}"), OLMO2_13B, data, engine=True).stages[0].state.lasting
+            for method in ("none", "ssu")
+        )
+        assert 0.5 < shielded / whole <= most, data
 
 
 def test_host_memory_of_checkpoints_by_hand(run):
@@ -80,41 +104,159 @@ def test_host_memory_of_checkpoints_by_hand(run):
     split = 40 * (layer + 2 * 5120) + 2 * 100352 * 5120  # q and k norms are split as well
     whole = split + 40 * norms + 5120
     found = estimate(run(OLMO2_13B, "parallel.tensor_model_parallel_size=2"), OLMO2_13B, 16, engine=True).host
-    assert found.ranks == 8 and found.stored == 14 * whole and not found.background
-    assert found.saving == 14 * whole / 2, "two nodes with four of eight data-parallel ranks each"
-    assert found.loading == 12 * 40 * layer / 2
+    frozen = 20 * layer
+    assert found.ranks == 8 and found.stored == 14 * whole - 12 * frozen and not found.background
+    assert found.saving == found.stored / 2, "two nodes with four of eight data-parallel ranks each"
+    replicated = 40 * norms + 5120  # every tensor-parallel rank loads them
+    assert found.loading == 12 * (whole - frozen + replicated) / 2
+    by_element = run(OLMO2_13B, "parallel.tensor_model_parallel_size=2", "shield.granularity=element")
+    found = estimate(by_element, OLMO2_13B, 16, engine=True).host
+    assert found.stored == 14 * whole and found.loading == 12 * (whole + replicated) / 2, "in its whole shape"
     pipeline = ["parallel.pipeline_model_parallel_size=2", "checkpoint.async_save=true"]
     found = estimate(run(OLMO2_13B, *pipeline), OLMO2_13B, 16, engine=True).host
     edge = 20 * (layer + 2 * 5120 + norms) + 100352 * 5120
-    assert found.saving == 14 * (edge + 5120) and found.background, (
+    assert found.saving == 14 * (edge + 5120) - 12 * frozen / 2 and found.background, (
         "the last stage has a node of its own, and a norm more"
     )
     found = estimate(run(OLMO2_13B, *pipeline, "precision.dtype=fp32"), OLMO2_13B, 4, engine=True).host
-    assert found.ranks == 4 and found.saving == found.stored == 16 * whole
+    assert found.ranks == 4 and found.saving == found.stored == 16 * whole - 12 * frozen
     tied = {**OLMO2_13B, "tie_word_embeddings": True}
     found = estimate(run(tied, *pipeline, "shield.method=none"), tied, 2, engine=True).host
-    assert found.stored == 14 * (whole - 100352 * 5120) and found.loading == 0
+    assert found.stored == 14 * (whole - 100352 * 5120) and found.loading == 12 * whole, "the tied head is loaded twice"
 
 
 def test_full_fine_tuning_freezes_nothing(run):
     found = estimate(run(OLMO2_13B, "shield.method=none"), OLMO2_13B, 1, engine=True)
-    assert found.frozen == 0 and found.work.full == found.work.products
-    assert found.stages[0].state.gradient_copies == 0
+    assert found.frozen == 0 and found.work.full == found.work.gemms and found.work.gather == 0
+    stage = found.stages[0]
+    assert stage.compact == 0 and stage.trainable == stage.parameters
+    assert stage.state.lasting == 18 * stage.parameters and stage.state.gradient_copies == 0
+    assert found.optimizer_bytes == 42 * stage.parameters
 
 
-def test_gradients_are_copied_when_activations_are_gone(run):
-    stage = estimate(run(OLMO2_13B, "data.sequence_length=4096"), OLMO2_13B, 1, engine=True).stages[0]
-    assert stage.activations > stage.state.gradient_copies > 0
+def test_fp32_weights_are_their_own_main_weights(run):
+    stage = estimate(run(OLMO2_13B, "precision.dtype=fp32"), OLMO2_13B, 1, engine=True).stages[0]
+    assert stage.state.lasting == 4 * (stage.parameters + stage.compact) + (4 + 8) * stage.trainable
+
+
+def test_gradients_are_copied_where_they_are_not_fp32_when_activations_are_gone(run):
+    bf16 = "parallel.ddp.grad_reduce_in_fp32=false"
+    stage = estimate(run(OLMO2_13B, bf16, "data.sequence_length=4096"), OLMO2_13B, 1, engine=True).stages[0]
+    assert stage.activations > stage.state.gradient_copies == 4 * stage.trainable
     assert stage.peak == stage.state.lasting + stage.activations
-    stage = estimate(run(OLMO2_13B, "data.sequence_length=256"), OLMO2_13B, 1, engine=True).stages[0]
+    stage = estimate(run(OLMO2_13B, bf16, "data.sequence_length=256"), OLMO2_13B, 1, engine=True).stages[0]
     assert stage.activations < stage.state.gradient_copies
     assert stage.peak == stage.state.lasting + stage.state.gradient_copies
+    assert stage.state.gradients == 2 * stage.trainable
 
 
-def test_element_and_fp8_shields_save_no_product(run):
-    for override in ("shield.granularity=element", "precision.fp8=hybrid"):
-        found = estimate(run(OLMO2_13B, override), OLMO2_13B, 1, engine=True)
-        assert found.work.full == found.work.products
+@pytest.mark.parametrize(
+    "overrides,saves",
+    [
+        (["shield.granularity=column"], True),
+        (["shield.granularity=row"], True),
+        (["shield.granularity=element"], False),
+        (["precision.fp8=hybrid"], True),
+        (["precision.fp8=hybrid", "precision.fp8_recipe=tensorwise"], True),
+        (["precision.fp8=hybrid", "precision.fp8_recipe=blockwise"], True),
+        (["precision.fp8=hybrid", "precision.fp8_recipe=mxfp8"], False),
+    ],
+)
+def test_weight_gradients_of_columns_and_rows_cost_their_trainable_fraction(overrides, saves, run):
+    found = estimate(run(OLMO2_13B, *overrides), OLMO2_13B, 1, engine=True)
+    layers = 40 * (4 * 5120**2 + 3 * 5120 * 13824)
+    assert found.work.full - found.work.gemms == pytest.approx(layers * 64 * 2048 if saves else 0)
+    assert (found.work.gather > 0) == saves
+
+
+@pytest.mark.parametrize("granularity,read", [("column", 2 * 5120 + 5120 + 13824), ("row", 5 * 5120 + 2 * 13824)])
+def test_columns_of_a_fused_weight_read_their_input_once(granularity, read, run):
+    """Rows are read from the output gradient, of which each matrix has its own part."""
+    found = estimate(run(OLMO2_13B, f"shield.granularity={granularity}"), OLMO2_13B, 1, engine=True)
+    written = {"column": 6 * 5120 + 13824, "row": 5 * 5120 + 2 * 13824}[granularity] / 2
+    assert found.work.gather == 2 * (read + written) * 40 * 64 * 2048
+
+
+def test_fp8_gathers_one_byte_and_reads_what_it_writes(run):
+    found = estimate(run(OLMO2_13B, "precision.fp8=hybrid"), OLMO2_13B, 1, engine=True)
+    assert found.work.gather == 40 * (6 * 5120 + 13824) * 64 * 2048
+
+
+@pytest.mark.parametrize(
+    "dimensions,frozen,pinned",
+    [(2, 0, False), (2, 0.1, True), (2, 1 / 8, False), (2, 1, False), (1, 0, False), (1, 0.5, True), (1, 1, False)],
+)
+def test_what_is_pinned(dimensions, frozen, pinned):
+    assert is_pinned(dimensions, frozen) == pinned
+
+
+def test_compact_parameters_are_padded_on_every_rank():
+    frozen = np.ones(64, dtype=bool)
+    frozen[:17] = False  # 17 trainable columns or rows, all of them among the first half
+    columns, rows = (MatrixShield(axis, 47 / 64, frozen) for axis in ("column", "row"))
+    whole = compact(columns, (32, 64), None, 2, 64)
+    assert whole.parameter == whole.gemm == 32 * 32 and whole.stored == 32 * 17
+    assert (whole.read, whole.written) == (64, 32)
+    outputs = compact(columns, (32, 64), 0, 2, 16)
+    assert outputs.parameter == 16 * 32 and (outputs.read, outputs.written) == (64, 32)
+    inputs = compact(columns, (32, 64), 1, 2, 32)
+    assert inputs.parameter == 32 * 32, "one rank has 17 columns, the other none, and both room for 32"
+    assert (inputs.read, inputs.written) == (32, 32)
+    assert compact(rows, (64, 32), 0, 2, 32).parameter == 32 * 32
+    assert compact(rows, (64, 32), 1, 2, 16).parameter == 32 * 16
+    even = compact(MatrixShield("column", 0.5), (32, 64), 1, 4, 16)
+    assert even.parameter == 32 * 16 and even.stored == 32 * 64 / 4 / 2, "8 columns on every rank"
+    element = compact(MatrixShield("element", 47 / 64), (32, 64), 0, 2, 16)
+    assert element.parameter == 32 * 17 // 2 and element.gemm == element.stored == 32 * 64 / 2
+    every = compact(None, (30, 50), 0, 2, 15)
+    assert every.parameter == every.gemm == every.stored == 15 * 50 and every.read == 0
+
+
+def test_a_given_shield_decides_by_whole_parameters(run):
+    hf = {**OLMO2_13B, "num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 100}
+    hf |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128}
+    by_kind = {m.kind: m for m in family_of(hf).matrices(Dims.from_hf(hf)) if m.kind != "norm"}
+    norm = next(m for m in family_of(hf).matrices(Dims.from_hf(hf)) if m.kind == "norm")
+
+    def first(kind, granularity, count):
+        """The first units frozen."""
+        matrix = by_kind[kind]
+        return matrix, Mask.of(
+            granularity, matrix.shape, np.arange(Mask.constant(granularity, matrix.shape, False).units) < count
+        )
+
+    chosen = [
+        first("embedding", "row", 3),  # 3 % : pinned
+        first("q_proj", "column", 16),  # a quarter of a third: pinned
+        first("o_proj", "row", 30),  # 34 rows train: compact, padded to 48
+        first("gate_proj", "column", 64),  # nothing of it trains; up does as a whole: compact
+        first("down_proj", "element", 64 * 96),  # frozen as a whole
+        (norm, Mask.constant("element", norm.shape, True)),
+    ]
+    matrices, masks = {m.name: m for m, _ in chosen}, {m.name: mask for m, mask in chosen}
+    shield = Shield("ssu", "model", "0", matrices=matrices, masks=masks)
+    settings = run(hf, "data.sequence_length=64")
+    found = estimate(settings, hf, 1, shield=shield, engine=False)
+    stage = found.stages[0]
+    compact_elements = 48 * 64 + 96 * 64
+    assert stage.compact == compact_elements
+    whole = stage.parameters - (64 * 64 + 2 * 96 * 64 + 64 * 96 + 64)  # o, gate and up, down, a norm
+    assert stage.state.gradients == 4 * (whole + compact_elements)
+    assert stage.state.weights == 2 * (stage.parameters + compact_elements)
+    assert found.host.stored == 2 * stage.parameters + 12 * (whole + 34 * 64 + 96 * 64)
+    tokens = 64 * 64
+    saved = 16 * 64 + 96 * 64 + 64 * 96  # rows of o, gate, down
+    assert found.work.full - found.work.gemms == pytest.approx(2 * saved * tokens)
+    assert found.work.gather == 2 * (64 + 48) * tokens
+
+
+def test_a_head_that_is_frozen_as_a_whole_has_no_weight_gradient(run):
+    head = next(m for m in family_of(OLMO2_13B).matrices(Dims.from_hf(OLMO2_13B)) if m.kind == "head")
+    masks = {head.name: Mask.constant("row", head.shape, True)}
+    shield = Shield("ssu", "model", "0", matrices={head.name: head}, masks=masks)
+    found = estimate(run(OLMO2_13B), OLMO2_13B, 1, shield=shield, engine=True)
+    assert found.work.full - found.work.gemms == pytest.approx(2 * head.elements * 64 * 2048)
+    assert found.stages[0].state.gradients == 4 * (found.stages[0].parameters - head.elements)
 
 
 def test_stages_share_the_layers_and_hold_fewer_micro_batches_towards_the_end(run):
@@ -140,7 +282,7 @@ def test_time_falls_with_faster_gpus_and_with_frozen_columns(run):
     h100 = GPUS["h100"]
     assert 0.83 < shielded.time(h100).total / plain.time(h100).total < 0.9
     assert not to_dict(shielded, h100)["fits"]
-    assert shielded.time(h100, 0.3).products == pytest.approx(2 * shielded.time(h100, 0.6).products)
+    assert shielded.time(h100, 0.3).gemms == pytest.approx(2 * shielded.time(h100, 0.6).gemms)
 
 
 def test_bad_gpus_and_meshes_are_refused(run):
@@ -161,11 +303,12 @@ def test_the_command_prints_and_writes(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([*arguments, "parallel.tensor_model_parallel_size=4", "precision.fp8=hybrid"])
     said = capsys.readouterr().out
-    assert end.value.code == 0 and "4 (tensor) x 1 (pipeline) x 2 (data) = 8 ranks" in said and "a step" in said
+    assert end.value.code == 0 and "4 (tensor) x 1 (pipeline) x 2 (data) = 8 ranks" in said and "per step" in said
     found = json.loads(target.read_text())
     assert found["parameters"] == 13_716_198_400 and found["fp8"] and found["seconds"]["step"] > 0
-    assert found["host"]["ranks"] == 8 and found["host"]["stored"] == found["host"]["saving"] == 14 * 13_716_198_400
-    assert "a checkpoint: 192.0 GB on disk; host memory on a node of 8 ranks, GiB: 178.8 while one is written, " in said
+    stored = 14 * 13_716_198_400 - 12 * found["frozen"]
+    assert found["host"]["ranks"] == 8 and found["host"]["stored"] == found["host"]["saving"] == stored
+    assert "a checkpoint: 115.9 GB on disk; host memory on a node of 8 ranks, GiB: 107.9 while one is written, " in said
     with pytest.raises(SystemExit) as end:
         cli.main([*arguments, "--world-size", "0"])
     said = capsys.readouterr().err
