@@ -50,7 +50,7 @@ class Timing:
         return cls(float(median), float(low), float(high), float(min(seconds)), len(seconds))
 
     def spread(self) -> float:
-        """Interquartile range as a share of the median."""
+        """Interquartile range as a fraction of the median."""
         return (self.high - self.low) / self.median if self.median else 0.0
 
 

@@ -31,9 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 570.0  # seconds for all parts
 GRACE = 5.0  # seconds that an interrupted part has to end
 TAIL = 4000  # characters of a part's output that are kept
-SHAPE = ("--hidden", "5120", "--ffn", "13824", "--heads", "40", "--layers", "2", "--dtype", "bf16")
+SHAPE: tuple[str, ...] = ("--hidden", "5120", "--ffn", "13824", "--heads", "40", "--layers", "2", "--dtype", "bf16")
 SHAPE += ("--length", "4096", "--micro-batch", "1", "--batch", "2")
-BUILT = "import sys; from megatron_ssu.shield import kernels as k; print(k.backend('cuda'), k.why_torch('cuda')); "
+BUILT = "import sys; from megatron_ssu.compact import kernels as k; print(k.backend('cuda'), k.why_torch('cuda')); "
 BUILT += "sys.exit(k.backend('cuda') != 'cuda')"
 
 
@@ -67,13 +67,28 @@ def plan(output: Path, arch: str) -> list[Part]:
     build = [["setup.py", "-q", "build_ext", "--inplace", "--force"], ["-c", BUILT]]
     return [
         Part("build", build, 70, environment={"MEGATRON_SSU_BUILD": "1", "MEGATRON_SSU_CUDA_ARCHS": arch}),
-        Part("tests", [tests], 150, "tests.xml"),
-        benchmark("kernels", "kernels", 40, "--device", "cuda", "--mib", "256", "--mask", "column", "fused"),
-        step("step bf16", 90),
-        step("step fp8", 65, *fp8, engine=True),
+        Part("tests", [tests], 145, "tests.xml"),
+        benchmark(
+            "kernels",
+            "kernels",
+            40,
+            "--device",
+            "cuda",
+            "--mib",
+            "256",
+            "--mask",
+            "column",
+            "fused",
+            "--tokens",
+            "8192",
+            "--inputs",
+            "4096",
+        ),
+        step("step bf16", 100, "row 0.5"),
+        step("step fp8", 80, "row 0.5", *fp8, engine=True),
         benchmark("profile", "step", 45, *SHAPE, "--profile", "SSU 0.5"),
-        step("step bf16 unfused", 55, "--unfused"),
-        step("step fp8 unfused", 55, "--unfused", *fp8, engine=True),
+        step("step bf16 unfused", 45, "--unfused"),
+        step("step fp8 unfused", 45, "--unfused", *fp8, engine=True),
     ]
 
 

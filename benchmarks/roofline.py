@@ -1,12 +1,12 @@
-"""Roofline of one layer's linear products and of its optimizer update: what bounds each, and what a frozen half saves.
+"""Roofline of one layer's linear GEMMs and of its optimizer update: what bounds each, and what a frozen half saves.
 
 python benchmarks/roofline.py [--hidden 2048] [--tokens 4096] [--dtype bf16]    (this machine: peaks and times measured)
 python benchmarks/roofline.py --hidden 5120 --ffn 13824 --gpu h100              (a data sheet: bounds alone)
 
-A product of [T, I] and [I, O] is 2 T I O FLOPs and moves its three matrices once. The time bound is the larger of FLOPs over
-the peak product rate and bytes over the copy rate. "measured" runs the very functions of a training step; the weight gradient
-is that of `--ratio` frozen columns beside the dense one: gather of the input's columns, product, addition into the gradient
-buffer.
+A GEMM of [T, I] and [I, O] is 2 T I O FLOPs and moves its three matrices once. The time bound is the larger of FLOPs over the
+peak rate of a GEMM and bytes over the copy rate. "measured" runs the very functions of a training step: weight gradients are
+added to fp32 buffers, the whole one [O, I], and the compact ones of `--ratio` frozen columns, or rows, of each matrix, which
+gather columns of the input, or of the output gradient, before their GEMMs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tables of a GPU report as Markdown, by themselves or in the places of docs/ that are marked for them.
 
-A place is marked `<!-- gpu-report NAME -->` before and `<!-- end of gpu-report NAME -->` behind.
+A place is marked `<!-- gpu-report NAME -->` before and `<!-- end of gpu-report NAME -->` after.
 """
 
 from __future__ import annotations
@@ -67,9 +67,16 @@ def _tests(part: dict[str, Any] | None) -> str:
 
 
 def steps(report: dict[str, Any]) -> str:
-    """Step time of full fine-tuning and of ratio 0.5; ratios to stock with the same settings."""
-    heads = ("one GPU, two OLMo-2-13B layers", "stock, ms", "ratio 0.5, ms", "step", "spread", "forward", "backward")
-    heads += ("optimizer", "shield", "state", "peak", "MFU, stock and 0.5")
+    """Step time of full fine-tuning and of ratio 0.5 by columns, and by rows; ratios to stock with the same settings."""
+    heads: tuple[str, ...] = (
+        "one GPU, two OLMo-2-13B layers",
+        "stock, ms",
+        "ratio 0.5, ms",
+        "step",
+        "spread",
+        "forward",
+    )
+    heads += ("backward", "optimizer", "shield", "state", "exchange", "peak", "rows: step", "MFU, stock and 0.5")
     lines = []
     for part, name in STEPS.items():
         rows = {row["what"]: row for row in _results(report, part)}
@@ -79,16 +86,22 @@ def steps(report: dict[str, Any]) -> str:
             continue
         ratios = [f"{ours[key]:.3f}" for key in ("forward", "backward", "optimizer")]
         times = [stock["step ms"], ours["step ms"], f"{ours['step']:.3f}", ours["spread"], *ratios]
-        sizes = [f"{ours['shield %']} %", f"{ours['state']:.2f}", f"{ours['peak']:.2f}"]
-        lines.append((name, *times, *sizes, f"{stock.get('MFU %', '?')} %, {ours.get('MFU %', '?')} %"))
+        sizes = [f"{ours['shield %']} %", *(f"{ours[what]:.2f}" for what in ("state", "exchange", "peak"))]
+        by_row = f"{rows['row 0.5']['step']:.3f}" if "row 0.5" in rows else NOTHING
+        lines.append((name, *times, *sizes, by_row, f"{stock.get('MFU %', '?')} %, {ours.get('MFU %', '?')} %"))
     return _table(heads, lines)
 
 
+def _of(mask: str) -> str:
+    """The kind of mask as part of a row's name; '-' is none."""
+    return "" if mask == "-" else f"{mask} shield, "
+
+
 def kernels(report: dict[str, Any]) -> str:
-    """Gather and scatter against a copy of the same shard on the GPU."""
+    """Gather, scatter and columns of activations against a copy of the same tensor on the GPU."""
     lines = [
         (
-            f"{row['operation']}, {row['mask']} shield, {row['dtype']}, {row['shard_mib']} MiB",
+            f"{row['operation']}, {_of(row['mask'])}{row['dtype']}, {row['shard_mib']} MiB",
             f"{row['bytes'] / row['kernel']['median'] / 1e9:,.0f} GB/s",
             f"{row['copy_bytes'] / row['copy']['median'] / 1e9:,.0f} GB/s",
             f"{row['share']:.0%}",
@@ -97,7 +110,7 @@ def kernels(report: dict[str, Any]) -> str:
         for row in _results(report, "kernels")
     ]
     return _table(
-        ("kernel, on a GPU", "kernel", "device copy", "share of the copy", "torch fallback"),
+        ("kernel, on a GPU", "kernel", "device copy", "fraction of the copy", "torch fallback"),
         lines or [(NOTHING, *[""] * 4)],
     )
 
@@ -105,10 +118,10 @@ def kernels(report: dict[str, Any]) -> str:
 def profile(report: dict[str, Any], top: int = 15) -> str:
     """The kernels that took longest in three steps at ratio 0.5."""
     lines = [
-        (f"`{row['what'].replace('|', ' ')}`", row["calls"], row["ms"], f"{row['share %']} %")
+        (f"`{row['what'].replace('|', ' ')}`", row["calls"], row["ms"], f"{row['fraction %']} %")
         for row in _results(report, "profile")[:top]
     ]
-    return _table(("kernel, three steps at ratio 0.5", "calls", "ms", "share"), lines or [(NOTHING, "", "", "")])
+    return _table(("kernel, three steps at ratio 0.5", "calls", "ms", "fraction"), lines or [(NOTHING, "", "", "")])
 
 
 def _results(report: dict[str, Any], part: str) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ def report() -> Any:
 
 def step_row(what: str, factor: float) -> dict[str, Any]:
     parts = {"forward": 1.0, "backward": factor, "optimizer": factor / 2}
-    sizes = {"shield %": 0.4, "state": factor, "peak": factor, "MFU %": 41.5}
+    sizes = {"shield %": 0.4, "state": factor, "exchange": factor, "peak": factor, "MFU %": 41.5}
     return {"what": what, "step ms": 200 * factor, "step": factor, "spread": "0.790-0.812", **parts, **sizes}
 
 
@@ -77,14 +77,14 @@ MADE_UP: dict[str, Any] = {
             "status": "ok",
             "seconds": 60.0,
             "output": "",
-            "results": [step_row("stock", 1.0), step_row("SSU 0.5", 0.801)],
+            "results": [step_row("stock", 1.0), step_row("SSU 0.5", 0.801), step_row("row 0.5", 0.795)],
         },
         "step fp8": {"status": "cut off", "seconds": 65.0, "output": "", "results": None},
         "profile": {
             "status": "ok",
             "seconds": 30.0,
             "output": "",
-            "results": [{"what": "void gemm<a|b>", "calls": 12, "ms": 3.25, "share %": 40.1}],
+            "results": [{"what": "void gemm<a|b>", "calls": 12, "ms": 3.25, "fraction %": 40.1}],
         },
     },
 }
@@ -160,6 +160,7 @@ def test_tables_hold_the_figures(report: Any) -> None:
     assert "| bf16, fused kernels | 200.0 | 160.2 | 0.801 | 0.790-0.812 | 1.000 | 0.801 |" in text.replace(
         "160.20000000000002", "160.2"
     )
+    assert "| 0.4 % | 0.80 | 0.80 | 0.80 | 0.795 | 41.5 %, 41.5 % |" in text
     assert "| FP8, fused kernels | not measured |" in text
     assert "| `void gemm<a b>` | 12 | 3.25 | 40.1 % |" in text
     for block in re.split(r"\n\n", text):
