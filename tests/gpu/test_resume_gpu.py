@@ -17,13 +17,15 @@ from megatron_ssu.engine.mesh import start_processes, stop_processes
 from megatron_ssu.models.build import has_transformer_engine
 from megatron_ssu.session import open_session
 from megatron_ssu.shield.file import load_shield
+from megatron_ssu.shield.verify import verify
 from megatron_ssu.train import loop
 from megatron_ssu.train.checkpoint import Checkpoints, Progress
 from megatron_ssu.train.identity import Identity
 from tests.dist import resume_work as work
+from tests.dist import work as steps
 from tests.dist.test_shielded_training import random_shield
 from tests.dist.work import RandomTokens, mesh
-from tests.gpu.test_training_gpu import FP8, SIZES
+from tests.gpu.test_training_gpu import FP8, SIZES, needs_engine, require
 from tests.models import make_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -46,9 +48,10 @@ def shielded(tmp_path):
     return str(model), str(random_shield(model, tmp_path / "shield.safetensors"))
 
 
-def make_run(model, directory, precision=None, **options):
+def make_run(model, directory, precision=None, optimizer=None, **options):
     run = work.make_run(model, mesh(), str(directory), "bf16", iterations=STEPS, interval=STEPS, **options)
     run.precision.transformer = dict(FP8.get(precision, {}))
+    run.train.optimizer.update(optimizer or {})
     return run
 
 
@@ -68,8 +71,7 @@ def train(run, shield, **options):
 @pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("precision", [None, *FP8], ids=str)
 def test_three_steps_and_three_are_six(precision, async_save, shielded, tmp_path):
-    if precision and not has_transformer_engine():
-        pytest.skip("needs Transformer Engine")
+    require(precision)
     model, shield = shielded
     options = {"precision": precision, "async_save": async_save}
     quiet = train(make_run(model, tmp_path / "quiet", **options), shield)
@@ -80,6 +82,52 @@ def test_three_steps_and_three_are_six(precision, async_save, shielded, tmp_path
     assert all(quiet["history"][i] == resumed["history"][i] for i in resumed["history"])
     for what in ("weights", "moments"):
         assert all(torch.equal(a, b) for a, b in zip(quiet[what], resumed[what], strict=True)), what
+
+
+AWARE, OFFLOAD = {"use_precision_aware_optimizer": True}, {"optimizer_cpu_offload": True}
+OPTIMIZERS = {
+    "precision-aware": AWARE,
+    "offloaded": {**OFFLOAD, "optimizer_offload_fraction": 1.0},
+    "precision-aware, offloaded": {**AWARE, **OFFLOAD, "optimizer_offload_fraction": 1.0},
+    "precision-aware, half offloaded": {**AWARE, **OFFLOAD, "optimizer_offload_fraction": 0.5},
+}
+
+
+@needs_engine
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("granularity", ["column", "row"])
+def test_other_optimizers_train_save_and_resume(granularity, optimizer, shielded, tmp_path):
+    """As the default one does."""
+    model, _ = shielded
+    shield = random_shield(Path(model), tmp_path / f"{granularity}.safetensors", granularity)
+    options = {"optimizer": OPTIMIZERS[optimizer]}
+    usual = train(make_run(model, tmp_path / "usual"), str(shield))
+    quiet = train(make_run(model, tmp_path / "quiet", **options), str(shield))
+    histories = [np.array([run["history"][i][:2] for i in sorted(run["history"])]) for run in (usual, quiet)]
+    assert np.allclose(*histories, rtol=1e-2)
+    stopped = train(make_run(model, tmp_path / "run", **options), str(shield), kick=(0, STOP, signal.SIGUSR1))
+    assert stopped["stopped"][0] == 75
+    resumed = train(make_run(model, tmp_path / "run", **options), str(shield))
+    assert sorted(resumed["history"]) == list(range(STOP + 1, STEPS + 1))
+    assert all(quiet["history"][i] == resumed["history"][i] for i in resumed["history"])
+    assert all(torch.equal(a, b) for a, b in zip(quiet["weights"], resumed["weights"], strict=True))
+
+
+@needs_engine
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("granularity", ["column", "row", "element"])
+def test_other_optimizers_move_no_frozen_bit(granularity, optimizer, shielded, tmp_path):
+    model, _ = shielded
+    shield = random_shield(Path(model), tmp_path / f"{granularity}.safetensors", granularity)
+    options = {"optimizer": OPTIMIZERS[optimizer], "shield_file": str(shield), "target": str(tmp_path / "adapted")}
+    start_processes()
+    try:
+        steps.train_steps(model, mesh(), 10, dtype="bf16", **options)
+    finally:
+        stop_processes()
+    report = verify(Path(model), tmp_path / "adapted", shield)
+    totals = report.totals(granularity)
+    assert report.ok and totals["frozen"] > 0 and totals["moved_trainable"] > 0.85 * totals["trainable"]
 
 
 def test_a_save_gathers_nothing_on_the_gpu(shielded, tmp_path):
