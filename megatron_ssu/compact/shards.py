@@ -8,7 +8,7 @@ each with column numbers of its own:
 
 The trainable elements, in the order of the shard, make up its compact tensor. A row with listed columns takes `stride`
 elements there: its trainable elements, then padding; a row of pattern None takes C, and a frozen one none.
-Element masks keep one bit an element, and a running count every 8192 elements; their compact tensors have no padding.
+Element masks keep one bit per element, and a running count every 8192 elements; their compact tensors have no padding.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class CompactWeight:
             target.add_(matrix.mask.compact(flat))
 
     def added(self) -> None:
-        """Tell DDP's hooks that the gradients are where they belong."""
+        """Mark the gradients as added: DDP's hooks then leave the placeholders alone."""
         for param in self.params:
             param.grad_added_to_main_grad = True  # type: ignore[attr-defined]
 

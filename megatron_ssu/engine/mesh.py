@@ -66,7 +66,7 @@ def start_processes(timeout_minutes: float = 30.0) -> None:
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} on this node; "
-                "start as many ranks a node as it has GPUs"
+                "start as many ranks per node as it has GPUs"
             )
         torch.cuda.set_device(local_rank)
     backend = "nccl" if has_cuda() else "gloo"
