@@ -29,7 +29,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 @torch.no_grad()
 def text_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int = 128) -> float:
-    """Mean loss (nats a token) over windows of `length` tokens of the joined texts, an end token before each text."""
+    """Mean loss (nats per token) over windows of `length` tokens of the joined texts, an end token before each text."""
     ids = [token for text in tokenizer(texts)["input_ids"] for token in (tokenizer.eos_token_id, *text)]
     windows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     total = 0.0

@@ -54,7 +54,7 @@ def draw_plot(results: dict[str, dict[str, Any]], runs: dict[str, Path], path: P
     for axis, (key, title) in zip(axes, LOSSES.items()):
         for name, run in runs.items():
             axis.plot(*read_curve(run / "metrics.jsonl", key), marker="o", ms=3.5, label=name, color=COLOURS.get(name))
-        axis.set(title=title, xlabel="iteration", ylabel="loss (nats a token)")
+        axis.set(title=title, xlabel="iteration", ylabel="loss (nats per token)")
         axis.legend(frameon=False)
     _chat_bars(axes[2], results)
     for axis in axes:

@@ -136,7 +136,8 @@ BAD: list[tuple[int, list[str], dict[str, Any], list[str]]] = [
     (1, [], {"vocab_size": "100"}, ["config.json", "vocab_size", "'100'"]),
     (1, [], {"model_type": "mamba"}, ["hf/config.json", "mamba", "llama"]),
     (1, [], {"num_key_value_heads": 3}, ["config.json", "num_key_value_heads 3 does not divide"]),
-    (1, ["parallel.defer_embedding_wgrad_compute=true"], {}, ["megatron-core", "embedding wgrad"]),
+    (1, ["shield.method=none", "parallel.defer_embedding_wgrad_compute=true"], {}, ["megatron-core", "embedding wgrad"]),
+    (1, ["parallel.defer_embedding_wgrad_compute=true"], {}, ["parallel.defer_embedding_wgrad_compute", "shielded head"]),
     # train
     (4, [f"{BATCH}=30", "train.micro_batch_size=2"], {}, [BATCH, "2 (micro batch) x 4 (data) = 8 does not divide 30", "24 or 32 would do"]),
     (4, [f"{BATCH}=2"], {}, [BATCH, "1 (micro batch) x 4 (data) = 4 does not divide 2", "4 would do"]),
