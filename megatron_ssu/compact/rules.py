@@ -9,8 +9,8 @@ PAD = 16  # columns, rows and elements: 16-bit rows of a multiple start where fa
 def is_pinned(dimensions: int, frozen: float) -> bool:
     """Whether a megatron parameter trains as a whole, and its frozen elements are put back after every step.
 
-    A matrix is pinned below `PINNED_BELOW`, a norm whenever some of it trains. What is frozen as a whole is no parameter, and
-    what has no frozen element needs no rule: neither is pinned.
+    A matrix is pinned below `PINNED_BELOW`, a norm whenever some of it trains. Weights that are frozen as a whole, and those
+    without a frozen element, are not pinned.
 
     Args:
         dimensions: of the parameter: 1 (norm) or 2.

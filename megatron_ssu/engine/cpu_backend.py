@@ -96,7 +96,7 @@ def _to_cpu(factory: Callable) -> Callable:
 
 
 def _cuda_type_of(stock_type: Callable) -> Callable:
-    """`Tensor.type` for an optimizer that tells precisions apart by 'torch.cuda.FloatTensor' and the like."""
+    """`Tensor.type` for an optimizer that distinguishes dtypes by 'torch.cuda.FloatTensor' and the like."""
 
     def tensor_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:

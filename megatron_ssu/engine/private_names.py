@@ -30,7 +30,7 @@ class PrivateName:
     """A name of megatron-core or torch, and what it must be."""
 
     path: str  # dotted
-    parameters: str  # names, as `signature` gives them; "" for what is no Python function
+    parameters: str  # names, as `signature` gives them; "" for anything but a Python function
     used_by: str  # module:function of this folder
     megatron: str = ""  # the versions of megatron-core that have it, as pip writes them; "" for all
 

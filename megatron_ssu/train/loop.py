@@ -119,9 +119,8 @@ class Trainer:
         ]
         self.optimizer = get_megatron_optimizer(self._optimizer_config(), self.chunks)
         choose_adam_kernel(self.optimizer, run.train.fused_adam)
-        make_moments(
-            self.optimizer
-        )  # what lasts is allocated before what comes and goes; and it fits, or not, right away
+        # What lasts is allocated before what comes and goes, and what does not fit is known before the first batch.
+        make_moments(self.optimizer)
         self.optimizer_state = OptimizerState(self.optimizer, self.compact)
         self.compact.start()
         self.phases = Phases()
