@@ -33,7 +33,7 @@ GRACE = 5.0  # seconds that an interrupted part has to end
 TAIL = 4000  # characters of a part's output that are kept
 SHAPE: tuple[str, ...] = ("--hidden", "5120", "--ffn", "13824", "--heads", "40", "--layers", "2", "--dtype", "bf16")
 SHAPE += ("--length", "4096", "--micro-batch", "1", "--batch", "2")
-BUILT = "import sys; from megatron_ssu.compact import kernels as k; print(k.backend('cuda'), k.why_torch('cuda')); "
+BUILT = "import sys; from megatron_ssu.ops import kernels as k; print(k.backend('cuda'), k.why_torch('cuda')); "
 BUILT += "sys.exit(k.backend('cuda') != 'cuda')"
 
 

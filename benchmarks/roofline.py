@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common import begin
 
-from megatron_ssu.estimate.gpus import GPUS
+from megatron_ssu.estimate.hardware import GPUS
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-// megatron_ssu._C: the core behind plain addresses. Its only caller, megatron_ssu/compact/kernels.py, checks dtypes,
+// megatron_ssu._C: the core behind plain addresses. Its only caller, megatron_ssu/ops/kernels.py, checks dtypes,
 // devices and sizes; taking addresses keeps torch's headers and C++ ABI out, so one build serves every torch version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -138,7 +138,7 @@ void cuda_gather_columns(uint64_t x, int size, int64_t rows, int64_t width, cons
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Gather and scatter of trainable elements; called through megatron_ssu.compact.kernels only.";
+  m.doc() = "Gather and scatter of trainable elements; called through megatron_ssu.ops.kernels only.";
   m.attr("LAYOUT") = SSU_LAYOUT;
   m.attr("BLOCK") = ssu::kBlock;
   m.attr("TILE_ROWS") = SSU_TILE_ROWS;

@@ -14,9 +14,8 @@ from typing import IO, NoReturn, cast
 from rich.console import Console
 
 from megatron_ssu import __version__
-from megatron_ssu.errors import UserError
+from megatron_ssu.errors import STATUS_RANK_LOST, TrainingStopped, UserError
 from megatron_ssu.io.output import LossyOutput, open_closed_streams, print_error, settle
-from megatron_ssu.train.faults import STATUS_RANK_LOST, TrainingStopped
 
 EPILOG = """\
 a run, from a Hugging Face model to an adapted one:

@@ -1,4 +1,7 @@
-"""The one exception class for what a user can mend."""
+"""The exceptions that end a command with one line, and their exit statuses."""
+
+STATUS_NOT_FINITE = 3  # max_skipped steps in a row
+STATUS_RANK_LOST = 4  # a rank, or a data loader process of one, died or hangs
 
 
 class UserError(Exception):
@@ -18,3 +21,11 @@ def agreed_error(message: str) -> UserError:
     error = UserError(message)
     error.agreed = True
     return error
+
+
+class TrainingStopped(Exception):
+    """The run ends before its last iteration, for a reason it tells in one line; `status` is the exit status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status

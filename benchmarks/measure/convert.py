@@ -24,12 +24,13 @@ from safetensors.torch import save_file
 from megatron_ssu.config.schema import CheckpointSection, ModelSection, ParallelSection, PrecisionSection, RunConfig
 from megatron_ssu.engine.device import has_cuda
 from megatron_ssu.engine.mesh import stop_processes
-from megatron_ssu.models.family import Dims, Family, family_of
+from megatron_ssu.models.families import family_of
+from megatron_ssu.models.family import Dims, Family
 from megatron_ssu.models.hf_export import INDEX, export_model
 from megatron_ssu.models.hf_files import HFCheckpoint
 from megatron_ssu.models.hf_import import import_weights
 from megatron_ssu.models.matrix import Matrix
-from megatron_ssu.session import open_session, open_source
+from megatron_ssu.models.parallel_model import open_model, open_source
 
 GIB = 2**30
 
@@ -130,7 +131,7 @@ def one_rank(tensor: int, model: Path, output: Path) -> None:
         parallel=ParallelSection(transformer={"tensor_model_parallel_size": tensor}),
     )
     source = open_source(model)
-    session = open_session(run, source, load=False)
+    session = open_model(run, source, load=False)
     for chunk in session.chunks:
         for param in chunk.parameters():
             param.data.zero_()  # now all pages of the shard are there

@@ -11,8 +11,8 @@ import torch
 from common import Timing, interleave, machine, milliseconds, show, write_json
 from rich.console import Console
 
-from megatron_ssu.compact import kernels
 from megatron_ssu.compact.shards import RowRun, ShardMask
+from megatron_ssu.ops import kernels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from megatron_ssu.compact.gemm import add_gemm
 from megatron_ssu.compact.matrix import padded
 from megatron_ssu.compact.selection import Blocks, Everything, Picked, Selection, Together, Workspace
-from megatron_ssu.estimate.gpus import gpu_named
+from megatron_ssu.estimate.hardware import gpu_named
 from megatron_ssu.models.build import DTYPES
 
 HEAD = 128  # outputs of an attention head

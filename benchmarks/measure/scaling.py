@@ -22,9 +22,9 @@ from megatron_ssu.config.schema import (
     TrainSection,
 )
 from megatron_ssu.errors import UserError
-from megatron_ssu.estimate import steps
-from megatron_ssu.estimate.count import Estimate, estimate
-from megatron_ssu.estimate.gpus import Gpu, gpu_named
+from megatron_ssu.estimate import step_time as steps
+from megatron_ssu.estimate.estimate import Estimate, estimate
+from megatron_ssu.estimate.hardware import Gpu, gpu_named
 
 # Hidden size, MLP width, layers, heads, key/value heads of OLMo-2's published configurations; all have 100,352 tokens.
 SHAPES = {"7B": (4096, 11008, 32, 32, 32), "13B": (5120, 13824, 40, 40, 40), "32B": (5120, 27648, 64, 40, 8)}

@@ -67,13 +67,13 @@ def make_model(options: argparse.Namespace, directory: Path) -> Path:
 
 def score(options: argparse.Namespace, console: Console) -> list[dict]:
     """Forward only, with statistics, and the fisher score's forward and backward, over the same tokens in turn."""
-    from megatron_ssu.compact import kernels
     from megatron_ssu.config.schema import CheckpointSection, ModelSection, PrecisionSection, RunConfig
     from megatron_ssu.data.chat import Calibration
-    from megatron_ssu.scoring.calibrate import calibration_pass, micro_batches
+    from megatron_ssu.models.parallel_model import open_model
+    from megatron_ssu.ops import kernels
+    from megatron_ssu.scoring.calibration_pass import calibration_pass, micro_batches
     from megatron_ssu.scoring.fisher import SquaredGradients
-    from megatron_ssu.scoring.inputs import InputStatistics
-    from megatron_ssu.session import open_session
+    from megatron_ssu.scoring.input_statistics import InputStatistics
 
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(options, Path(folder) / "model")
@@ -82,7 +82,7 @@ def score(options: argparse.Namespace, console: Console) -> list[dict]:
             checkpoint=CheckpointSection(directory=folder),
             precision=PrecisionSection(dtype=options.dtype),
         )
-        session = open_session(run)
+        session = open_model(run)
     ids = torch.randint(0, 4096, (options.rows, options.length), generator=torch.Generator().manual_seed(0))
     everywhere = torch.ones_like(ids, dtype=torch.bool)
     data = Calibration(ids, everywhere, ids.int(), "", options.rows, options.rows, None)
@@ -122,8 +122,9 @@ def score(options: argparse.Namespace, console: Console) -> list[dict]:
 
 def plan(console: Console) -> list[dict]:
     """Plan a made-up scores file of 13B's shapes in a process of its own: seconds and peak memory."""
-    from megatron_ssu.models.family import Dims, family_of
-    from megatron_ssu.scoring.file import Scores
+    from megatron_ssu.models.families import family_of
+    from megatron_ssu.models.family import Dims
+    from megatron_ssu.scoring.scores_file import Scores
 
     draw = np.random.default_rng(0)
     matrices = {m.name: m for m in family_of(SHAPE_13B).matrices(Dims.from_hf(SHAPE_13B))}
@@ -147,7 +148,7 @@ def plan(console: Console) -> list[dict]:
 
 def plan_once(path: Path) -> None:
     """In the child: read, plan and write, columns and rows, uniform and layerwise."""
-    from megatron_ssu.scoring.file import Scores
+    from megatron_ssu.scoring.scores_file import Scores
     from megatron_ssu.shield.plan import PlanOptions, plan_shield
 
     found = {}

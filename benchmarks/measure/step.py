@@ -28,9 +28,9 @@ from megatron_ssu.compact.selection import Blocks, Picked
 from megatron_ssu.compact.shards import ShardMask
 from megatron_ssu.engine.device import device_name, has_cuda
 from megatron_ssu.engine.mesh import start_processes
-from megatron_ssu.train import loop
-from megatron_ssu.train.flops import flops_per_token, peak_flops
+from megatron_ssu.estimate.flops import flops_per_token, peak_flops
 from megatron_ssu.train.phases import Clock, HostClock, StreamClock
+from megatron_ssu.train.trainer import Trainer
 
 WARMUP = 2  # steps that are not counted
 PASSES = 2  # in turns: how often every variant is built
@@ -122,7 +122,7 @@ def bookkeeping(timers: Timers) -> Iterator[None]:
         yield
 
 
-def timed_step(trainer: loop.Trainer, data: Any) -> dict[str, float]:
+def timed_step(trainer: Trainer, data: Any) -> dict[str, float]:
     """Seconds of one step by phase."""
     timers = trainer.session.config.timers = Timers(StreamClock() if has_cuda() else HostClock())
     trainer.phases.take()
@@ -197,13 +197,13 @@ def alone(options: argparse.Namespace, model: Path, name: str) -> tuple[list[dic
     return found, size
 
 
-def sizes_of(options: argparse.Namespace, trainer: loop.Trainer, peak: float) -> dict[str, float]:
+def sizes_of(options: argparse.Namespace, trainer: Trainer, peak: float) -> dict[str, float]:
     """Bytes and FLOP of a variant whose peak is known."""
     exchange = exchanged_bytes(trainer)
     return {"state": model_state(trainer), "exchange": exchange, "peak": peak, "flops": flops(options, trainer)}
 
 
-def flops(options: argparse.Namespace, trainer: loop.Trainer) -> float:
+def flops(options: argparse.Namespace, trainer: Trainer) -> float:
     """Model FLOP of a step of full fine-tuning."""
     source = trainer.session.source
     return options.batch * options.length * flops_per_token(source.family, source.dims, options.length)

@@ -23,9 +23,10 @@ from megatron_ssu.config.schema import (
 from megatron_ssu.engine.device import has_cuda
 from megatron_ssu.engine.optimizer import members, state_bytes
 from megatron_ssu.models.fingerprint import model_fingerprint
-from megatron_ssu.session import open_session, open_source
-from megatron_ssu.shield.file import Mask, Shield
-from megatron_ssu.train import loop
+from megatron_ssu.models.parallel_model import open_model, open_source
+from megatron_ssu.shield.mask import Mask
+from megatron_ssu.shield.shield_file import Shield
+from megatron_ssu.train.trainer import Step, Trainer, current_lr, mean_loss
 
 STOCK, UNFUSED = "stock", "stock, unfused"
 VARIANTS = (STOCK, UNFUSED, "SSU 0.0", "SSU 0.25", "SSU 0.5", "SSU 0.75", "row 0.5")
@@ -64,23 +65,23 @@ def chosen(names: list[str] | None) -> list[str]:
     return [STOCK, *(name for name in names if name != STOCK)]
 
 
-class StockTrainer(loop.Trainer):
+class StockTrainer(Trainer):
     """Full fine-tuning with the steps of megatron's own training loop: `optimizer.step()` takes the norm, clips, updates."""
 
-    def step(self, batches: Any, votes: Callable[[], Sequence[float]] = tuple, *, measure: bool = False) -> loop.Step:
+    def step(self, batches: Any, votes: Callable[[], Sequence[float]] = tuple, *, measure: bool = False) -> Step:
         """One step; neither votes nor update norms."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         reports = self._schedule(batches, self.micro_batches, forward_only=False)
-        loss, lr = loop.mean_loss(reports)[0], loop.current_lr(self.optimizer)
+        loss, lr = mean_loss(reports)[0], current_lr(self.optimizer)
         with self.phases("optimizer"):
             done, norm, _ = self.optimizer.step()
             self.optimizer.zero_grad()
             self.schedule.step(increment=1)
-        return loop.Step(loss, float(norm), lr, skipped=not done)
+        return Step(loss, float(norm), lr, skipped=not done)
 
 
-def build(options: argparse.Namespace, model: Path, name: str) -> loop.Trainer:
+def build(options: argparse.Namespace, model: Path, name: str) -> Trainer:
     """The trainer of a variant."""
     variant = Variant.named(name)
     precision = {"fp8": options.fp8} if options.fp8 else {}
@@ -99,8 +100,8 @@ def build(options: argparse.Namespace, model: Path, name: str) -> loop.Trainer:
     if not options.fused:
         run.model.transformer.update(dict.fromkeys(FUSED_MODEL, False))
         run.parallel.transformer.update(dict.fromkeys(FUSED_PARALLEL, False))
-    trainer = StockTrainer if variant.stock else loop.Trainer
-    return trainer(open_session(run), random_shield(model, variant))
+    trainer = StockTrainer if variant.stock else Trainer
+    return trainer(open_model(run), random_shield(model, variant))
 
 
 def random_shield(model: Path, variant: Variant) -> Shield:
@@ -152,13 +153,13 @@ def batches(options: argparse.Namespace) -> Iterator[dict[str, torch.Tensor]]:
         yield {"tokens": stream[:, :-1], "labels": stream[:, 1:], "loss_mask": ones, "position_ids": positions}
 
 
-def exchanged_bytes(trainer: loop.Trainer) -> int:
+def exchanged_bytes(trainer: Trainer) -> int:
     """Bytes that a step reduces of gradients and gathers of parameters: DDP's buffers, at data parallel 1 too."""
     buffers = [b for chunk in trainer.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     return sum(b.grad_data.nbytes + b.param_data.nbytes for b in buffers)
 
 
-def model_state(trainer: loop.Trainer) -> int:
+def model_state(trainer: Trainer) -> int:
     """Bytes of weights, compact parameters, gradient buffers, main weights and moments.
 
     A main weight that is the parameter itself, as in fp32, counts once.

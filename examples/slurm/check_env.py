@@ -52,7 +52,7 @@ def check_run(options: argparse.Namespace) -> int:
     warnings.simplefilter("ignore")  # those of libraries
     from megatron_ssu.config.load import load_run
     from megatron_ssu.errors import UserError
-    from megatron_ssu.session import check_run as check
+    from megatron_ssu.models.parallel_model import check_run as check
 
     try:
         run = load_run(options.run, options.overrides)

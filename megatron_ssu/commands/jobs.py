@@ -18,33 +18,34 @@ from rich.console import Console
 from megatron_ssu.commands.shields import has_begun, refuse_given
 from megatron_ssu.config.load import save_run
 from megatron_ssu.config.schema import RunConfig
-from megatron_ssu.config.units import parse_split
-from megatron_ssu.config.validate_train import parse_size, validate_checkpoint, validate_data
+from megatron_ssu.config.units import parse_size, parse_split
+from megatron_ssu.config.validate_train import validate_checkpoint, validate_data
 from megatron_ssu.data.datasets import build_train_valid, build_valid
 from megatron_ssu.data.indexed import content_digest
-from megatron_ssu.data.sources import Prefixes, prepare_run, present_train, run_tokenizer
+from megatron_ssu.data.run_datasets import Prefixes, prepare_run, present_train, run_tokenizer
 from megatron_ssu.data.tokenizer import Tokenizer
 from megatron_ssu.engine.device import device_name
 from megatron_ssu.engine.mesh import start_processes
 from megatron_ssu.engine.ranks import is_rank_zero, on_all_ranks, on_rank_zero
 from megatron_ssu.errors import UserError
+from megatron_ssu.estimate.flops import flops_per_token, peak_flops
 from megatron_ssu.io.atomic import check_writable, write_text
 from megatron_ssu.methods.base import method_named
+from megatron_ssu.methods.planned import scores_path, shield_path
+from megatron_ssu.methods.scored import check_replaceable, make_scores
 from megatron_ssu.models.hf_config import read_hf_config
 from megatron_ssu.models.hf_export import check_target, export_model
+from megatron_ssu.models.parallel_model import ParallelModel, check_run, open_model
 from megatron_ssu.models.source import Source
-from megatron_ssu.session import Session, check_run, open_session
-from megatron_ssu.shield.file import Shield, load_shield
-from megatron_ssu.shield.make import check_replaceable, make_scores
-from megatron_ssu.shield.planned import scores_path, shield_path
-from megatron_ssu.train.checkpoint import Checkpoints, Progress
-from megatron_ssu.train.flops import flops_per_token, peak_flops
+from megatron_ssu.shield.shield_file import Shield, load_shield
+from megatron_ssu.train.checkpoints import Checkpoints, Progress
 from megatron_ssu.train.identity import identity_of
-from megatron_ssu.train.loop import Datasets, Trainer, train
+from megatron_ssu.train.loop import Datasets, train
 from megatron_ssu.train.resume_check import check_exported, checkpoint_record, may_be_exported, newest
 from megatron_ssu.train.run_lock import held
 from megatron_ssu.train.sinks import check_wandb
 from megatron_ssu.train.telemetry import Telemetry, log_to_file
+from megatron_ssu.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def score(run: RunConfig, console: Console) -> None:
     on_rank_zero(lambda: refuse_given("score", "shield.scores", run.shield.scores))
     with held(run.checkpoint.directory, "score"):
         on_rank_zero(lambda: _check_scores_place(run, source))
-        scores = make_scores(open_session(run, source))
+        scores = make_scores(open_model(run, source))
     if scores is not None:
         console.print(
             f"{scores_path(run)}: {', '.join(scores.scores)} of {scores.model} over {scores.tokens:,} tokens "
@@ -113,7 +114,7 @@ def _train(run: RunConfig, source: Source, console: Console) -> Progress:
         return Progress(run.train.iterations, run.train.iterations * run.train.global_batch_size)
     on_rank_zero(lambda: method.check(run, source, begun=latest is not None))
     prefixes = on_rank_zero(lambda: prepare_run(run, tokenizer, console)[0])
-    session = open_session(run, source)
+    session = open_model(run, source)
     datasets = on_all_ranks(lambda: _datasets(run, session, prefixes, tokenizer))
     shield = method.shield(session, begun=latest is not None)
     identity = identity_of(run, shield, datasets.train_digests)
@@ -140,7 +141,7 @@ def export(run: RunConfig, output: str | Path, iteration: int | None, console: C
     target = on_rank_zero(lambda: check_target(output, "--output"))
     checkpoints = Checkpoints(run.checkpoint.directory)
     found = on_rank_zero(lambda: iteration if iteration is not None else _newest(checkpoints))
-    session = open_session(run, source, load=False)
+    session = open_model(run, source, load=False)
     common = checkpoints.load_weights(found, session)
     _export(session, target, common["identity"], Progress(**common["progress"]), console)
 
@@ -154,9 +155,9 @@ def _newest(checkpoints: Checkpoints) -> int:
 
 def estimate(run: RunConfig, options: argparse.Namespace, console: Console) -> None:
     """Print memory, work and time of a run on options.world_size ranks; with options.json write them as JSON."""
-    from megatron_ssu.estimate.count import estimate as count
-    from megatron_ssu.estimate.count import smallest_world
-    from megatron_ssu.estimate.gpus import gpu_named
+    from megatron_ssu.estimate.estimate import estimate as count
+    from megatron_ssu.estimate.estimate import smallest_world
+    from megatron_ssu.estimate.hardware import gpu_named
     from megatron_ssu.estimate.report import render, to_dict
 
     gpu = gpu_named(options.gpu) if options.gpu else None
@@ -194,7 +195,7 @@ def _begin_directory(run: RunConfig) -> None:
     Checkpoints(directory).clean()
 
 
-def _datasets(run: RunConfig, session: Session, prefixes: Prefixes, tokenizer) -> Datasets:
+def _datasets(run: RunConfig, session: ParallelModel, prefixes: Prefixes, tokenizer) -> Datasets:
     _warn_of_unused_documents(run)
     samples = run.train.iterations * run.train.global_batch_size
     valid_samples = 0
@@ -258,7 +259,7 @@ def _names(kind: str, paths: dict[str, Path]) -> list[tuple[str, Path]]:
     return [(f"{kind}/{name}" if name else kind, path) for name, path in paths.items()]
 
 
-def _telemetry(session: Session, console: Console, progress: Progress) -> Telemetry:
+def _telemetry(session: ParallelModel, console: Console, progress: Progress) -> Telemetry:
     run, source = session.run, session.source
     peak = run.log.peak_tflops * 1e12 if run.log.peak_tflops else peak_flops(device_name())
     active = session.mesh.rank == 0
@@ -286,7 +287,7 @@ def _process_start() -> float:
     return time.monotonic() - (time.time() - psutil.Process().create_time())
 
 
-def _announce(telemetry: Telemetry, session: Session, shield: Shield, progress: Progress) -> None:
+def _announce(telemetry: Telemetry, session: ParallelModel, shield: Shield, progress: Progress) -> None:
     linear = shield.realised()["linear"]
     frozen = f"{linear['ratio']:.2%} of its linear weights frozen" if shield.masks else "nothing frozen"
     telemetry.say(f"{session.source.name} on {session.mesh}, {session.run.precision.dtype}: {frozen} ({shield.method})")
@@ -294,7 +295,7 @@ def _announce(telemetry: Telemetry, session: Session, shield: Shield, progress: 
         telemetry.say(f"going on after iteration {progress.iteration}")
 
 
-def _export(session: Session, target: Path, facts: dict[str, Any], progress: Progress, console: Console) -> None:
+def _export(session: ParallelModel, target: Path, facts: dict[str, Any], progress: Progress, console: Console) -> None:
     """Export the session's weights, which are those of the checkpoint with this identity and progress."""
     run = session.run
     size = parse_size(run.checkpoint.max_shard_size)

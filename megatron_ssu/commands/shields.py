@@ -15,11 +15,11 @@ from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.validate_train import validate_checkpoint
 from megatron_ssu.errors import UserError
 from megatron_ssu.io.atomic import check_folder, check_writable, write_text
+from megatron_ssu.methods.options import check_names, check_rules
+from megatron_ssu.methods.planned import scores_path, shield_path, write_plan
 from megatron_ssu.models.source import open_source
-from megatron_ssu.scoring.file import Scores
-from megatron_ssu.shield.file import Shield, load_shield
-from megatron_ssu.shield.options import check_names, check_rules
-from megatron_ssu.shield.planned import scores_path, shield_path, write_plan
+from megatron_ssu.scoring.scores_file import Scores
+from megatron_ssu.shield.shield_file import Shield, load_shield
 from megatron_ssu.train.latest import checkpoints_folder, latest_iteration
 from megatron_ssu.train.run_lock import RunLock
 

@@ -28,7 +28,7 @@ from megatron_ssu.compact.selection import Blocks, Everything, Picked, Selection
 from megatron_ssu.compact.shards import RowRun, ShardMask
 from megatron_ssu.models.layout import LocalParam, Piece
 from megatron_ssu.models.matrix import Matrix
-from megatron_ssu.shield.file import Mask
+from megatron_ssu.shield.mask import Mask
 
 Kind = Literal["column", "row", "element", "whole"]
 

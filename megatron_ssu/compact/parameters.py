@@ -25,7 +25,8 @@ from megatron_ssu.compact.selection import Workspace
 from megatron_ssu.compact.weight import CompactWeight
 from megatron_ssu.engine.linear import Gemm
 from megatron_ssu.models.layout import Layout, LocalParam
-from megatron_ssu.shield.file import Mask, Shield
+from megatron_ssu.shield.mask import Mask
+from megatron_ssu.shield.shield_file import Shield
 
 _PREFIX = "compact_"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_ssu.compact.matrix import row_runs
 from megatron_ssu.compact.shards import ShardMask
 from megatron_ssu.models.layout import LocalParam
-from megatron_ssu.shield.file import Mask
+from megatron_ssu.shield.mask import Mask
 
 
 class PinnedWeight:

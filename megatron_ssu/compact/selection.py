@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_ssu.compact.kernels import ColumnGather, gather_columns
 from megatron_ssu.models.layout import Piece
+from megatron_ssu.ops.kernels import ColumnGather, gather_columns
 
 
 class Selection(Protocol):

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ssu.compact import kernels
-from megatron_ssu.compact.kernels import BLOCK, TILE_COLUMNS, TILE_ROWS
+from megatron_ssu.ops import kernels
+from megatron_ssu.ops.kernels import BLOCK, TILE_COLUMNS, TILE_ROWS
 
 Pattern: TypeAlias = Tensor | None  # trainable columns, integers in ascending order; None for all of them
 

@@ -248,7 +248,7 @@ def validate_precision(run: RunConfig) -> None:
 def validate_model(run: RunConfig, hf: dict[str, Any], *, training: bool = True) -> None:
     """Check the model of config.json (`hf`) against the mesh and the sequence length."""
     from megatron_ssu.models.build import transformer_config
-    from megatron_ssu.models.family import read_family
+    from megatron_ssu.models.families import read_family
 
     family, dims = read_family(hf, run.model.path)
     sizes = _sizes(run, hf)
@@ -263,8 +263,8 @@ def validate_model(run: RunConfig, hf: dict[str, Any], *, training: bool = True)
 
 def _shield_rules(run: RunConfig, hf: dict[str, Any]) -> None:
     """Check that shield.protect and shield.kinds name weights that the model has."""
-    from megatron_ssu.models.family import read_family
-    from megatron_ssu.shield.options import check_rules
+    from megatron_ssu.methods.options import check_rules
+    from megatron_ssu.models.families import read_family
 
     family, dims = read_family(hf, run.model.path)
     check_rules(run, family.matrices(dims))

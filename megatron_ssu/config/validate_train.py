@@ -10,31 +10,13 @@ from typing import Any
 from megatron_ssu.config.coerce import show
 from megatron_ssu.config.megatron_fields import DDP, OPTIMIZER
 from megatron_ssu.config.schema import DataSource, RunConfig
-from megatron_ssu.config.units import parse_split
+from megatron_ssu.config.units import parse_size, parse_split, seconds
 from megatron_ssu.errors import UserError
+from megatron_ssu.methods.options import check_names
 from megatron_ssu.scoring import base
-from megatron_ssu.shield.options import check_names
-from megatron_ssu.train.signals import seconds
 
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _JSONL = re.compile(r".*\.(jsonl|json)(\.gz|\.zst)?")
 MAX_SEED = 2**32 - 1  # numpy's
-
-
-def parse_size(size: str | int, key: str = "checkpoint.max_shard_size") -> int:
-    """Bytes of '5GB', '512 MiB' or a plain number; KB, MB, GB, TB count by 1000, KiB ... by 1024. Raises UserError."""
-    if isinstance(size, int) and not isinstance(size, bool):
-        parsed: float = size
-    else:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", str(size).strip().upper())
-        unit = UNITS.get(match[2] or "B") if match else None
-        if match is None or unit is None:
-            raise UserError(f"{key}: {show(size)} is no size; write for example 5GB, 512MiB or a number of bytes")
-        parsed = float(match[1]) * unit
-    if parsed < 1:
-        raise UserError(f"{key}: {show(size)} is less than one byte; write for example 5GB")
-    return int(parsed)
 
 
 def validate_train(run: RunConfig, dp: int) -> None:

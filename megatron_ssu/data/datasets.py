@@ -23,7 +23,7 @@ from megatron.core.datasets.indexed_dataset import DType
 from torch.utils.data import Dataset
 
 from megatron_ssu.config.units import parse_split
-from megatron_ssu.data.epochs import EpochwiseGPTDataset
+from megatron_ssu.data.gpt_dataset import EpochwiseGPTDataset
 from megatron_ssu.data.indexed import CheckedIndexedDataset, CheckedReader, PrefixInfo, bin_path, check_prefix
 from megatron_ssu.data.loader import iterate
 from megatron_ssu.data.tokenizer import Tokenizer, one_line

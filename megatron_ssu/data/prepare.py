@@ -30,9 +30,9 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from megatron_ssu.data.encode import Batch, Encoded, EncodeJob, encode_batch, encode_file, start_process
 from megatron_ssu.data.indexed import bin_path, check_prefix, idx_path, meta_path, prepared_prefix
 from megatron_ssu.data.jsonl import LineReader, source_digest
+from megatron_ssu.data.tokenize_worker import Batch, Encoded, EncodeJob, encode_batch, encode_file, start_process
 from megatron_ssu.data.tokenizer import Tokenizer, load_tokenizer, one_line
 from megatron_ssu.errors import UserError
 

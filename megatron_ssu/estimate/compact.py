@@ -17,7 +17,8 @@ from megatron_ssu.compact.rules import padded
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.models.family import Dims, Family
 from megatron_ssu.shield.budget import units_of_ratio
-from megatron_ssu.shield.file import Granularity, Shield, unit_count
+from megatron_ssu.shield.mask import Granularity, unit_count
+from megatron_ssu.shield.shield_file import Shield
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_ssu.estimate.steps import GPUS_PER_NODE, Mesh
+from megatron_ssu.estimate.step_time import GPUS_PER_NODE, Mesh
 from megatron_ssu.estimate.weights import Parameter
 
 STATE = 12  # bytes of main weight and moments per stored element

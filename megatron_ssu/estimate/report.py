@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ssu.estimate import steps
-from megatron_ssu.estimate.count import Estimate
-from megatron_ssu.estimate.gpus import Gpu
+from megatron_ssu.estimate import step_time as steps
+from megatron_ssu.estimate.estimate import Estimate
+from megatron_ssu.estimate.hardware import Gpu
 
 GIB = 2**30
 

@@ -17,9 +17,9 @@ from typing import Protocol
 
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.errors import UserError
+from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.models.source import Source
-from megatron_ssu.session import Session
-from megatron_ssu.shield.file import Shield
+from megatron_ssu.shield.shield_file import Shield
 
 
 class Method(Protocol):
@@ -29,7 +29,7 @@ class Method(Protocol):
         """Raises UserError where what is there already does not fit the run file. Makes nothing."""
         ...
 
-    def shield(self, session: Session, *, begun: bool) -> Shield:
+    def shield(self, session: ParallelModel, *, begun: bool) -> Shield:
         """The shield that training starts with. Collective; raises UserError on all ranks alike, also where the shield of
         a run that has begun would come out another, and replaces nothing then."""
         ...

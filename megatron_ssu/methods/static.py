@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.methods.base import register
+from megatron_ssu.methods.scored import make_shield, needs_scoring, present_shield
 from megatron_ssu.models.fingerprint import model_fingerprint
+from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.models.source import Source
-from megatron_ssu.session import Session
-from megatron_ssu.shield.file import Shield
-from megatron_ssu.shield.make import make_shield, needs_scoring, present_shield
+from megatron_ssu.shield.shield_file import Shield
 
 
 @register("ssu")
@@ -18,7 +18,7 @@ class SourceShieldedUpdates:
     def check(self, run: RunConfig, source: Source, *, begun: bool) -> None:
         needs_scoring(run, source, begun=begun)
 
-    def shield(self, session: Session, *, begun: bool) -> Shield:
+    def shield(self, session: ParallelModel, *, begun: bool) -> Shield:
         return make_shield(session, begun=begun)
 
     def present_shield(self, run: RunConfig, source: Source) -> Shield | None:
@@ -32,7 +32,7 @@ class FullFineTuning:
     def check(self, run: RunConfig, source: Source, *, begun: bool) -> None:
         pass
 
-    def shield(self, session: Session, *, begun: bool) -> Shield:
+    def shield(self, session: ParallelModel, *, begun: bool) -> Shield:
         return self.present_shield(session.run, session.source)
 
     def present_shield(self, run: RunConfig, source: Source) -> Shield:

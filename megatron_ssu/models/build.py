@@ -14,7 +14,7 @@ from megatron_ssu.engine.device import has_cuda, local_device
 from megatron_ssu.engine.mesh import Mesh
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.family import Dims, Family, padded_vocab
-from megatron_ssu.models.modules import mask_padded_vocabulary
+from megatron_ssu.models.layers import mask_padded_vocabulary
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -1,7 +1,8 @@
 """What a model family is: a table from Hugging Face tensors to megatron parameters, and its settings.
 
-A family file (olmo2.py, llama.py) holds one `Family`; nothing else in the project knows tensor names. To add one: write the
-table, name its settings, add it to `family_of`. Tables are read without megatron-core, which only `layer_spec` imports.
+A family file (families/olmo2.py, families/llama.py) holds one `Family`; nothing else in the project knows tensor names. To
+add one: write the table, name its settings, add it to `FAMILIES`. Tables are read without megatron-core, which only
+`layer_spec` imports.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_ssu.errors import UserError
@@ -169,28 +169,6 @@ def norm(param: str, tensor: str) -> Entry:
 def padded_vocab(vocab: int, divisible_by: int) -> int:
     """Rows of embedding and head in megatron; the same on every mesh, so that checkpoints move between meshes."""
     return -(-vocab // divisible_by) * divisible_by
-
-
-def family_of(hf: dict[str, Any]) -> Family:
-    """The family of a config.json. Raises UserError, naming what is supported, for others."""
-    from megatron_ssu.models.llama import LLAMA
-    from megatron_ssu.models.olmo2 import OLMO2
-
-    families = (OLMO2, LLAMA)
-    for family in families:
-        if hf.get("model_type") in family.model_types:
-            family.check(hf)
-            return family
-    known = ", ".join(t for f in families for t in f.model_types)
-    raise UserError(f"config.json: model_type {hf.get('model_type')!r} is not supported; supported are {known}")
-
-
-def read_family(hf: dict[str, Any], directory: str | Path) -> tuple[Family, Dims]:
-    """Family and sizes of the config.json `hf` of `directory`. Raises UserError, naming the file, where it is not supported."""
-    try:
-        return family_of(hf), Dims.from_hf(hf)
-    except UserError as error:
-        raise UserError(f"{directory}/{error}") from error
 
 
 def refuse_unless(hf: dict[str, Any], key: str, allowed: tuple[Any, ...]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 ATTENTION_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_KINDS = ("gate_proj", "up_proj", "down_proj")
@@ -31,3 +33,17 @@ class Matrix:
     def scored(self) -> bool:
         """Is it one of the seven linear weights of a layer, over which a budget is spent?"""
         return self.kind in ATTENTION_KINDS or self.kind in MLP_KINDS
+
+
+def matrices_to_json(matrices: Mapping[str, Matrix]) -> dict[str, dict[str, Any]]:
+    """Header form of a list of matrices."""
+    result = {}
+    for name, matrix in matrices.items():
+        result[name] = {key: value for key, value in asdict(matrix).items() if key != "name"}
+        result[name]["shape"] = list(matrix.shape)
+    return result
+
+
+def matrices_from_json(value: Mapping[str, Mapping[str, Any]]) -> dict[str, Matrix]:
+    """The inverse of `matrices_to_json`, sorted by name; further keys are left alone."""
+    return {name: Matrix(name, tuple(m["shape"]), m["layer"], m["kind"]) for name, m in sorted(value.items())}

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ssu.models.family import Dims, Family, read_family
+from megatron_ssu.models.families import read_family
+from megatron_ssu.models.family import Dims, Family
 from megatron_ssu.models.hf_config import read_hf_config
 from megatron_ssu.models.hf_files import HFCheckpoint
 

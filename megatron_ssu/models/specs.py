@@ -13,7 +13,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_ssu.models.modules import RMSNorm
+from megatron_ssu.models.layers import RMSNorm
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_ssu.errors import UserError
-from megatron_ssu.scoring.file import INPUT_MEAN_SQUARE, INPUT_NORM
+from megatron_ssu.scoring.scores_file import INPUT_MEAN_SQUARE, INPUT_NORM
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.layout import LocalParam, take
-from megatron_ssu.scoring.entry import Entry, add_tensor_ranks, spread_columns, spread_rows
-from megatron_ssu.session import Session
+from megatron_ssu.models.parallel_model import ParallelModel
+from megatron_ssu.scoring.gather import Entry, add_tensor_ranks, spread_columns, spread_rows
 
 FISHER = "fisher"
 _BLOCK = 1 << 21  # elements of dW that are there at a time, and never more than a quarter of the matrix
@@ -33,7 +33,7 @@ class SquaredGradients:
     Each backward step must be of one sample. Weights take no gradient between `__init__` and `close`.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: ParallelModel) -> None:
         self.session = session
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}  # matrix -> float64 [I], [O] of the shard
         self._handles = []

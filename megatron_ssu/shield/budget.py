@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.matrix import ATTENTION_KINDS, MLP_KINDS, Matrix
-from megatron_ssu.shield.file import unit_count
+from megatron_ssu.shield.mask import unit_count
 
 BUDGETS = ("uniform", "layerwise", "per-kind")
 GROUPS = {"attention": ATTENTION_KINDS, "mlp": MLP_KINDS}

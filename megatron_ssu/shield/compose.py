@@ -10,7 +10,8 @@ import numpy as np
 
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.matrix import Matrix
-from megatron_ssu.shield.file import Mask, Shield, check_model
+from megatron_ssu.shield.mask import Mask
+from megatron_ssu.shield.shield_file import Shield, check_model
 
 # On packed bits; bits behind the last unit are zero in every operand and stay so.
 OPERATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {

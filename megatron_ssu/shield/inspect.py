@@ -16,9 +16,10 @@ from rich.table import Table
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.hf_config import difference
 from megatron_ssu.models.matrix import KINDS, Matrix
-from megatron_ssu.scoring.file import Scores
-from megatron_ssu.shield.file import Mask, Shield, check_model
+from megatron_ssu.scoring.scores_file import Scores
+from megatron_ssu.shield.mask import Mask
 from megatron_ssu.shield.plan import axis_scores
+from megatron_ssu.shield.shield_file import Shield, check_model
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,7 @@ def _to_dict(view: MatrixView) -> dict[str, Any]:
 
 def draw(inspection: Inspection, directory: str | Path) -> list[Path]:
     """Write the pictures; see `figures.draw_all`. Raises UserError where they cannot be written."""
-    from megatron_ssu.shield.figures import draw_all  # matplotlib is slow to import and a table does not need it
+    from megatron_ssu.shield.plots import draw_all  # matplotlib is slow to import and a table does not need it
 
     try:
         return draw_all(inspection, Path(directory))

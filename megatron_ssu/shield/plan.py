@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.matrix import ATTENTION_KINDS, MLP_KINDS, Matrix
-from megatron_ssu.scoring.file import INPUT_MEAN_SQUARE, INPUT_NORM, Scores, random_bits, random_scores
+from megatron_ssu.scoring.scores_file import INPUT_MEAN_SQUARE, INPUT_NORM, Scores, random_bits, random_scores
 from megatron_ssu.shield.budget import (
     BUDGETS,
     check_ratio,
@@ -25,7 +25,8 @@ from megatron_ssu.shield.budget import (
     per_kind_counts,
     uniform_counts,
 )
-from megatron_ssu.shield.file import GRANULARITIES, Granularity, Mask, Shield
+from megatron_ssu.shield.mask import GRANULARITIES, Granularity, Mask
+from megatron_ssu.shield.shield_file import Shield
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,8 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.hf_config import CONFIG, differing_keys, read_hf_config
 from megatron_ssu.models.hf_files import HFCheckpoint, carried_files
-from megatron_ssu.shield.file import Mask, Shield, check_model, load_shield
+from megatron_ssu.shield.mask import Mask
+from megatron_ssu.shield.shield_file import Shield, check_model, load_shield
 
 _CHUNK = 1 << 24  # elements compared at a time
 

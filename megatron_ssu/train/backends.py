@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Any
 
-from megatron_ssu.compact import kernels
 from megatron_ssu.engine.device import local_device
+from megatron_ssu.ops import kernels
 
 # Package of a class -> what its maker calls it; the first that a class or one of its bases comes from counts.
 _LIBRARIES = {"transformer_engine": "transformer-engine", "apex": "apex", "megatron": "megatron-core", "torch": "torch"}

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ssu.config.schema import RunConfig
-from megatron_ssu.data.sources import train_sources
+from megatron_ssu.data.run_datasets import train_sources
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.hf_config import definition, read_hf_config, weights_part
-from megatron_ssu.shield.file import Shield
+from megatron_ssu.shield.shield_file import Shield
 
 # Keys of megatron's that choose how fast or how large a step is, not what it computes.
 _FREE_MODEL = (

@@ -11,12 +11,12 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.hf_export import check_target
 from megatron_ssu.models.source import Source
-from megatron_ssu.shield.file import Shield
-from megatron_ssu.train.checkpoint import Checkpoints, Progress
-from megatron_ssu.train.digests import digest_of_all
+from megatron_ssu.shield.shield_file import Shield
+from megatron_ssu.train.checkpoints import Checkpoints, Progress
+from megatron_ssu.train.checksums import digest_of_all
 from megatron_ssu.train.export_record import ExportRecord, read_record, record_of
 from megatron_ssu.train.identity import DOCUMENTS, identity_of
-from megatron_ssu.train.state import read_common
+from megatron_ssu.train.sharded_state import read_common
 
 
 def newest(run: RunConfig, checkpoints: Checkpoints) -> int | None:

@@ -23,14 +23,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_ssu.session import Session
+from megatron_ssu.models.parallel_model import ParallelModel
 
 PREFIX = "fp8_scaling."
 _META = {"fwd": "scaling_fwd", "bwd": "scaling_bwd"}  # our name -> key of a module's fp8_meta
 _FORWARD_TENSORS = 3  # of a GEMM: input, weight, output
 
 
-def scaling_state(session: Session) -> dict[str, ShardedTensor]:
+def scaling_state(session: ParallelModel) -> dict[str, ShardedTensor]:
     """This rank's delayed scaling state for a save; empty where there is none. Collective among the ranks of a stage."""
     found = {}
     for name, module in _modules(session):
@@ -55,7 +55,7 @@ def scaling_state(session: Session) -> dict[str, ShardedTensor]:
     return state
 
 
-def scaling_room(session: Session, stored: dict[str, ShardedTensor]) -> dict[str, ShardedTensor]:
+def scaling_room(session: ParallelModel, stored: dict[str, ShardedTensor]) -> dict[str, ShardedTensor]:
     """What to load of the checkpoint's tensors `stored` (by key, without data) into this rank's modules."""
     keys = {f"{PREFIX}{name}.{direction}" for name, _ in _modules(session) for direction in _META}
     replica = (0, parallel_state.get_tensor_model_parallel_rank(), _data_rank())
@@ -65,7 +65,7 @@ def scaling_room(session: Session, stored: dict[str, ShardedTensor]) -> dict[str
     }
 
 
-def restore_scaling(session: Session, loaded: dict[str, torch.Tensor], recipe: Any) -> None:
+def restore_scaling(session: ParallelModel, loaded: dict[str, torch.Tensor], recipe: Any) -> None:
     """Put loaded state into the modules, ready for `recipe`; a history of another length is cut or goes on with zeros."""
     for name, module in _modules(session):
         parts = {d: loaded[f"{PREFIX}{name}.{d}"] for d in _META if f"{PREFIX}{name}.{d}" in loaded}
@@ -84,7 +84,7 @@ def restore_scaling(session: Session, loaded: dict[str, torch.Tensor], recipe: A
             state.amax_history[:rows].copy_(part[1 : 1 + rows])
 
 
-def _modules(session: Session) -> Iterator[tuple[str, Any]]:
+def _modules(session: ParallelModel) -> Iterator[tuple[str, Any]]:
     """Modules that may have FP8 state, named with their layers' numbers in the whole model."""
     for chunk in session.chunks:
         for name, module in chunk.named_modules():

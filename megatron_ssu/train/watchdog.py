@@ -25,8 +25,8 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ssu.engine.ranks import WAITING_FILES, job_store
+from megatron_ssu.errors import STATUS_RANK_LOST
 from megatron_ssu.io.output import print_error
-from megatron_ssu.train.faults import STATUS_RANK_LOST
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from megatron_ssu.compact import linear
 from megatron_ssu.compact.parameters import CompactParameters
-from megatron_ssu.session import open_session
-from megatron_ssu.shield.file import load_shield
+from megatron_ssu.models.parallel_model import open_model
+from megatron_ssu.shield.shield_file import load_shield
 from megatron_ssu.train import loop
+from megatron_ssu.train.trainer import Trainer
 from tests.dist import work
 
 
@@ -104,7 +105,7 @@ def train_engine(model: str, parallel: dict[str, Any], steps: int, dense: bool, 
 
 def shapes(model: str, parallel: dict[str, Any], shield_file: str) -> dict[str, Any]:
     """Of this rank: compact parameters' shapes by name, what else trains, the state dict's keys, pinned weights."""
-    session = open_session(work.run_config(model, parallel))
+    session = open_model(work.run_config(model, parallel))
     compact = CompactParameters(session.chunks, session.layout, load_shield(shield_file), gemm=None)
     named = [(name, p) for chunk in session.chunks for name, p in chunk.named_parameters()]
     return {
@@ -119,14 +120,14 @@ def padding_after(
     model: str, parallel: dict[str, Any], steps: int, shield_file: str, dtype: str, **options: Any
 ) -> tuple[int, float]:
     """Elements of padding in this rank's compact parameters, and their largest value or gradient after training."""
-    found: list[loop.Trainer] = []
-    init = loop.Trainer.__init__
+    found: list[Trainer] = []
+    init = Trainer.__init__
 
     def noted(self: Any, *args: Any) -> None:
         init(self, *args)
         found.append(self)
 
-    with mock.patch.object(loop.Trainer, "__init__", noted):
+    with mock.patch.object(Trainer, "__init__", noted):
         work.train_steps(model, parallel, steps, shield_file=shield_file, dtype=dtype, **options)
     count, largest = 0, 0.0
     for weight in found[0].compact.compact.values():

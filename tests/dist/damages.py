@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ssu import cli
-from megatron_ssu.train.digests import write_digests
+from megatron_ssu.train.checksums import write_digests
 from megatron_ssu.train.run_lock import this_process
 
 Damage = Callable[[Path], object]

@@ -10,9 +10,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_ssu.config.schema import DataSection, RunConfig, TrainSection
 from megatron_ssu.engine.optimizer import members, state_bytes
 from megatron_ssu.models.fingerprint import model_fingerprint
-from megatron_ssu.session import open_session
-from megatron_ssu.shield.file import Shield, load_shield
-from megatron_ssu.train import loop
+from megatron_ssu.models.parallel_model import open_model
+from megatron_ssu.shield.shield_file import Shield, load_shield
+from megatron_ssu.train.trainer import Trainer
 from tests.dist.work import RandomTokens, run_config
 
 
@@ -30,9 +30,9 @@ def make_run(model: str, parallel: dict[str, Any], dtype: str, transformer: dict
 
 def state(run: RunConfig, shield_file: str | None) -> dict[str, int]:
     """Bytes of weights, gradient buffers, gradient copies and what the optimizer holds beside the weights."""
-    session = open_session(run)
+    session = open_model(run)
     none = Shield("none", "m", model_fingerprint(run.model.path), matrices={}, masks={})
-    trainer = loop.Trainer(session, load_shield(shield_file) if shield_file else none)
+    trainer = Trainer(session, load_shield(shield_file) if shield_file else none)
     weights = [p for chunk in session.chunks for p in chunk.parameters()]
     buffers = [b.grad_data for chunk in trainer.chunks for b in chunk.buffers]
     for member in members(trainer.optimizer):
@@ -70,7 +70,7 @@ class _Saved:
 
 def activations(run: RunConfig) -> int:
     """Bytes kept for the backward pass of one micro-batch through this rank's chunks, forward alone."""
-    session = open_session(run)
+    session = open_model(run)
     data, size = RandomTokens(), run.train.micro_batch_size
     length = run.data.sequence_length
     tokens = torch.stack([data[0]["tokens"].repeat(-(-length // 16))[:length] for _ in range(size)])

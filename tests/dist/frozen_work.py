@@ -14,9 +14,10 @@ from megatron.core.optimizer import clip_grads
 from megatron_ssu.engine.optimizer import members
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.matrix import Matrix
-from megatron_ssu.session import open_session, open_source
-from megatron_ssu.shield.file import Mask, Shield, load_shield
-from megatron_ssu.train import loop
+from megatron_ssu.models.parallel_model import open_model, open_source
+from megatron_ssu.shield.mask import Mask
+from megatron_ssu.shield.shield_file import Shield, load_shield
+from megatron_ssu.train.trainer import Trainer
 from tests.dist import work
 
 _STOCK = clip_grads.multi_tensor_applier
@@ -73,8 +74,8 @@ def after_a_step(model: str, shield_file: str) -> dict[str, Any]:
     have a gradient after a step."""
     run = work.run_config(model, work.mesh())
     run.data.sequence_length, run.data.loader_workers, run.train.global_batch_size = work.LENGTH, 0, 2
-    session = open_session(run)
-    trainer = loop.Trainer(session, load_shield(shield_file))
+    session = open_model(run)
+    trainer = Trainer(session, load_shield(shield_file))
     trainer.step(trainer.batches(work.RandomTokens(), 0))
     mains = [p for member in members(trainer.optimizer) for group in member.param_groups for p in group["params"]]
     buffered = {p for chunk in trainer.chunks for buffer in chunk.buffers for p in buffer.params}

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_ssu.engine.cpu_backend import install_cpu_backend
 from megatron_ssu.engine.ranks import on_rank_zero
-from megatron_ssu.train.checkpoint import Checkpoints
+from megatron_ssu.train.checkpoints import Checkpoints
 from tests.dist import resume_work
 from tests.dist.work import mesh
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from megatron_ssu.session import open_session
-from megatron_ssu.shield.file import load_shield
-from megatron_ssu.train import loop
-from megatron_ssu.train.checkpoint import Checkpoints, Progress
+from megatron_ssu.models.parallel_model import open_model
+from megatron_ssu.shield.shield_file import load_shield
+from megatron_ssu.train.checkpoints import Checkpoints, Progress
 from megatron_ssu.train.identity import Identity
+from megatron_ssu.train.trainer import Trainer
 from tests.dist import resume_work
 from tests.dist.work import RandomTokens, mesh
 
@@ -59,8 +59,8 @@ def _live() -> int:
 def measure(model: str, shield: str, directory: str, background: bool) -> dict[str, int]:
     """Bytes on this rank: peaks over a save and a load, tensors left behind by each, and the parameters' number."""
     run = resume_work.make_run(model, mesh(), directory, "bf16")
-    session = open_session(run)
-    trainer = loop.Trainer(session, load_shield(shield))
+    session = open_model(run)
+    trainer = Trainer(session, load_shield(shield))
     trainer.step(trainer.batches(RandomTokens(), 0))
     trainer.gather_weights()
     checkpoints = Checkpoints(directory, background=background)

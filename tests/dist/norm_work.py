@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 
 from megatron_ssu.engine.mesh import start_mesh
-from megatron_ssu.models.modules import ProjectionRMSNorm
+from megatron_ssu.models.layers import ProjectionRMSNorm
 
 HEADS, SIZE = 4, 8
 

@@ -26,15 +26,17 @@ from megatron_ssu.config.schema import (
 from megatron_ssu.engine.checkpoint_io import owner_of_save_common
 from megatron_ssu.engine.optimizer import members, steps
 from megatron_ssu.engine.ranks import on_rank_zero
+from megatron_ssu.errors import TrainingStopped
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.layout import take
-from megatron_ssu.session import Session, open_session
-from megatron_ssu.shield.file import Shield, load_shield
-from megatron_ssu.train import loop, updates
-from megatron_ssu.train.checkpoint import Checkpoints, Progress
-from megatron_ssu.train.faults import TrainingStopped
+from megatron_ssu.models.parallel_model import ParallelModel, open_model
+from megatron_ssu.shield.shield_file import Shield, load_shield
+from megatron_ssu.train import loop
+from megatron_ssu.train import update_norms as updates
+from megatron_ssu.train.checkpoints import Checkpoints, Progress
 from megatron_ssu.train.identity import identity_of
 from megatron_ssu.train.telemetry import Telemetry
+from megatron_ssu.train.trainer import Step, Trainer
 from megatron_ssu.train.watchdog import Watchdog
 from tests.dist.work import GLOBAL_BATCH, LENGTH, RandomTokens, run_config
 
@@ -87,10 +89,10 @@ def train_run(
     Returns history (loss, grad norm, lr by iteration), this rank's weights and moments, its optimizer's count
     of steps, the console's text, how it stopped.
     """
-    session = open_session(run)
+    session = open_model(run)
     empty = Shield("none", "m", model_fingerprint(run.model.path), matrices={}, masks={})
     shield = load_shield(shield_file) if shield_file else empty
-    trainer = loop.Trainer(session, shield)
+    trainer = Trainer(session, shield)
     checkpoints, progress = Checkpoints(run.checkpoint.directory), Progress(phase=run.train.phase.number)
     latest = on_rank_zero(checkpoints.latest)
     if latest is not None:
@@ -101,7 +103,7 @@ def train_run(
     telemetry = Telemetry(run, Console(file=text), active=session.mesh.rank == 0, start=progress.iteration)
     step = trainer.step
 
-    def noted(*args: Any, **kwargs: Any) -> loop.Step:
+    def noted(*args: Any, **kwargs: Any) -> Step:
         if kick is not None and kick[:2] == (session.mesh.rank, progress.iteration + 1):
             os.kill(os.getpid(), kick[2])
         done = step(*args, **kwargs)
@@ -128,7 +130,7 @@ def train_run(
     }
 
 
-def moments(trainer: loop.Trainer) -> list[torch.Tensor]:
+def moments(trainer: Trainer) -> list[torch.Tensor]:
     """Main weights, moments and counts of steps of this rank."""
     found = []
     for member in members(trainer.optimizer):
@@ -172,9 +174,9 @@ def fill_disk(run: RunConfig, where: str, iteration: int) -> None:
 
 def compare_update_norms(run: RunConfig, shield_file: str | None) -> tuple[dict[str, float], dict[str, float]]:
     """Update norms of the third step as computed from the moments, and from the matrices' values before and after it."""
-    session = open_session(run)
+    session = open_model(run)
     empty = Shield("none", "m", model_fingerprint(run.model.path), matrices={}, masks={})
-    trainer = loop.Trainer(session, load_shield(shield_file) if shield_file else empty)
+    trainer = Trainer(session, load_shield(shield_file) if shield_file else empty)
     batches = trainer.batches(RandomTokens(), 0)
     for _ in range(2):
         trainer.step(batches)
@@ -190,7 +192,7 @@ def compare_update_norms(run: RunConfig, shield_file: str | None) -> tuple[dict[
     return computed, {f"update_norm_{k}": v for k, v in measured.items() if v > 0}
 
 
-def _matrices(session: Session) -> list[tuple[str, torch.Tensor]]:
+def _matrices(session: ParallelModel) -> list[tuple[str, torch.Tensor]]:
     """Kind and float64 values of all matrices' parts of which this rank holds the first copy, padding left out."""
     return [
         (piece.matrix.kind, take(local.param.detach().view(len(local.param), -1), piece).double())

@@ -10,24 +10,25 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_ssu.models.fingerprint import model_fingerprint
-from megatron_ssu.session import Session, open_session
-from megatron_ssu.shield.file import Shield
-from megatron_ssu.train import loop, state
-from megatron_ssu.train.checkpoint import Checkpoints, Progress
+from megatron_ssu.models.parallel_model import ParallelModel, open_model
+from megatron_ssu.shield.shield_file import Shield
+from megatron_ssu.train import sharded_state as state
+from megatron_ssu.train.checkpoints import Checkpoints, Progress
 from megatron_ssu.train.identity import Identity
 from megatron_ssu.train.optimizer_state import OptimizerState
+from megatron_ssu.train.trainer import Trainer
 from tests.dist import resume_work
 
 LINEAR = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
-def _open(model: str, parallel: dict[str, Any], directory: str) -> tuple[Session, OptimizerState]:
-    session = open_session(resume_work.make_run(model, parallel, directory, "bf16"))
+def _open(model: str, parallel: dict[str, Any], directory: str) -> tuple[ParallelModel, OptimizerState]:
+    session = open_model(resume_work.make_run(model, parallel, directory, "bf16"))
     empty = Shield("none", "m", model_fingerprint(model), matrices={}, masks={})
-    return session, loop.Trainer(session, empty).optimizer_state
+    return session, Trainer(session, empty).optimizer_state
 
 
-def _pretend(session: Session) -> dict[str, Any]:
+def _pretend(session: ParallelModel) -> dict[str, Any]:
     """Give every linear layer what Transformer Engine's has; the modules by the layers' numbers in the whole model."""
     session.config.fp8, session.config.fp8_recipe = "hybrid", "delayed"
     found = {}

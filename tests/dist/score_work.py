@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_leaves
 from megatron_ssu.config.schema import CalibrationSection, CheckpointSection, ShieldSection
 from megatron_ssu.data.chat import Calibration, load_calibration
 from megatron_ssu.data.tokenizer import load_tokenizer
+from megatron_ssu.methods.scored import make_shield
 from megatron_ssu.models.fingerprint import model_fingerprint
-from megatron_ssu.scoring.calibrate import calibration_pass, micro_batches, score_model
-from megatron_ssu.scoring.file import Scores
+from megatron_ssu.models.parallel_model import ParallelModel, open_model
+from megatron_ssu.scoring.calibration_pass import calibration_pass, micro_batches, score_model
 from megatron_ssu.scoring.fisher import SquaredGradients
-from megatron_ssu.session import Session, open_session
-from megatron_ssu.shield.make import make_shield
+from megatron_ssu.scoring.scores_file import Scores
 from tests.dist.work import run_config
 
 NAMES = ["wanda", "wanda-released", "magnitude", "random", "sparsegpt-diagonal", "fisher"]
@@ -36,11 +36,11 @@ def tokens(rows: int = 5, length: int = 16, vocab: int = 100, padded: int = 5) -
 
 def session_of(
     model: str, parallel: dict[str, Any], *, transformer: dict[str, Any] | None = None, **shield: Any
-) -> Session:
+) -> ParallelModel:
     shield.setdefault("calibration", CalibrationSection(micro_batch_size=2))
     run = run_config(model, parallel, shield=ShieldSection(**shield))
     run.model.transformer.update(transformer or {})
-    return open_session(run)
+    return open_model(run)
 
 
 def scores(
@@ -75,7 +75,7 @@ def planned(model: str, parallel: dict[str, Any], directory: str, dtype: str, **
         shield=ShieldSection(norms="half", special_tokens=False, **shield),
         checkpoint=CheckpointSection(directory=directory),
     )
-    make_shield(open_session(run))
+    make_shield(open_model(run))
 
 
 def _source_tokens(model: str) -> Calibration | None:

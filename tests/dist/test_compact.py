@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ssu.models.family import Dims, family_of
+from megatron_ssu.models.families import family_of
+from megatron_ssu.models.family import Dims
 from megatron_ssu.models.fingerprint import model_fingerprint
-from megatron_ssu.shield.file import Mask, Shield
+from megatron_ssu.shield.mask import Mask
+from megatron_ssu.shield.shield_file import Shield
 from tests.dist import compact_work, work
 from tests.dist.test_shielded_training import OVERLAP, oracle, random_shield
 from tests.dist.work import mesh

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from megatron_ssu.estimate.count import estimate
-from megatron_ssu.shield.file import load_shield
+from megatron_ssu.estimate.estimate import estimate
+from megatron_ssu.shield.shield_file import load_shield
 from tests.dist import estimate_work as work
 from tests.dist.test_shielded_training import random_shield
 from tests.dist.work import mesh

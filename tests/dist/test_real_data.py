@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ssu.shield.file import load_shield
+from megatron_ssu.shield.shield_file import load_shield
 from tests.dist import work
 from tests.dist.work import mesh
 

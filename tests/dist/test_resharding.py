@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from megatron.core import dist_checkpointing
 
-from megatron_ssu.shield.file import Mask, Shield, load_shield
+from megatron_ssu.shield.mask import Mask
+from megatron_ssu.shield.shield_file import Shield, load_shield
 from tests.dist import resume_work as work
 from tests.dist.test_shielded_training import random_shield
 from tests.dist.work import mesh

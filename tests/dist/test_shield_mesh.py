@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ssu.scoring.file import Scores
+from megatron_ssu.scoring.scores_file import Scores
 from megatron_ssu.shield.plan import PlanOptions, axis_scores, element_scores, plan_shield
 from tests.dist import score_work
 from tests.dist.work import mesh

@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ssu.models.family import Dims, family_of
+from megatron_ssu.models.families import family_of
+from megatron_ssu.models.family import Dims
 from megatron_ssu.models.fingerprint import model_fingerprint
-from megatron_ssu.shield.file import Mask, Shield, load_shield
+from megatron_ssu.shield.mask import Mask
+from megatron_ssu.shield.shield_file import Shield, load_shield
 from megatron_ssu.shield.verify import verify
 from tests.dist import work
 from tests.dist.work import mesh

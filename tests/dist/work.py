@@ -24,13 +24,13 @@ from megatron_ssu.config.schema import (
 )
 from megatron_ssu.engine.device import local_device
 from megatron_ssu.engine.optimizer import owned, state_bytes
+from megatron_ssu.methods.scored import make_shield
 from megatron_ssu.models import family
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.hf_export import export_model
-from megatron_ssu.session import Session, open_session
-from megatron_ssu.shield.file import Shield, load_shield
-from megatron_ssu.shield.make import make_shield
-from megatron_ssu.train import loop
+from megatron_ssu.models.parallel_model import ParallelModel, open_model
+from megatron_ssu.shield.shield_file import Shield, load_shield
+from megatron_ssu.train.trainer import Step, Trainer, current_lr, mean_loss
 
 VOCAB, LENGTH, GLOBAL_BATCH = 100, 16, 8
 
@@ -59,7 +59,7 @@ def run_config(
 
 def logits(model: str, parallel: dict[str, Any], ids: torch.Tensor, dtype: str = "fp32") -> torch.Tensor | None:
     """Logits [b, s, V], unpadded, on the first rank of the last stage."""
-    session = open_session(run_config(model, parallel, dtype))
+    session = open_model(run_config(model, parallel, dtype))
     batch, length = ids.shape
     ids = ids.to(local_device())
     positions = torch.arange(length, device=ids.device).expand(batch, -1)
@@ -87,10 +87,10 @@ def logits(model: str, parallel: dict[str, Any], ids: torch.Tensor, dtype: str =
 
 def convert(model: str, parallel: dict[str, Any], dtype: str, target: str, max_shard_size: int) -> None:
     """Import and export."""
-    export(open_session(run_config(model, parallel, dtype)), target, max_shard_size)
+    export(open_model(run_config(model, parallel, dtype)), target, max_shard_size)
 
 
-def export(session: Session, target: str, max_shard_size: int = 10**9) -> None:
+def export(session: ParallelModel, target: str, max_shard_size: int = 10**9) -> None:
     export_model(session.layout, session.mesh, session.source.checkpoint, Path(target), max_shard_size)
 
 
@@ -113,7 +113,7 @@ def plan(
         shield=ShieldSection(calibration=data, **shield),
         checkpoint=CheckpointSection(directory=directory),
     )
-    make_shield(open_session(run))
+    make_shield(open_model(run))
     return (Path(directory) / "shield.safetensors").read_bytes()
 
 
@@ -133,17 +133,17 @@ class RandomTokens(torch.utils.data.Dataset):
         }
 
 
-def stock_step(trainer: loop.Trainer, batches: Any) -> loop.Step:
+def stock_step(trainer: Trainer, batches: Any) -> Step:
     """A step as megatron's own training loop takes it: `optimizer.step()` clips and updates."""
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     reports = trainer._schedule(batches, trainer.micro_batches, forward_only=False)
-    lr = loop.current_lr(trainer.optimizer)
+    lr = current_lr(trainer.optimizer)
     done, norm, _ = trainer.optimizer.step()
     assert done
     trainer.schedule.step(increment=1)
-    return loop.Step(loop.mean_loss(reports)[0], float(norm), lr)
+    return Step(mean_loss(reports)[0], float(norm), lr)
 
 
 def train_steps(
@@ -179,10 +179,10 @@ def train_steps(
     )
     run.model.transformer.update(transformer or {})
     run.precision.transformer.update(precision or {})
-    session = open_session(run)
+    session = open_model(run)
     fingerprint = model_fingerprint(model)
     shield = load_shield(shield_file) if shield_file else Shield("none", "m", fingerprint, matrices={}, masks={})
-    trainer = loop.Trainer(session, shield)
+    trainer = Trainer(session, shield)
     batches = trainer.batches(RandomTokens(), 0)
     history = []
     for _ in range(steps):

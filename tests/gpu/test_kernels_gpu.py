@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ssu.compact import kernels
 from megatron_ssu.compact.shards import RowRun, ShardMask
+from megatron_ssu.ops import kernels
 from tests.unit.mask_cases import DTYPES, bits, by_torch, gathered, random_bits, random_case, same_bits, scattered
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]

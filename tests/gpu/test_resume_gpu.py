@@ -15,12 +15,12 @@ import torch
 
 from megatron_ssu.engine.mesh import start_processes, stop_processes
 from megatron_ssu.models.build import has_transformer_engine
-from megatron_ssu.session import open_session
-from megatron_ssu.shield.file import load_shield
+from megatron_ssu.models.parallel_model import open_model
+from megatron_ssu.shield.shield_file import load_shield
 from megatron_ssu.shield.verify import verify
-from megatron_ssu.train import loop
-from megatron_ssu.train.checkpoint import Checkpoints, Progress
+from megatron_ssu.train.checkpoints import Checkpoints, Progress
 from megatron_ssu.train.identity import Identity
+from megatron_ssu.train.trainer import Trainer
 from tests.dist import resume_work as work
 from tests.dist import work as steps
 from tests.dist.test_shielded_training import random_shield
@@ -136,8 +136,8 @@ def test_a_save_gathers_nothing_on_the_gpu(shielded, tmp_path):
     start_processes()
     try:
         run = make_run(model, tmp_path / "run")
-        session = open_session(run)
-        trainer = loop.Trainer(session, load_shield(shield))
+        session = open_model(run)
+        trainer = Trainer(session, load_shield(shield))
         trainer.step(trainer.batches(RandomTokens(), 0))
         largest = max(p.numel() for p in session.chunks[0].parameters())
         torch.cuda.synchronize()

@@ -23,12 +23,14 @@ from megatron_ssu.engine.linear import accumulate_in_gemm, is_engine_linear
 from megatron_ssu.engine.mesh import start_processes, stop_processes
 from megatron_ssu.models.build import has_transformer_engine
 from megatron_ssu.models.fingerprint import model_fingerprint
-from megatron_ssu.models.modules import SplitRMSNorm
-from megatron_ssu.scoring.calibrate import MicroBatch, calibration_pass
-from megatron_ssu.session import open_session
-from megatron_ssu.shield.file import Mask, Shield, load_shield
+from megatron_ssu.models.layers import SplitRMSNorm
+from megatron_ssu.models.parallel_model import open_model
+from megatron_ssu.scoring.calibration_pass import MicroBatch, calibration_pass
+from megatron_ssu.shield.mask import Mask
+from megatron_ssu.shield.shield_file import Shield, load_shield
 from megatron_ssu.shield.verify import verify
 from megatron_ssu.train import loop
+from megatron_ssu.train.trainer import Trainer
 from tests.dist import compact_work, work
 from tests.dist.test_compact import part_shield
 from tests.dist.test_shielded_training import random_shield
@@ -83,7 +85,7 @@ def trainer_of(model, shield, precision=None):
         train=TrainSection(iterations=10, micro_batch_size=2, global_batch_size=work.GLOBAL_BATCH),
     )
     run.precision.transformer.update(FP8.get(precision, {}))
-    return loop.Trainer(open_session(run), load_shield(shield) if shield else no_shield(model))
+    return Trainer(open_model(run), load_shield(shield) if shield else no_shield(model))
 
 
 def linear_layers(trainer):
@@ -198,7 +200,7 @@ def test_the_gemm_of_every_recipe_is_taken(precision, model):
     require(precision)
     run = work.run_config(str(model), work.mesh(), "bf16")
     run.precision.transformer.update(FP8.get(precision, {}))
-    assert tried_gemm(open_session(run).config) is te_gemm.multiply
+    assert tried_gemm(open_model(run).config) is te_gemm.multiply
 
 
 @needs_engine
@@ -332,7 +334,7 @@ def test_fused_settings_follow_the_unfused_ones(granularity, model, tmp_path):
 @needs_engine
 def test_layers_without_a_shield_accumulate_in_the_gemm(model, tmp_path):
     for shield, layers in ((None, 4), (random_shield(model, tmp_path / "s.safetensors", "row"), 0)):
-        session = open_session(work.run_config(str(model), work.mesh(), "bf16"))
+        session = open_model(work.run_config(str(model), work.mesh(), "bf16"))
         masks = load_shield(shield) if shield else no_shield(model)
         CompactParameters(session.chunks, session.layout, masks, gemm=te_gemm.multiply)
         assert accumulate_in_gemm(session.chunks) == layers * session.source.dims.layers
@@ -380,7 +382,7 @@ def test_calibration_in_an_fp8_run_computes_in_bf16(recipe, model):
     for precision in ({}, FP8[recipe]):
         run = work.run_config(str(model), work.mesh(), "bf16")
         run.precision.transformer.update(precision)
-        session = open_session(run)
+        session = open_model(run)
         session.chunks[0].output_layer.register_forward_hook(lambda _, __, out: outputs.append(out[0].clone()))
         tokens = torch.randint(0, 100, (1, 32), generator=torch.Generator().manual_seed(0)).cuda()
         batch = MicroBatch(tokens, torch.arange(32, device="cuda").expand(1, -1), None)

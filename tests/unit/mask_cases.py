@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ssu.compact import kernels
 from megatron_ssu.compact.shards import RowRun, ShardMask
+from megatron_ssu.ops import kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

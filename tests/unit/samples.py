@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_ssu.models.matrix import Matrix
-from megatron_ssu.scoring.file import Scores
+from megatron_ssu.scoring.scores_file import Scores
 
 CONFIG = {"model_type": "llama", "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "dtype": "bfloat16"}
 HIDDEN, KV, FFN, VOCAB = 20, 12, 28, 36  # no multiples of 8 alone: spare bits occur

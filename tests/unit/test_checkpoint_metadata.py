@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
 from megatron_ssu.errors import UserError
-from megatron_ssu.train import state
+from megatron_ssu.train import sharded_state as state
 
 
 def call(module: str, name: str, argument: str, protocol: int) -> bytes:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_ssu.engine import checkpoint_io
-from megatron_ssu.train import checkpoint
-from megatron_ssu.train.digests import digest_files
+from megatron_ssu.train import checkpoints as checkpoint
+from megatron_ssu.train.checksums import digest_files
 
 
 class Script:

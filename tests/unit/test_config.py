@@ -19,8 +19,8 @@ from megatron_ssu.config.coerce import DTYPES, field_hint, field_hints, is_union
 from megatron_ssu.config.load import dump_run, load_run, save_run
 from megatron_ssu.config.megatron_fields import DDP, MODEL_PARALLEL, OPTIMIZER, TRANSFORMER
 from megatron_ssu.config.schema import OPTIMIZER_DEFAULTS, DataSource, RunConfig
+from megatron_ssu.config.units import seconds
 from megatron_ssu.errors import UserError
-from megatron_ssu.train.signals import seconds
 
 MINIMAL = "model: {path: hf}\ncheckpoint: {directory: out}\n"
 

@@ -27,7 +27,7 @@ def test_device_contexts_work_behind_the_cpu_backend():
 
 
 WITHOUT_A_GPU = """
-import megatron_ssu.session  # imports megatron-core before ours
+import megatron_ssu.models.parallel_model  # imports megatron-core before ours
 from megatron_ssu.engine.cpu_backend import install_cpu_backend
 from megatron.core import optimizer
 from megatron.core.extensions import transformer_engine

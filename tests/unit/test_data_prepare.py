@@ -22,7 +22,7 @@ from megatron_ssu.data import jsonl
 from megatron_ssu.data.indexed import CheckedIndexedDataset, check_prefix, content_digest, prepared_prefix, source_kind
 from megatron_ssu.data.jsonl import LineReader, iter_lines, source_digest
 from megatron_ssu.data.prepare import _workspace, prepare
-from megatron_ssu.data.sources import prepare_run
+from megatron_ssu.data.run_datasets import prepare_run
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.errors import UserError
 from tests.unit.data_makers import TEXTS, make_hf_tokenizer, make_sentencepiece, write_jsonl

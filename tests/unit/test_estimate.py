@@ -13,11 +13,13 @@ from megatron_ssu.config.load import load_run
 from megatron_ssu.errors import UserError
 from megatron_ssu.estimate.activations import in_flight
 from megatron_ssu.estimate.compact import MatrixShield, compact
-from megatron_ssu.estimate.count import estimate
-from megatron_ssu.estimate.gpus import GPUS, gpu_named
+from megatron_ssu.estimate.estimate import estimate
+from megatron_ssu.estimate.hardware import GPUS, gpu_named
 from megatron_ssu.estimate.report import to_dict
-from megatron_ssu.models.family import Dims, family_of
-from megatron_ssu.shield.file import Mask, Shield
+from megatron_ssu.models.families import family_of
+from megatron_ssu.models.family import Dims
+from megatron_ssu.shield.mask import Mask
+from megatron_ssu.shield.shield_file import Shield
 from tests.models import KINDS, SIZES, make_model
 
 OLMO2_13B = {

@@ -18,14 +18,15 @@ from megatron_ssu.config.schema import CheckpointSection, ModelSection, Parallel
 from megatron_ssu.engine import linear
 from megatron_ssu.errors import UserError
 from megatron_ssu.models import build
-from megatron_ssu.models.family import Dims, family_of
-from megatron_ssu.scoring import calibrate
-from megatron_ssu.shield.file import Shield
+from megatron_ssu.models.families import family_of
+from megatron_ssu.models.family import Dims
+from megatron_ssu.scoring import calibration_pass as calibrate
+from megatron_ssu.shield.shield_file import Shield
 from megatron_ssu.train import identity
 from megatron_ssu.train.backends import backends, library
 from megatron_ssu.train.identity import identity_of
-from megatron_ssu.train.loop import ddp_fields
 from megatron_ssu.train.phases import Phases
+from megatron_ssu.train.trainer import ddp_fields
 from megatron_ssu.train.watchdog import Watchdog
 from tests.unit.test_validate import LLAMA
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ssu.scoring import inputs
+from megatron_ssu.scoring import input_statistics as inputs
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 63, 64, 200])

@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from megatron_ssu.errors import UserError
-from megatron_ssu.scoring.file import Scores
-from megatron_ssu.shield.file import Mask
+from megatron_ssu.scoring.scores_file import Scores
 from megatron_ssu.shield.inspect import Inspection, draw, inspect_shield, overlap_of
+from megatron_ssu.shield.mask import Mask
 from megatron_ssu.shield.plan import PlanOptions, ProtectRule, plan_shield
 from tests.unit.samples import matrices, scores_of, weights_of
 

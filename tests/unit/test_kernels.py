@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ssu.compact import kernels
 from megatron_ssu.compact.shards import RowRun, ShardMask
+from megatron_ssu.ops import kernels
 from tests.unit.mask_cases import (
     DTYPES,
     Case,

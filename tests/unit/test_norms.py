@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ssu.models.modules import SplitRMSNorm
+from megatron_ssu.models.layers import SplitRMSNorm
 
 TOKENS, HEADS, SIZE, EPS = (5, 3), 4, 8, 1e-6
 WIDTH = HEADS * SIZE

@@ -13,11 +13,11 @@ import torch
 
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.matrix import Matrix
-from megatron_ssu.scoring.file import Scores
+from megatron_ssu.scoring.scores_file import Scores
 from megatron_ssu.shield.budget import layerwise_counts, units_of_ratio
 from megatron_ssu.shield.compose import compose
-from megatron_ssu.shield.file import Shield, load_shield
 from megatron_ssu.shield.plan import TIE, PlanOptions, ProtectRule, freeze_top, plan_shield, select
+from megatron_ssu.shield.shield_file import Shield, load_shield
 from tests.unit.samples import matrices, scores_of, weights_of
 
 UP0 = "model.layers.0.mlp.up_proj.weight"
@@ -313,7 +313,7 @@ def test_shape_mismatch_of_weights_is_told(scores, weights):
 _BIG = """
 import resource, sys
 import numpy as np
-from megatron_ssu.scoring.file import Scores
+from megatron_ssu.scoring.scores_file import Scores
 from megatron_ssu.shield.plan import PlanOptions, plan_shield
 from tests.unit.samples import matrices
 if sys.argv[1] == "make":

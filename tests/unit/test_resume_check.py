@@ -10,7 +10,7 @@ import pytest
 from megatron_ssu.config.schema import CheckpointSection, ModelSection, RunConfig
 from megatron_ssu.errors import UserError
 from megatron_ssu.train import resume_check
-from megatron_ssu.train.checkpoint import Checkpoints, Progress
+from megatron_ssu.train.checkpoints import Checkpoints, Progress
 
 
 @pytest.mark.parametrize("optimizer", [{}, {"optimizer": {"param_groups": []}}, {"optimizer": {"steps": 4}}])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ssu.compact import kernels
 from megatron_ssu.compact.shards import RowRun, ShardMask
+from megatron_ssu.ops import kernels
 
 
 def columns(*numbers: int) -> torch.Tensor:

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from megatron_ssu.cli import main
 from megatron_ssu.config.load import load_run
 from megatron_ssu.errors import UserError
+from megatron_ssu.methods.options import check_names
+from megatron_ssu.methods.scored import check_replaceable
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.source import open_source
-from megatron_ssu.shield.file import load_shield
-from megatron_ssu.shield.make import check_replaceable
-from megatron_ssu.shield.options import check_names
 from megatron_ssu.shield.plan import PlanOptions, plan_shield
+from megatron_ssu.shield.shield_file import load_shield
 from tests.models import make_model
 from tests.unit.data_makers import make_hf_tokenizer
 from tests.unit.samples import matrices, scores_of, weights_of

@@ -12,9 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from megatron_ssu.errors import UserError
-from megatron_ssu.scoring.file import Scores, digest_of, random_bits, random_scores
-from megatron_ssu.shield.file import Mask, Shield, check_model, load_shield, save_shield, unit_count
+from megatron_ssu.scoring.scores_file import Scores, random_bits, random_scores
+from megatron_ssu.shield.mask import Mask, unit_count
 from megatron_ssu.shield.plan import PlanOptions, plan_shield
+from megatron_ssu.shield.shield_file import Shield, check_model, load_shield, save_shield
 from tests.unit.samples import matrices, scores_of, weights_of
 
 
@@ -270,7 +271,3 @@ def test_random_depends_on_seed_name_and_axis_alone():
     for other in (random_scores(2, "a", "column", 1000), random_scores(1, "b", "column", 1000)):
         assert not np.array_equal(first, other)
     assert first.min() >= 0 and first.max() < 1 and abs(first.mean() - 0.5) < 0.05
-
-
-def test_digest_of_tells_pieces_apart():
-    assert digest_of([b"ab", b"c"]) != digest_of([b"a", b"bc"])

@@ -9,12 +9,13 @@ import time
 
 import pytest
 
+from megatron_ssu.config.units import seconds
 from megatron_ssu.errors import UserError
-from megatron_ssu.train.signals import REASONS, STATUS, StopRequests, seconds, verdict
+from megatron_ssu.train.stop_requests import REASONS, STATUS, StopRequests, verdict
 
 PATIENT = """
 import os, signal, time
-from megatron_ssu.train import signals
+from megatron_ssu.train import stop_requests as signals
 with signals.StopRequests() as requests:
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)

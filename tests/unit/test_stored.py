@@ -16,7 +16,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron_ssu.compact.matrix import CompactMatrix, part_of
 from megatron_ssu.models.layout import LocalParam, Piece, Run, put
 from megatron_ssu.models.matrix import Matrix
-from megatron_ssu.shield.file import Mask
+from megatron_ssu.shield.mask import Mask
 from megatron_ssu.train.optimizer_state import OptimizerState
 from megatron_ssu.train.stored import compact_boxes, whole_boxes
 

@@ -12,9 +12,9 @@ import pytest
 from megatron_ssu.config import validate
 from megatron_ssu.config.load import load_run
 from megatron_ssu.config.schema import RunConfig
-from megatron_ssu.config.units import parse_split
+from megatron_ssu.config.units import parse_size, parse_split
 from megatron_ssu.config.validate import validate_mesh, validate_model, validate_run
-from megatron_ssu.config.validate_train import parse_size, validate_train
+from megatron_ssu.config.validate_train import validate_train
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.hf_config import read_hf_config
 

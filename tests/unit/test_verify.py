@@ -18,7 +18,7 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.hf_config import difference
 from megatron_ssu.models.hf_files import HFCheckpoint, open_checkpoint
-from megatron_ssu.shield.file import Mask
+from megatron_ssu.shield.mask import Mask
 from megatron_ssu.shield.plan import PlanOptions, plan_shield
 from megatron_ssu.shield.verify import VerifyReport, verify
 from tests.unit.samples import CONFIG, matrices, scores_of, weights_of, write_hf

@@ -32,9 +32,9 @@ def to_core(options: argparse.Namespace, console: Console) -> None:
     from megatron_ssu.config.load import save_run
     from megatron_ssu.engine.mesh import start_processes
     from megatron_ssu.engine.ranks import on_all_ranks, on_rank_zero
-    from megatron_ssu.models.family import family_of
-    from megatron_ssu.session import check_run, open_session
-    from megatron_ssu.train.checkpoint import Checkpoints
+    from megatron_ssu.models.families import family_of
+    from megatron_ssu.models.parallel_model import check_run, open_model
+    from megatron_ssu.train.checkpoints import Checkpoints
     from megatron_ssu.train.run_lock import held
 
     target = Path(options.save_dir)
@@ -49,7 +49,7 @@ def to_core(options: argparse.Namespace, console: Console) -> None:
     source = on_all_ranks(lambda: check_run(run, training=False))
     with held(target, "convert"):
         on_rank_zero(refuse_run)
-        path = Checkpoints(target).save_weights(open_session(run, source))
+        path = Checkpoints(target).save_weights(open_model(run, source))
         on_rank_zero(lambda: save_run(run, record))
     console.print(f"{path}: {family_of(source.hf).name}, written", highlight=False)
 

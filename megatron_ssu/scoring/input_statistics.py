@@ -10,11 +10,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_ssu.compact import kernels
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.layout import LocalParam
-from megatron_ssu.scoring.file import INPUT_MEAN_SQUARE, INPUT_NORM
-from megatron_ssu.session import Session
+from megatron_ssu.models.parallel_model import ParallelModel
+from megatron_ssu.ops import kernels
+from megatron_ssu.scoring.scores_file import INPUT_MEAN_SQUARE, INPUT_NORM
 
 _BLOCK = 64  # tokens that are added up in float32 before they go on in float64
 
@@ -63,7 +63,7 @@ class InputStatistics:
     before each forward step of a chunk; what runs again for recomputation is not counted again.
     """
 
-    def __init__(self, session: Session, *, norms: bool = False) -> None:
+    def __init__(self, session: ParallelModel, *, norms: bool = False) -> None:
         self.session = session
         self.mask: Tensor | None = None  # bool [b, s] of the running micro-batch; None: all tokens are real
         self.sums: dict[str, InputSums] = {}

@@ -9,16 +9,16 @@ from megatron_ssu.data.chat import Calibration, load_calibration
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.engine.ranks import is_rank_zero, on_all_ranks, on_rank_zero
 from megatron_ssu.errors import UserError
+from megatron_ssu.methods.options import check_names
+from megatron_ssu.methods.planned import check_scores_model, scores_path, shield_path, write_plan
 from megatron_ssu.models.family import Dims
 from megatron_ssu.models.fingerprint import model_fingerprint
+from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.models.source import Source
 from megatron_ssu.scoring import base
-from megatron_ssu.scoring.calibrate import score_model
-from megatron_ssu.scoring.file import Scores
-from megatron_ssu.session import Session
-from megatron_ssu.shield.file import Shield, check_model, load_shield
-from megatron_ssu.shield.options import check_names
-from megatron_ssu.shield.planned import check_scores_model, scores_path, shield_path, write_plan
+from megatron_ssu.scoring.calibration_pass import score_model
+from megatron_ssu.scoring.scores_file import Scores
+from megatron_ssu.shield.shield_file import Shield, check_model, load_shield
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def load_samples(run: RunConfig, dims: Dims) -> Calibration | None:
     return calibration
 
 
-def make_scores(session: Session) -> Scores | None:
+def make_scores(session: ParallelModel) -> Scores | None:
     """Score the session's model and write the scores file; the scores on rank 0, None elsewhere. Collective.
 
     A scores file that is there is replaced: see `check_replaceable`.
@@ -69,7 +69,7 @@ def make_scores(session: Session) -> Scores | None:
     return _score(session, calibration)
 
 
-def _score(session: Session, calibration: Calibration | None) -> Scores | None:
+def _score(session: ParallelModel, calibration: Calibration | None) -> Scores | None:
     run = session.run
     if calibration is not None and calibration.note and is_rank_zero():
         log.warning("%s", calibration.note)
@@ -85,7 +85,7 @@ def _score(session: Session, calibration: Calibration | None) -> Scores | None:
     return scores
 
 
-def make_shield(session: Session, *, begun: bool = False) -> Shield:
+def make_shield(session: ParallelModel, *, begun: bool = False) -> Shield:
     """The run's shield: `shield.file` when given, else planned into the run directory, scored first where that is missing.
 
     Only what is missing is made; no scores and no shield that are there are replaced. Collective; every rank opens the

@@ -21,14 +21,14 @@ from megatron_ssu.engine.checkpoint_io import check_metadata, weights_only_check
 from megatron_ssu.engine.device import local_device
 from megatron_ssu.engine.ranks import on_all_ranks
 from megatron_ssu.errors import UserError
-from megatron_ssu.session import Session
+from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.train.optimizer_state import OptimizerState
 from megatron_ssu.train.scaling import restore_scaling, scaling_room, scaling_state
 
 RNG_BYTES = 1 << 16  # room for one rank's generators
 
 
-def sharded_state(session: Session, optimizer: OptimizerState) -> dict[str, Any]:
+def sharded_state(session: ParallelModel, optimizer: OptimizerState) -> dict[str, Any]:
     """This rank's part of a checkpoint, as dist_checkpointing takes it."""
     model = model_state(session)
     return {
@@ -39,7 +39,7 @@ def sharded_state(session: Session, optimizer: OptimizerState) -> dict[str, Any]
     }
 
 
-def load_training(session: Session, optimizer: OptimizerState, path: Path, *, with_rng: bool) -> None:
+def load_training(session: ParallelModel, optimizer: OptimizerState, path: Path, *, with_rng: bool) -> None:
     """Load what a checkpoint holds besides the model: the optimizer's state, that of FP8 scaling, and random numbers.
 
     Collective. Raises UserError as `read_sharded`.
@@ -58,7 +58,7 @@ def load_training(session: Session, optimizer: OptimizerState, path: Path, *, wi
         set_rng(loaded["rng"])
 
 
-def uses_delayed_scaling(session: Session) -> bool:
+def uses_delayed_scaling(session: ParallelModel) -> bool:
     return bool(session.config.fp8) and session.config.fp8_recipe == Fp8Recipe.delayed
 
 
@@ -67,7 +67,7 @@ def _stored(path: Path) -> dict[str, ShardedTensor]:
     return dist_checkpointing.load_tensors_metadata(str(path))
 
 
-def model_state(session: Session) -> dict[str, Any]:
+def model_state(session: ParallelModel) -> dict[str, Any]:
     """The chunks' sharded state dicts by name: `model`, or `model0`, `model1`, ... under virtual pipeline stages."""
     found = {}
     for name, chunk in zip(_chunk_names(session), session.chunks, strict=True):
@@ -77,7 +77,7 @@ def model_state(session: Session) -> dict[str, Any]:
     return found
 
 
-def load_model(session: Session, path: Path) -> None:
+def load_model(session: ParallelModel, path: Path) -> None:
     """Load a checkpoint's weights into the chunks, in place; collective. Raises UserError as `read_sharded`."""
     state = model_state(session)
     apply_factories(state)  # parts of fused weights become views of them: nothing is left to be put together
@@ -85,7 +85,7 @@ def load_model(session: Session, path: Path) -> None:
     read_sharded(state, path)
 
 
-def _chunk_names(session: Session) -> list[str]:
+def _chunk_names(session: ParallelModel) -> list[str]:
     return ["model"] if len(session.chunks) == 1 else [f"model{i}" for i in range(len(session.chunks))]
 
 
@@ -96,14 +96,14 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def mesh_facts(session: Session) -> dict[str, Any]:
+def mesh_facts(session: ParallelModel) -> dict[str, Any]:
     """The mesh and the kind of device; random number generators are read back on the same one only."""
     mesh = session.mesh
     facts = {k: getattr(mesh, k) for k in ("tensor", "pipeline", "virtual", "context", "data")}
     return {**facts, "device": local_device().type}
 
 
-def _rng(session: Session) -> ShardedTensor:
+def _rng(session: ParallelModel) -> ShardedTensor:
     """This rank's generators as a row of bytes uint8 [1, RNG_BYTES]: tensors need no unpickling."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state = {

@@ -12,14 +12,11 @@ comes sooner is the same request, sent to all processes of a job by SLURM and pa
 
 from __future__ import annotations
 
-import re
 import signal
 import time
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
-
-from megatron_ssu.errors import UserError
 
 REASONS = ("SIGTERM", "SIGINT", "SIGUSR1", "train.exit_after")
 REPEAT = 5.0
@@ -68,22 +65,3 @@ class StopRequests:
 def verdict(votes: Sequence[float]) -> str | None:
     """The reason to stop that some rank voted for, or None; `votes` are summed over ranks."""
     return next((reason for reason, count in zip(REASONS, votes, strict=True) if count > 0), None)
-
-
-def seconds(budget: str | float | None, key: str = "train.exit_after") -> float | None:
-    """Seconds of a budget in minutes, or as 'HH:MM:SS' or 'D-HH:MM:SS'. Raises UserError."""
-    if budget is None:
-        return None
-    found: float | None = None
-    if isinstance(budget, str):
-        match = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d)", budget.strip())
-        if match:
-            days, hours, minutes, rest = (int(part or 0) for part in match.groups())
-            found = ((days * 24 + hours) * 60 + minutes) * 60 + rest
-        elif re.fullmatch(r"\d+(\.\d+)?", budget.strip()):
-            found = float(budget) * 60
-    elif not isinstance(budget, bool):
-        found = float(budget) * 60
-    if found is None or not 0 < found < float("inf"):
-        raise UserError(f"{key}: {budget!r} is no time; write minutes, such as 110, or '01:50:00'")
-    return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_ssu.estimate.gpus import Gpu
+from megatron_ssu.estimate.hardware import Gpu
 
 GPUS_PER_NODE = 8
 MATH, LINKS, MEMORY = 0.6, 0.7, 0.8  # fractions of the peak that are reached: GEMMs, links and network, memory

@@ -1,21 +1,9 @@
-"""Steps that go wrong: losses and gradients that are no numbers, losses that jump."""
+"""Detection of loss spikes."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-
-
-class TrainingStopped(Exception):
-    """The run ends before its last iteration, for a reason it tells in one line; `status` is the exit status."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-STATUS_NOT_FINITE = 3  # max_skipped steps in a row
-STATUS_RANK_LOST = 4  # a rank, or a data loader process of one, died or hangs
 
 
 class SpikeWatch:

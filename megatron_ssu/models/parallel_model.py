@@ -19,7 +19,7 @@ from megatron_ssu.models.source import Source, open_source
 
 
 @dataclass
-class Session:
+class ParallelModel:
     """This rank's part of the model, with everything that says what it is."""
 
     run: RunConfig
@@ -42,7 +42,7 @@ def check_run(run: RunConfig, *, training: bool = True, shielding: bool = True) 
     return source
 
 
-def open_session(run: RunConfig, source: Source | None = None, *, load: bool = True) -> Session:
+def open_model(run: RunConfig, source: Source | None = None, *, load: bool = True) -> ParallelModel:
     """Start the mesh, build this rank's model chunks and, with `load`, fill them from the Hugging Face directory."""
     source = source or open_source(run.model.path)
     family, dims = source.family, source.dims
@@ -61,4 +61,4 @@ def open_session(run: RunConfig, source: Source | None = None, *, load: bool = T
     layout = Layout(family, dims, chunks, mesh.tensor_rank, mesh.tensor, vocab_rows)
     if load:
         on_all_ranks(lambda: import_weights(layout, source.checkpoint))
-    return Session(run, mesh, source, config, chunks, layout)
+    return ParallelModel(run, mesh, source, config, chunks, layout)

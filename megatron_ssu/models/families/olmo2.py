@@ -18,7 +18,7 @@ def _settings(hf: dict[str, Any], dims: Dims) -> dict[str, Any]:
 def _layer_spec(dims: Dims, transformer_engine: bool) -> ModuleSpec:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    from megatron_ssu.models.modules import ProjectionRMSNorm, with_output_norm
+    from megatron_ssu.models.layers import ProjectionRMSNorm, with_output_norm
     from megatron_ssu.models.specs import backend, decoder_layer
 
     parts = backend(transformer_engine)

@@ -17,10 +17,10 @@ from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.validate import NEEDS_CUDA, validate_mesh, validate_model
 from megatron_ssu.config.validate_train import at_least, validate_batches
 from megatron_ssu.errors import UserError
-from megatron_ssu.estimate import steps
+from megatron_ssu.estimate import step_time as steps
 from megatron_ssu.estimate.activations import Kept, MicroBatch, Recompute, head_kept, in_flight, layer_kept
 from megatron_ssu.estimate.compact import matrix_shields
-from megatron_ssu.estimate.gpus import Gpu
+from megatron_ssu.estimate.hardware import Gpu
 from megatron_ssu.estimate.host import HostBytes, host_bytes
 from megatron_ssu.estimate.weights import (
     Formats,
@@ -32,8 +32,9 @@ from megatron_ssu.estimate.weights import (
     state_bytes,
 )
 from megatron_ssu.models.build import transformer_config
-from megatron_ssu.models.family import Dims, Family, read_family
-from megatron_ssu.shield.file import Shield
+from megatron_ssu.models.families import read_family
+from megatron_ssu.models.family import Dims, Family
+from megatron_ssu.shield.shield_file import Shield
 
 # Of FP8, whose weight-gradient GEMMs can leave frozen columns and rows out.
 GATHERING_RECIPES = ("delayed", "tensorwise", "blockwise")

@@ -8,14 +8,14 @@ from pathlib import Path
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.errors import UserError
+from megatron_ssu.methods.options import plan_options
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.hf_config import difference
 from megatron_ssu.models.source import Source
 from megatron_ssu.scoring import base
-from megatron_ssu.scoring.file import Scores
-from megatron_ssu.shield.file import Shield, load_shield
-from megatron_ssu.shield.options import plan_options
+from megatron_ssu.scoring.scores_file import Scores
 from megatron_ssu.shield.plan import plan_shield
+from megatron_ssu.shield.shield_file import Shield, load_shield
 
 log = logging.getLogger(__name__)
 

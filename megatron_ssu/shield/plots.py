@@ -15,8 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from megatron_ssu.errors import UserError
-from megatron_ssu.shield.file import Shield
 from megatron_ssu.shield.inspect import Inspection, MatrixView
+from megatron_ssu.shield.shield_file import Shield
 
 _FROZEN, _TRAINABLE = "#d95f02", "#1f78b4"
 

@@ -10,12 +10,14 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ssu.models.layout import LocalParam, Piece
-from megatron_ssu.session import Session
+from megatron_ssu.models.parallel_model import ParallelModel
 
 Entry = tuple[str, int, int, np.ndarray]  # key, first index, whole length, values
 
 
-def spread_columns(session: Session, local: LocalParam, piece: Piece, columns: Mapping[str, Tensor]) -> list[Entry]:
+def spread_columns(
+    session: ParallelModel, local: LocalParam, piece: Piece, columns: Mapping[str, Tensor]
+) -> list[Entry]:
     """score -> values by column, whole sums, [I] or this rank's part of them where tensor parallelism splits columns."""
     shape = piece.matrix.shape
     mine = session.mesh.data_rank == 0 and (_split(local, piece) or session.mesh.tensor_rank == 0)
@@ -23,7 +25,7 @@ def spread_columns(session: Session, local: LocalParam, piece: Piece, columns: M
     return [(f"{k}/column/{piece.matrix.name}", first, shape[-1], v.cpu().numpy()) for k, v in columns.items() if mine]
 
 
-def spread_rows(session: Session, local: LocalParam, piece: Piece, rows: Mapping[str, Tensor]) -> list[Entry]:
+def spread_rows(session: ParallelModel, local: LocalParam, piece: Piece, rows: Mapping[str, Tensor]) -> list[Entry]:
     """score -> values by row of a matrix, whole sums, [O] or this rank's part of them."""
     matrix = piece.matrix
     mine = session.mesh.data_rank == 0 and (local.split == 0 or session.mesh.tensor_rank == 0)
@@ -32,7 +34,7 @@ def spread_rows(session: Session, local: LocalParam, piece: Piece, rows: Mapping
     ]
 
 
-def add_tensor_ranks(session: Session, local: LocalParam, columns: Tensor, rows: Tensor) -> None:
+def add_tensor_ranks(session: ParallelModel, local: LocalParam, columns: Tensor, rows: Tensor) -> None:
     """Add up, in place, the sums over rows or over columns that tensor parallelism has cut. Collective."""
     if session.mesh.tensor > 1 and local.split is not None:
         dist.all_reduce(columns if local.split == 0 else rows, group=parallel_state.get_tensor_model_parallel_group())

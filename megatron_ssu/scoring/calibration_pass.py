@@ -18,12 +18,12 @@ from megatron_ssu.engine.device import local_device
 from megatron_ssu.engine.ranks import on_all_ranks
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.layout import LocalParam, Piece, take
+from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.scoring import base
-from megatron_ssu.scoring.entry import Entry, add_tensor_ranks, spread_columns, spread_rows
-from megatron_ssu.scoring.file import Scores
 from megatron_ssu.scoring.fisher import FISHER, SquaredGradients
-from megatron_ssu.scoring.inputs import InputStatistics
-from megatron_ssu.session import Session
+from megatron_ssu.scoring.gather import Entry, add_tensor_ranks, spread_columns, spread_rows
+from megatron_ssu.scoring.input_statistics import InputStatistics
+from megatron_ssu.scoring.scores_file import Scores
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class MicroBatch:
         return self.tokens.roll(-1, 1), next_real
 
 
-def micro_batches(calibration: Calibration, session: Session, size: int) -> list[MicroBatch]:
+def micro_batches(calibration: Calibration, session: ParallelModel, size: int) -> list[MicroBatch]:
     """This data-parallel rank's share, in micro-batches of `size` rows, filled up with masked rows.
 
     All ranks of a pipeline get as many; the interleaved schedule needs a multiple of the pipeline's length. Sequence
@@ -77,7 +77,7 @@ def _unquantized(config: Any) -> Iterator[None]:
 
 
 def calibration_pass(
-    session: Session, batches: list[MicroBatch], statistics: InputStatistics | None, *, backward: bool = False
+    session: ParallelModel, batches: list[MicroBatch], statistics: InputStatistics | None, *, backward: bool = False
 ) -> None:
     """Run all micro-batches forward through the pipeline, with `backward` also back; `statistics` are told each one's mask.
 
@@ -121,7 +121,9 @@ def calibration_pass(
         chunk.train()
 
 
-def score_model(session: Session, names: list[str], calibration: Calibration | None, fingerprint: str) -> Scores | None:
+def score_model(
+    session: ParallelModel, names: list[str], calibration: Calibration | None, fingerprint: str
+) -> Scores | None:
     """Compute `names` over one pass; the result is on rank 0, None elsewhere. Collective over all ranks.
 
     Raises:
@@ -166,7 +168,7 @@ def score_model(session: Session, names: list[str], calibration: Calibration | N
 
 
 def _measure(
-    session: Session, names: list[str], calibration: Calibration, norms: bool
+    session: ParallelModel, names: list[str], calibration: Calibration, norms: bool
 ) -> tuple[dict[str, dict[str, Tensor]], list[Entry]]:
     """One pass over the calibration data: statistics of the inputs by parameter, and the entries of gradient scores."""
     rows = calibration.tokens.shape[0]
@@ -190,14 +192,14 @@ def _measure(
     return found, entries
 
 
-def _check_weights(session: Session) -> None:
+def _check_weights(session: ParallelModel) -> None:
     for local in session.layout:
         for piece in local.pieces:
             if not torch.isfinite(take(local.param.detach(), piece)).all():
                 raise UserError(f"{piece.matrix.name}: holds NaN or infinite weights; look for a broken checkpoint")
 
 
-def _own_scores(session: Session, names: list[str], found: dict[str, dict[str, Tensor]]) -> list[Entry]:
+def _own_scores(session: ParallelModel, names: list[str], found: dict[str, dict[str, Tensor]]) -> list[Entry]:
     """Entries of the scores that are made of weights and input statistics, and of those statistics."""
     entries: list[Entry] = []
     scores = [base.SCORES[n] for n in names if n in base.SCORES]
@@ -213,7 +215,11 @@ def _own_scores(session: Session, names: list[str], found: dict[str, dict[str, T
 
 
 def _piece_scores(
-    session: Session, local: LocalParam, piece: Piece, scores: list[base.ElementScore], statistics: dict[str, Tensor]
+    session: ParallelModel,
+    local: LocalParam,
+    piece: Piece,
+    scores: list[base.ElementScore],
+    statistics: dict[str, Tensor],
 ) -> list[Entry]:
     """Scores of one matrix by column and by row."""
     weight = take(local.param.detach(), piece).double().abs_()

@@ -8,16 +8,16 @@ calibration pass use the same keys: `input_norm/column/{matrix}` is ||X_j||_2 ov
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from megatron_ssu.errors import UserError
-from megatron_ssu.models.matrix import Matrix
-from megatron_ssu.sealed import SealedFile, write_sealed
+from megatron_ssu.io.checksummed import SealedFile, write_sealed
+from megatron_ssu.models.matrix import Matrix, matrices_from_json, matrices_to_json
 
 FORMAT = "megatron-ssu scores 1"
 Axis = Literal["column", "row"]
@@ -124,20 +124,6 @@ class Scores:
                 raise UserError(f"{where}: {score} by {axis} of {name} has shape {value.shape}, expected {expected}")
 
 
-def matrices_to_json(matrices: Mapping[str, Matrix]) -> dict[str, dict[str, Any]]:
-    """Header form of a list of matrices."""
-    result = {}
-    for name, matrix in matrices.items():
-        result[name] = {key: value for key, value in asdict(matrix).items() if key != "name"}
-        result[name]["shape"] = list(matrix.shape)
-    return result
-
-
-def matrices_from_json(value: Mapping[str, Mapping[str, Any]]) -> dict[str, Matrix]:
-    """The inverse of `matrices_to_json`, sorted by name; further keys are left alone."""
-    return {name: Matrix(name, tuple(m["shape"]), m["layer"], m["kind"]) for name, m in sorted(value.items())}
-
-
 def random_bits(seed: int, matrix: str, axis: str, n: int) -> np.ndarray:
     """uint32 [n] that depend on seed, matrix name, axis and position alone: the same on every mesh and machine.
 
@@ -151,12 +137,3 @@ def random_bits(seed: int, matrix: str, axis: str, n: int) -> np.ndarray:
 def random_scores(seed: int, matrix: str, axis: Axis, n: int) -> np.ndarray:
     """The `random` score: float64 [n] in [0, 1)."""
     return random_bits(seed, matrix, axis, n) * 2.0**-32
-
-
-def digest_of(pieces: Iterable[bytes]) -> str:
-    """sha256 (hex) over byte strings, each with its length: for calibration samples."""
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(len(piece).to_bytes(8, "little"))
-        digest.update(piece)
-    return digest.hexdigest()

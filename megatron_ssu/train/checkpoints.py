@@ -32,13 +32,13 @@ from megatron_ssu.engine.optimizer import reset_moments
 from megatron_ssu.engine.ranks import gathered, is_rank_zero, on_all_ranks, on_rank_zero
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.fingerprint import model_fingerprint
-from megatron_ssu.session import Session
-from megatron_ssu.train import state as states
-from megatron_ssu.train.digests import Digests, check_digests, digest_files, write_digests, written_by
+from megatron_ssu.models.parallel_model import ParallelModel
+from megatron_ssu.train import sharded_state as states
+from megatron_ssu.train.checksums import Digests, check_digests, digest_files, write_digests, written_by
 from megatron_ssu.train.identity import Identity, model_facts
 from megatron_ssu.train.latest import LATEST, checkpoint_path, checkpoints_folder, latest_iteration
 from megatron_ssu.train.optimizer_state import OptimizerState
-from megatron_ssu.train.state import one_line, read_common
+from megatron_ssu.train.sharded_state import one_line, read_common
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class Checkpoints:
 
     def save(
         self,
-        session: Session,
+        session: ParallelModel,
         progress: Progress,
         identity: Identity,
         optimizer: OptimizerState,
@@ -120,13 +120,13 @@ class Checkpoints:
         self.finish()
         return self._write(session, lambda: states.sharded_state(session, optimizer), progress, identity)
 
-    def save_weights(self, session: Session) -> Path:
+    def save_weights(self, session: ParallelModel) -> Path:
         """Write the model's weights alone, as iteration 0: for export, not to go on from; collective."""
         identity = on_rank_zero(lambda: _model_identity(session))
         return self._write(session, lambda: states.model_state(session), Progress(), identity)
 
     def _write(
-        self, session: Session, state_of: Callable[[], dict[str, Any]], progress: Progress, identity: Identity
+        self, session: ParallelModel, state_of: Callable[[], dict[str, Any]], progress: Progress, identity: Identity
     ) -> Path:
         final = self.path(progress.iteration)
         part = final.with_name(final.name + ".part")
@@ -263,7 +263,7 @@ class Checkpoints:
     def load(
         self,
         iteration: int,
-        session: Session,
+        session: ParallelModel,
         identity: Identity,
         optimizer: OptimizerState,
     ) -> Progress:
@@ -296,7 +296,7 @@ class Checkpoints:
                 reset_moments(optimizer.optimizer)
         return progress
 
-    def load_weights(self, iteration: int, session: Session) -> dict[str, Any]:
+    def load_weights(self, iteration: int, session: ParallelModel) -> dict[str, Any]:
         """Load the model's weights alone; the checkpoint's common part. Collective.
 
         Raises UserError where they are weights of another model than the session's, or in another precision.
@@ -308,7 +308,7 @@ class Checkpoints:
         return common
 
 
-def _model_identity(session: Session) -> Identity:
+def _model_identity(session: ParallelModel) -> Identity:
     return Identity(model_facts(session.run, model_fingerprint(session.source.path)))
 
 

@@ -1,0 +1,292 @@
+"""One training step: megatron's schedules, DDP and distributed optimizer over a parallel model, under a shield."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.num_microbatches_calculator import (
+    init_num_microbatches_calculator,
+    unset_num_microbatches_calculator,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch import Tensor
+
+from megatron_ssu.compact.parameters import CompactParameters
+from megatron_ssu.compact.trial import tried_gemm
+from megatron_ssu.data.loader import iterate
+from megatron_ssu.engine.device import has_cuda, local_device
+from megatron_ssu.engine.linear import accumulate_in_gemm
+from megatron_ssu.engine.optimizer import choose_adam_kernel, gradients, make_moments
+from megatron_ssu.engine.tensors import scale_all
+from megatron_ssu.models.parallel_model import ParallelModel
+from megatron_ssu.shield.shield_file import Shield
+from megatron_ssu.train.checkpoints import Progress
+from megatron_ssu.train.optimizer_state import OptimizerState
+from megatron_ssu.train.phases import Phases
+from megatron_ssu.train.schedule import build_schedule
+from megatron_ssu.train.update_norms import update_norms
+
+Batch = dict[str, Tensor]
+
+
+def language_model_loss(loss: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean over the real tokens of a micro-batch: loss [b, s] fp32, mask [b, s]; and [sum, tokens] to report.
+
+    Under context parallelism it is this rank's share of that mean: the ranks' shares add up to it.
+    """
+    total, tokens = (loss.float() * mask).sum(), mask.sum()
+    report = torch.stack([total.detach().double(), tokens.double()])
+    group = parallel_state.get_context_parallel_group()
+    if group.size() > 1:
+        tokens = tokens.clone()
+        dist.all_reduce(tokens, group=group)
+    return total / tokens.clamp(min=1), {"loss": report}
+
+
+def forward_step(iterator: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+    """megatron's forward step: one micro-batch, or this rank's part of its sequences, through one model chunk."""
+    where = local_device()
+    batch = {key: value.to(where, non_blocking=True) for key, value in next(iterator).items()}
+    batch = get_batch_on_this_cp_rank(batch)
+    output = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, lambda loss: language_model_loss(loss, batch["loss_mask"])
+
+
+def mean_loss(reports: list[dict[str, Tensor]], votes: Sequence[float] = ()) -> tuple[float, list[float]]:
+    """Mean loss per token over all ranks' micro-batches, and the ranks' `votes` summed, in one all-reduce.
+
+    Reports are empty outside the last pipeline stage.
+    """
+    total = torch.zeros(2 + len(votes), dtype=torch.float64, device=local_device())
+    for report in reports:
+        total[:2] += report["loss"]
+    if votes:
+        total[2:] = torch.tensor(votes, dtype=torch.float64)
+    dist.all_reduce(total)  # tensor-parallel ranks report alike: the ratio stays
+    loss, tokens, *counts = total.tolist()
+    return (loss / tokens if tokens else math.nan), counts
+
+
+@dataclass
+class Step:
+    """What one training step came to."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    skipped: bool = False  # loss or gradient norm was not finite: no weight moved
+    votes: list[float] = field(default_factory=list)  # summed over ranks
+    update_norms: dict[str, float] = field(default_factory=dict)  # by kind, where asked for
+
+
+class Trainer:
+    """A session's model with DDP, optimizer and schedule around it."""
+
+    def __init__(self, session: ParallelModel, shield: Shield) -> None:
+        self.session, self.run, self.mesh = session, session.run, session.mesh
+        run = self.run
+        gemm = tried_gemm(session.config) if shield.masks else None
+        self.compact = CompactParameters(session.chunks, session.layout, shield, gemm=gemm)
+        if run.parallel.transformer.get("gradient_accumulation_fusion", True):
+            accumulate_in_gemm(session.chunks)
+        self.ddp_config = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, **ddp_fields(run.parallel.ddp, nccl=has_cuda())
+        )
+        self.chunks = [
+            DistributedDataParallel(session.config, self.ddp_config, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(session.chunks)
+        ]
+        self.optimizer = get_megatron_optimizer(self._optimizer_config(), self.chunks)
+        choose_adam_kernel(self.optimizer, run.train.fused_adam)
+        # What lasts is allocated before what comes and goes, and what does not fit is known before the first batch.
+        make_moments(self.optimizer)
+        self.optimizer_state = OptimizerState(self.optimizer, self.compact)
+        self.compact.start()
+        self.phases = Phases()
+        self.mark: Callable[[str], None] = lambda doing: None  # told what the loop begins
+        self.waits: Callable[[], AbstractContextManager] = nullcontext  # around what reads numbers of all ranks
+        self.schedule = build_schedule(run, self.optimizer)
+        self.micro_batches = run.train.global_batch_size // (run.train.micro_batch_size * self.mesh.data)
+        self._connect()
+
+    def _optimizer_config(self) -> OptimizerConfig:
+        precision = self.session.config
+        return OptimizerConfig(
+            bf16=precision.bf16,
+            params_dtype=precision.params_dtype,
+            use_distributed_optimizer=True,
+            overlap_param_gather=self.ddp_config.overlap_param_gather,
+            # Checkpoints have whole main weights, of which a precision-aware optimizer would keep the lower halves alone.
+            **{"store_param_remainders": False, **self.run.train.optimizer},
+        )
+
+    def _connect(self) -> None:
+        """Tell megatron's schedules how gradients are scaled, kept back and synchronised."""
+        config, chunks = self.session.config, self.chunks
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.finalize_model_grads_func = finalize_model_grads
+        if self.ddp_config.overlap_grad_reduce:
+            config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
+        unset_num_microbatches_calculator()
+        init_num_microbatches_calculator(
+            self.mesh.rank,
+            None,
+            self.run.train.global_batch_size,
+            self.run.train.micro_batch_size,
+            self.mesh.data,
+        )
+
+    def _schedule(self, batches: Iterator[Batch] | list, count: int, *, forward_only: bool) -> list[dict[str, Tensor]]:
+        virtual = self.mesh.virtual
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=batches,
+            model=self.chunks if virtual else self.chunks[0],
+            num_microbatches=count,
+            seq_length=self.run.data.sequence_length,
+            micro_batch_size=self.run.train.micro_batch_size,
+            forward_only=forward_only,
+        )
+
+    def step(
+        self,
+        batches: Iterator[Batch] | list[Iterator[Batch]],
+        votes: Callable[[], Sequence[float]] = tuple,
+        *,
+        measure: bool = False,
+    ) -> Step:
+        """One optimizer step over one global batch; a list of iterators, one a chunk, under virtual pipeline stages.
+
+        What `votes` returns at the end of the backward pass is summed over the ranks; `measure` asks for the update
+        norms. A loss or gradient norm that is not finite leaves weights and moments as they are, on all ranks alike:
+        both numbers are the same on all.
+        """
+        self.mark("forward-backward")
+        with self.phases("forward-backward"):
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            reports = self._schedule(batches, self.micro_batches, forward_only=False)
+            with self.waits():
+                loss, counts = mean_loss(reports, votes())
+        self.mark("optimizer")
+        with self.phases("optimizer"):
+            self.compact.drop_gradients()
+            step = Step(loss, math.nan, current_lr(self.optimizer), votes=counts)
+            step.grad_norm = prepare_step(self.optimizer, self.waits)
+            step.skipped = not (math.isfinite(loss) and math.isfinite(step.grad_norm))
+            if not step.skipped:
+                clip(self.optimizer, step.grad_norm)
+                self.optimizer.step_with_ready_grads()
+                self.compact.updated(gathered=not self.ddp_config.overlap_param_gather)
+                if measure:
+                    with self.waits():
+                        step.update_norms = update_norms(self.optimizer, self.session.layout, self.compact)
+            self.optimizer.zero_grad()
+            self.schedule.step(increment=1)
+        return step
+
+    def resume(self, progress: Progress) -> None:
+        """Put the learning rate where `progress` is; after a checkpoint was loaded."""
+        self.schedule = build_schedule(self.run, self.optimizer, progress.schedule_start)
+        self.schedule.step(increment=progress.iteration - progress.schedule_start)
+
+    def gather_weights(self) -> None:
+        """Bring the weights up to date, which `overlap_param_gather` leaves to the next forward pass; before reading them."""
+        if self.ddp_config.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.disable_forward_pre_hook(param_sync=True)
+                chunk.enable_forward_pre_hook()
+            self.compact.hook()
+        self.compact.write()
+
+    def evaluate(self, dataset: Any) -> float:
+        """Mean loss per token over a validation set, at most train.eval_batches global batches of it."""
+        size = self.run.train.global_batch_size
+        samples = min(len(dataset), self.run.train.eval_batches * size)
+        batches = self._iterators(dataset, 0, phase="evaluation", stop=samples, pad_to=size, workers=0)
+        for chunk in self.chunks:
+            chunk.eval()
+        reports: list[dict[str, Tensor]] = []
+        with torch.no_grad():
+            for _ in range(math.ceil(samples / size)):
+                self.mark("evaluation")
+                reports += self._schedule(batches, self.micro_batches, forward_only=True)
+        for chunk in self.chunks:
+            chunk.train()
+        with self.waits():
+            return mean_loss(reports)[0]
+
+    def batches(self, dataset: Any, consumed: int) -> Iterator[Batch] | list[Iterator[Batch]]:
+        """Training batches from sample `consumed` on."""
+        return self._iterators(dataset, consumed, workers=-(-self.run.data.loader_workers // self.mesh.chunks))
+
+    def _iterators(self, dataset: Any, consumed: int, *, workers: int, phase: str = "data", **options: Any) -> Any:
+        def one() -> Iterator[Batch]:
+            return self._timed(
+                phase,
+                iterate(
+                    dataset,
+                    micro_batch_size=self.run.train.micro_batch_size,
+                    dp_rank=self.mesh.data_rank,
+                    dp_size=self.mesh.data,
+                    consumed_samples=consumed,
+                    loader_workers=workers,
+                    **options,
+                ),
+            )
+
+        return [one() for _ in self.chunks] if self.mesh.virtual else one()
+
+    def _timed(self, phase: str, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the time until each is there is booked on `phase`."""
+        while True:
+            self.mark("data")
+            with self.phases(phase):
+                batch = next(batches, None)
+            self.mark("forward-backward")
+            if batch is None:
+                return
+            yield batch
+
+
+def ddp_fields(fields: dict[str, Any], *, nccl: bool) -> dict[str, Any]:
+    """DDP's settings; gradients are reduced in fp32, and averaged by NCCL in passing, unless asked otherwise."""
+    return {"grad_reduce_in_fp32": True, "average_in_collective": nccl, **fields}
+
+
+def current_lr(optimizer: MegatronOptimizer) -> float:
+    return next((group["lr"] for group in optimizer.param_groups), 0.0)  # none where nothing trains
+
+
+@torch.no_grad()
+def prepare_step(optimizer: MegatronOptimizer, waits: Callable[[], AbstractContextManager] = nullcontext) -> float:
+    """Bring the gradients to the main weights; their norm, the same on all ranks. The first half of `optimizer.step`.
+
+    `waits` is a context around what waits for the other ranks.
+    """
+    if optimizer.prepare_grads():
+        return math.inf
+    with waits():
+        return float(optimizer.get_grad_norm())
+
+
+@torch.no_grad()
+def clip(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Scale gradients of norm `norm` down to train.optimizer.clip_grad: megatron's formula, in place and in one pass."""
+    grads, coefficient = list(gradients(optimizer)), optimizer.config.clip_grad / (norm + 1e-6)
+    if grads and 0 < coefficient < 1:
+        scale_all(grads, coefficient)
