@@ -42,9 +42,15 @@ class Compact:
 
 
 def matrix_shields(run: RunConfig, family: Family, dims: Dims, shield: Shield | None) -> dict[str, MatrixShield]:
-    """By Hugging Face name: those of `shield`, else shield.ratio of every linear weight, of the granularity of the run file."""
+    """By Hugging Face name: those of `shield`, else shield.ratio of every linear weight, of the granularity of the run file.
+
+    Which matrices or layers scores will choose is not known before: by matrix and layer the frozen ones lie evenly over the
+    layers, of all kinds in the same ones.
+    """
     if run.shield.method == "none":
         return {}
+    if shield is None and run.shield.granularity in ("matrix", "layer"):
+        return _whole_layers(run, family, dims)
     if shield is None:
         granularity: Granularity = run.shield.granularity  # type: ignore[assignment]
         return {
@@ -57,6 +63,19 @@ def matrix_shields(run: RunConfig, family: Family, dims: Dims, shield: Shield | 
         partly = granularity != "element" and 0 < frozen < 1
         found[name] = MatrixShield(granularity, frozen, shield.masks[name].bits() if partly else None)
     return found
+
+
+def _whole_layers(run: RunConfig, family: Family, dims: Dims) -> dict[str, MatrixShield]:
+    """floor(ratio * layers) layers frozen whole, by layer with their norms."""
+    count, frozen = units_of_ratio(run.shield.ratio, dims.layers), {}
+    for matrix in family.matrices(dims):
+        norm = matrix.kind == "norm"
+        if matrix.layer is None or (norm and run.shield.granularity == "matrix"):
+            continue
+        chosen = (matrix.layer + 1) * count // dims.layers > matrix.layer * count // dims.layers
+        if chosen or not norm:
+            frozen[matrix.name] = MatrixShield("element" if norm else "column", float(chosen))
+    return frozen
 
 
 def _rounded(ratio: float, units: int) -> float:

@@ -17,9 +17,10 @@ from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.methods.scored import make_shield
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.parallel_model import ParallelModel, open_model
-from megatron_ssu.scoring.calibration_pass import calibration_pass, micro_batches, score_model
-from megatron_ssu.scoring.fisher import SquaredGradients
+from megatron_ssu.scoring.calibration_pass import calibration_pass, micro_batches
+from megatron_ssu.scoring.score_model import score_model
 from megatron_ssu.scoring.scores_file import Scores
+from megatron_ssu.scoring.squared_gradients import SquaredGradients
 from tests.dist.work import run_config
 
 NAMES = ["wanda", "wanda-released", "magnitude", "random", "sparsegpt-diagonal", "fisher"]
@@ -94,7 +95,7 @@ def fisher_peak(model: str, length: int) -> dict[str, int]:
     """
     session = session_of(model, {})
     batches = micro_batches(tokens(1, length, padded=0), session, 1)
-    gradients = SquaredGradients(session)
+    gradients = SquaredGradients(session, "fisher")
     with_score = peak_bytes(lambda: calibration_pass(session, batches, None, backward=True))
     gradients._add = lambda *args: None  # type: ignore[method-assign]
     without = peak_bytes(lambda: calibration_pass(session, batches, None, backward=True))
