@@ -195,8 +195,9 @@ def _sums(
     """This rank's entries of the input statistics, and of the sums that scores are finished from."""
     entries: list[Entry] = []
     broken: list[str] = []
-    of_weights = [score for score in scores if score.needs in ("weights", "forward")]
-    of_change = [score for score in scores if score.needs == "change"]
+    mine = scores if session.mesh.data_rank == 0 else ()  # data-parallel ranks hold the same weights
+    of_weights = [score for score in mine if score.needs in ("weights", "forward")]
+    of_change = [score for score in mine if score.needs == "change"]
     for local in session.layout:
         if not local.pieces or not local.primary:
             continue

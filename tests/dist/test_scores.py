@@ -54,7 +54,7 @@ def ratio_of_means(source, target):
 
 def signal_to_noise(weight):
     """As Spectrum defines it, in numpy."""
-    singular = np.linalg.svd(weight.float().numpy(), compute_uv=False)
+    singular = np.linalg.svd(weight.double().numpy(), compute_uv=False)
     sigma = (np.percentile(singular, 75) - np.percentile(singular, 25)) / 1.349
     above = singular > sigma * (1 + np.sqrt(min(weight.shape) / max(weight.shape)))
     return singular[above].sum() / (singular[~above].sum() or 1) / singular.max()
