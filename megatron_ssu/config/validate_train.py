@@ -36,7 +36,6 @@ def validate_train(run: RunConfig, dp: int) -> None:
     _seed("train.seed", train.seed)
     _seed("data.seed", run.data.seed)
     at_least("log.interval", run.log.interval, 1)
-    validate_shield(run)
     validate_data(run)
     validate_checkpoint(run)
 
@@ -168,8 +167,6 @@ def validate_shield(run: RunConfig) -> None:
             at_least(f"shield.{section}.{name}", getattr(getattr(shield, section), name), 1)
         _seed(f"shield.{section}.seed", getattr(shield, section).seed)
     _seed("shield.seed", shield.seed)
-    if shield.method == "none":
-        return
     check_names(run)
     for name in ("file", "scores"):
         given = getattr(shield, name)
@@ -186,7 +183,7 @@ def validate_shield(run: RunConfig) -> None:
 def needs_scores(run: RunConfig) -> bool:
     """Must this run score the model to get its shield? Not when a shield or scores are there."""
     shield, made = run.shield, Path(run.checkpoint.directory)
-    if shield.method != "ssu" or shield.file or shield.scores:
+    if shield.file or shield.scores:
         return False
     return not any((made / name).is_file() for name in ("shield.safetensors", "scores.safetensors"))
 

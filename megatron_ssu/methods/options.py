@@ -6,10 +6,12 @@ from collections.abc import Iterable
 
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.errors import UserError
+from megatron_ssu.models.family import Dims
 from megatron_ssu.models.matrix import Matrix
 from megatron_ssu.scoring import registry
 from megatron_ssu.scoring.change import open_before
-from megatron_ssu.shield.budget import kind_ratios
+from megatron_ssu.shield.budget import kind_ratios, units_of_ratio
+from megatron_ssu.shield.mask import Granularity, unit_count
 from megatron_ssu.shield.plan import PlanOptions, check_options
 from megatron_ssu.shield.select import ProtectRule, protected
 
@@ -108,3 +110,24 @@ def check_inputs(run: RunConfig, *, missing: bool) -> None:
             raise error(why)
     if shield.change_from is not None:
         open_before(run.model.path, shield.change_from)
+
+
+def expected_fractions(run: RunConfig, matrices: Iterable[Matrix], dims: Dims) -> dict[str, tuple[Granularity, float]]:
+    """By matrix: granularity and fraction that will be frozen, before there are scores, without protection and budgets.
+
+    Which matrices or layers scores will choose is not known then: the frozen ones count as lying evenly over the layers, of all
+    kinds in the same ones. Raises UserError as `check_names` does.
+    """
+    check_names(run)
+    granularity, ratio = run.shield.granularity, run.shield.ratio
+    count, found = units_of_ratio(ratio, dims.layers), {}
+    for matrix in matrices:
+        whole: Granularity = "column" if matrix.scored else "element"
+        if matrix.layer is not None and granularity in ("matrix", "layer"):
+            frozen = (matrix.layer + 1) * count // dims.layers > matrix.layer * count // dims.layers
+            if matrix.scored or (frozen and granularity == "layer"):
+                found[matrix.name] = (whole, float(frozen))
+        elif matrix.scored:
+            units = unit_count(granularity, matrix.shape)
+            found[matrix.name] = (granularity, units_of_ratio(ratio, units) / units)  # type: ignore[assignment]
+    return found

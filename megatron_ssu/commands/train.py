@@ -1,0 +1,230 @@
+"""Train: the whole job, from the run file to the export."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+from rich.console import Console
+
+from megatron_ssu.commands.export import export_run
+from megatron_ssu.commands.start import start
+from megatron_ssu.config.load import save_run
+from megatron_ssu.config.schema import RunConfig, ScheduleSection
+from megatron_ssu.config.units import parse_split
+from megatron_ssu.data.datasets import build_train_valid, build_valid
+from megatron_ssu.data.indexed import content_digest
+from megatron_ssu.data.run_datasets import Prefixes, prepare_run, present_train, run_tokenizer
+from megatron_ssu.data.tokenizer import Tokenizer
+from megatron_ssu.engine.device import device_name
+from megatron_ssu.engine.ranks import is_rank_zero, on_all_ranks, on_rank_zero
+from megatron_ssu.errors import UserError
+from megatron_ssu.estimate.flops import flops_per_token, peak_flops
+from megatron_ssu.methods.base import Job, Method, nothing_frozen
+from megatron_ssu.methods.registry import method_of
+from megatron_ssu.models.parallel_model import ParallelModel, build_model, open_model
+from megatron_ssu.models.source import Source
+from megatron_ssu.shield.shield_file import Shield
+from megatron_ssu.train.checkpoints import Checkpoints, Progress
+from megatron_ssu.train.identity import identity_of
+from megatron_ssu.train.loop import Datasets, train
+from megatron_ssu.train.resume_check import check_exported, may_be_exported, newest
+from megatron_ssu.train.run_lock import held
+from megatron_ssu.train.sinks import check_wandb
+from megatron_ssu.train.telemetry import Telemetry, log_to_file
+from megatron_ssu.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def run(run_file: RunConfig, options: argparse.Namespace, console: Console) -> int:
+    train_run(run_file, console)
+    return 0
+
+
+def train_run(run: RunConfig, console: Console) -> Progress:
+    """Make what is missing (datasets, scores, shield), train, and export where the run file asks for it."""
+    method = method_of(run)
+    source = start(run, method, training=True)
+    with held(run.checkpoint.directory, "train"):
+        return _train(run, method, source, console)
+
+
+def _train(run: RunConfig, method: Method, source: Source, console: Console) -> Progress:
+    checkpoints = Checkpoints(run.checkpoint.directory)
+    latest = on_rank_zero(lambda: newest(run, checkpoints))
+    exported = on_rank_zero(lambda: may_be_exported(run, latest))
+    on_rank_zero(lambda: _begin_directory(run))
+    on_all_ranks(lambda: _log(run))
+    tokenizer = on_all_ranks(lambda: run_tokenizer(run))
+    if exported:
+        digests_of = partial(_digests_or_saved, run, tokenizer)
+        shield_of = partial(method.present_shield, run, source)
+        on_rank_zero(lambda: check_exported(run, method, source, checkpoints, shield_of, digests_of))
+        console.print(f"{run.checkpoint.export}: the run has ended and is exported; nothing to do", highlight=False)
+        return Progress(run.train.iterations, run.train.iterations * run.train.global_batch_size)
+    on_rank_zero(lambda: method.check(run, source, begun=latest is not None))
+    prefixes = on_rank_zero(lambda: prepare_run(run, tokenizer, console)[0])
+    model = open_model(run, source)
+    datasets = on_all_ranks(lambda: _datasets(run, source.dims.vocab, prefixes, tokenizer))
+    job = Job(model, latest is not None, partial(probe, datasets), partial(build_model, run, source, model.mesh))
+    del model  # the method may replace it
+    shield = method.prepare(job) or nothing_frozen(method.name, source)
+    session = job.model
+    identity = identity_of(run, method, shield, datasets.train_digests)
+    trainer = Trainer(session, shield, method)
+    progress = Progress(phase=run.train.phase.number)
+    if latest is not None:
+        progress = checkpoints.load(latest, session, identity, trainer.optimizer_state, method)
+        trainer.resume(progress)
+    on_rank_zero(lambda: save_run(run, Path(run.checkpoint.directory) / "run.yaml"))
+    telemetry = _telemetry(session, console, progress)
+    try:
+        _announce(telemetry, session, method, shield, progress)
+        progress = train(trainer, identity, datasets, telemetry, progress, _process_start())
+    finally:
+        telemetry.close()
+    if run.checkpoint.export:
+        export_run(session, method, Path(run.checkpoint.export), identity.facts, progress, console)
+    return progress
+
+
+def probe(datasets: Datasets, model: ParallelModel, iterations: int, optimizer: dict[str, Any]) -> Trainer:
+    """A trainer that has trained all of the model's weights for some steps on the first training samples.
+
+    `optimizer` is in place of train.optimizer; the learning rate is constant, without a warm-up.
+    """
+    train = replace(
+        model.run.train,
+        iterations=iterations,
+        schedule=ScheduleSection(decay_style="constant", warmup_fraction=0.0),
+        optimizer=optimizer,
+    )
+    trainer = Trainer(replace(model, run=replace(model.run, train=train)))
+    batches = trainer.batches(datasets.train, 0)
+    for _ in range(iterations):
+        trainer.step(batches)
+    trainer.gather_weights()
+    return trainer
+
+
+def _begin_directory(run: RunConfig) -> None:
+    check_wandb(run)
+    directory = Path(run.checkpoint.directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not (directory / "run.yaml").exists():  # else once the checkpoint is compared with it
+            save_run(run, directory / "run.yaml")
+    except OSError as error:
+        raise UserError(f"checkpoint.directory: {directory} cannot be written: {error.strerror}") from error
+    Checkpoints(directory).clean()
+
+
+def _datasets(run: RunConfig, vocab: int, prefixes: Prefixes, tokenizer: Tokenizer) -> Datasets:
+    _warn_of_unused_documents(run)
+    samples = run.train.iterations * run.train.global_batch_size
+    valid_samples = 0
+    if not prefixes.target_valid:
+        valid_samples = run.train.eval_batches * run.train.global_batch_size
+    common = {"sequence_length": run.data.sequence_length, "vocab_size": vocab}
+    trained, from_split = build_train_valid(
+        prefixes.train,
+        tokenizer,
+        split=run.data.used_split,
+        seed=run.data.seed,
+        train_samples=samples,
+        valid_samples=valid_samples,
+        cache_dir=Path(run.checkpoint.directory) / "data" / "index",
+        **common,  # type: ignore[arg-type]
+    )
+    watched: dict[str, Any] = {
+        name: build_valid(path, tokenizer, **common)  # type: ignore[arg-type]
+        for kind, paths in (("source_valid_loss", prefixes.source_valid), ("target_valid_loss", prefixes.target_valid))
+        for name, path in _names(kind, paths)
+    }
+    if from_split is not None:
+        watched["target_valid_loss"] = from_split
+    return Datasets(trained, watched, _train_digests(prefixes))
+
+
+def _train_digests(prefixes: Prefixes) -> list[str]:
+    return [content_digest(prefix) for prefix, _ in prefixes.train]
+
+
+def _digests_or_saved(run: RunConfig, tokenizer: Tokenizer, saved: Sequence[str]) -> list[str]:
+    """Digests of the training datasets, the `saved` one for each that is gone: nothing is tokenized only to compare it.
+
+    Where the dataset of the saved digest is still there, the run file names another one.
+    """
+    there = {
+        content_digest(index.with_suffix(""))[:16] for index in Path(run.checkpoint.directory, "data").glob("*.idx")
+    }
+    present, digests = present_train(run, tokenizer), []
+    for number, prefix in enumerate(present):
+        was = saved[number] if number < len(saved) else "none"
+        gone = "not prepared" if was in there else was
+        digests.append(content_digest(prefix) if prefix is not None else gone)
+    return digests
+
+
+def _warn_of_unused_documents(run: RunConfig) -> None:
+    """A split given beside target_valid keeps documents from training that nothing else reads."""
+    unused = 1 - parse_split(run.data.used_split)[0]
+    if run.data.target_valid and unused > 0 and is_rank_zero():
+        log.warning(
+            "data.split: %s keeps %.3g %% of the documents out of training, and data.target_valid is watched instead of "
+            "them; leave data.split out to train on all",
+            run.data.used_split,
+            100 * unused,
+        )
+
+
+def _names(kind: str, paths: dict[str, Path]) -> list[tuple[str, Path]]:
+    """Metric names of validation sets: the kind alone for a single path, else kind/name."""
+    return [(f"{kind}/{name}" if name else kind, path) for name, path in paths.items()]
+
+
+def _telemetry(session: ParallelModel, console: Console, progress: Progress) -> Telemetry:
+    run, source = session.run, session.source
+    peak = run.log.peak_tflops * 1e12 if run.log.peak_tflops else peak_flops(device_name())
+    active = session.mesh.rank == 0
+
+    def open_telemetry() -> Telemetry:
+        return Telemetry(
+            run,
+            console,
+            active=active,
+            start=progress.iteration,
+            flops=flops_per_token(source.family, source.dims, run.data.sequence_length),
+            peak=peak * session.mesh.world if peak else None,
+        )
+
+    return on_all_ranks(open_telemetry)
+
+
+def _log(run: RunConfig) -> None:
+    rank = dist.get_rank()
+    log_to_file(Path(run.checkpoint.directory), rank, quiet=rank > 0)
+
+
+def _process_start() -> float:
+    """When this process began, on the clock of time.monotonic."""
+    return time.monotonic() - (time.time() - psutil.Process().create_time())
+
+
+def _announce(telemetry: Telemetry, session: ParallelModel, method: Method, shield: Shield, progress: Progress) -> None:
+    linear = shield.realised()["linear"]
+    frozen = f"{linear['ratio']:.2%} of its linear weights frozen" if shield.masks else "nothing frozen"
+    telemetry.say(
+        f"{session.source.name} on {session.mesh}, {session.run.precision.dtype}: {frozen} ({method.name}: {method.summary})"
+    )
+    if progress.iteration:
+        telemetry.say(f"going on after iteration {progress.iteration}")
