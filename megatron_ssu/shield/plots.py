@@ -24,9 +24,13 @@ _FROZEN, _TRAINABLE = "#d95f02", "#1f78b4"
 def draw_all(inspection: Inspection, directory: Path) -> list[Path]:
     """Write frozen_share.png, with scores also scores.png, with another shield overlap.png; returns their paths.
 
-    The directory is made when missing; pictures of these names in it are replaced.
+    The directory is made when missing; pictures of these names in it are replaced. Raises UserError where they cannot be
+    written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be made ({error.strerror or error})") from error
     paths = [directory / "frozen_share.png"]
     shield = inspection.shield
     title = f"{shield.model}: frozen share ({shield.realised()['linear']['ratio']:.1%} of the linear weights)"
