@@ -25,11 +25,6 @@ def digest_files(files: Iterable[Path], step: Callable[[], None] = lambda: None)
     return {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file, step)} for file in files}
 
 
-def written_by(folder: Path, rank: int) -> list[Path]:
-    """The shards that a rank wrote."""
-    return sorted(folder.glob(f"__{rank}_*.distcp"))
-
-
 def write_digests(folder: Path, shards: Iterable[Digests]) -> None:
     """`shards`: what the ranks found; the files beside them are digested here. Raises OSError."""
     found = {name: facts for part in shards for name, facts in part.items()}

@@ -18,8 +18,8 @@ from megatron_ssu.models.families import family_of
 from megatron_ssu.models.family import Dims
 from megatron_ssu.train import update_norms as updates
 from megatron_ssu.train import watchdog
+from megatron_ssu.train.callbacks.loss_spikes import SpikeWatch
 from megatron_ssu.train.identity import Identity
-from megatron_ssu.train.loss_spikes import SpikeWatch
 from megatron_ssu.train.watchdog import Heartbeat, Watchdog, describe
 from tests.models import make_model
 
