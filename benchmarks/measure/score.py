@@ -68,7 +68,7 @@ def make_model(options: argparse.Namespace, directory: Path) -> Path:
 def score(options: argparse.Namespace, console: Console) -> list[dict]:
     """Forward only, with statistics, and the fisher score's forward and backward, over the same tokens in turn."""
     from megatron_ssu.config.schema import CheckpointSection, ModelSection, PrecisionSection, RunConfig
-    from megatron_ssu.data.chat import Calibration
+    from megatron_ssu.data.calibration import Calibration
     from megatron_ssu.models.parallel_model import open_model
     from megatron_ssu.ops import kernels
     from megatron_ssu.scoring.calibration_pass import calibration_pass, micro_batches

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from megatron_ssu.errors import UserError
+from megatron_ssu.io.atomic import written_aside
 from megatron_ssu.shield.inspect import Inspection, MatrixView
 from megatron_ssu.shield.shield_file import Shield
 
@@ -163,13 +163,9 @@ def _label(shield: Shield) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write under a temporary name first, so that no half picture stays behind."""
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part.png")
+    FigureCanvasAgg(figure)
     try:
-        FigureCanvasAgg(figure)
-        figure.savefig(part, dpi=120, metadata={"Software": None})
-        os.replace(part, path)
+        with written_aside(path) as part:
+            figure.savefig(part, dpi=120, format="png", metadata={"Software": None})
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
-    finally:
-        part.unlink(missing_ok=True)

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_ssu.engine.checkpoint_io import to_disk
 from megatron_ssu.engine.optimizer import reset_moments
 from megatron_ssu.engine.ranks import gathered, is_rank_zero, on_all_ranks, on_rank_zero
-from megatron_ssu.errors import UserError
+from megatron_ssu.errors import UserError, named_line
+from megatron_ssu.io.atomic import to_disk, written_aside
 from megatron_ssu.methods.base import Method
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.parallel_model import ParallelModel
@@ -35,7 +35,7 @@ from megatron_ssu.train.checksums import Digests, check_digests, digest_files, w
 from megatron_ssu.train.identity import Identity, model_facts
 from megatron_ssu.train.latest import LATEST, checkpoint_path, checkpoints_folder, latest_iteration
 from megatron_ssu.train.optimizer_state import OptimizerState
-from megatron_ssu.train.storage import DistCheckpointing, Storage, WriteRequest, one_line
+from megatron_ssu.train.storage import DistCheckpointing, Storage, WriteRequest
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +123,8 @@ class Checkpoints:
         for part in self.folder.glob("iter_*.part"):
             log.warning("%s: a checkpoint that was not finished; removed", part)
             shutil.rmtree(part, ignore_errors=True)
+        for part in self.folder.glob(f".{LATEST}.*.part"):
+            part.unlink(missing_ok=True)
 
     def save(
         self,
@@ -243,10 +245,8 @@ class Checkpoints:
             if final.exists():  # left over from a run that was rolled back: `latest` names an earlier one
                 shutil.rmtree(final)
             os.replace(part, final)
-            fresh = self.folder / (LATEST + ".part")
-            fresh.write_text(f"{iteration}\n")
-            to_disk(fresh)
-            os.replace(fresh, self.folder / LATEST)
+            with written_aside(self.folder / LATEST) as fresh:
+                fresh.write_text(f"{iteration}\n")
             to_disk(self.folder)
         except OSError as error:
             raise self._unwritten(part, error) from error
@@ -321,7 +321,7 @@ def _model_identity(session: ParallelModel) -> Identity:
 
 def _reason(error: BaseException | None) -> str:
     """The operating system's words, wherever in the chain of causes they are."""
-    found, text = error, one_line(error) if error is not None else ""
+    found, text = error, named_line(error) if error is not None else ""
     while found is not None:
         if isinstance(found, OSError) and found.strerror:
             return found.strerror

@@ -26,7 +26,8 @@ from megatron_ssu.engine.checkpoint_io import (
     weights_only_checkpoints,
 )
 from megatron_ssu.engine.ranks import on_all_ranks
-from megatron_ssu.errors import UserError
+from megatron_ssu.errors import UserError, named_line
+from megatron_ssu.train.checksums import damaged_checkpoint
 
 State = dict[str, Any]  # ShardedTensors and, equal on all ranks, plain values; nested
 Advance = Callable[[], None]
@@ -102,7 +103,7 @@ class DistCheckpointing:
         try:
             common = dist_checkpointing.load_common_state_dict(str(folder))
         except Exception as error:  # megatron and torch raise many kinds for damaged files
-            raise damaged(folder, error) from error
+            raise damaged_checkpoint(folder, named_line(error)) from error
         if not {"progress", "identity", "mesh"} <= set(common):
             raise UserError(f"{folder}: not a checkpoint of this trainer: it lacks progress, identity or mesh")
         _check_metadata(folder)
@@ -114,22 +115,12 @@ class DistCheckpointing:
                 with weights_only_checkpoints():
                     return dist_checkpointing.load(state, str(folder))
             except (Exception, CheckpointException) as error:  # torch's is no Exception
-                raise damaged(folder, error) from error
+                raise damaged_checkpoint(folder, named_line(error)) from error
 
         return on_all_ranks(load)
 
     def tensors(self, folder: Path) -> dict[str, ShardedTensor]:
         return dist_checkpointing.load_tensors_metadata(str(folder))
-
-
-def damaged(path: Path, error: BaseException) -> UserError:
-    """The one line for a checkpoint that cannot be read."""
-    return UserError(f"{path}: damaged checkpoint ({one_line(error)}); write an older one's number into `latest`")
-
-
-def one_line(error: BaseException) -> str:
-    """An error's class and message on one line, cut to 300 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _check_metadata(folder: Path) -> None:
@@ -138,4 +129,4 @@ def _check_metadata(folder: Path) -> None:
     try:
         check_metadata(file)
     except Exception as error:  # unpickling damaged bytes raises many kinds
-        raise damaged(file, error) from error
+        raise damaged_checkpoint(file, named_line(error)) from error

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_ssu.config.schema import CalibrationSection, CheckpointSection, ShieldSection
-from megatron_ssu.data.chat import Calibration, load_calibration
+from megatron_ssu.data.calibration import Calibration, load_calibration
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.methods.scored import make_shield
 from megatron_ssu.models.fingerprint import model_fingerprint

@@ -172,7 +172,7 @@ def test_a_score_without_calibration_is_refused(ranks, tmp_path):
 
 
 def test_fewer_samples_than_asked_is_told(tmp_path):
-    from megatron_ssu.data.chat import load_calibration
+    from megatron_ssu.data.calibration import load_calibration
     from megatron_ssu.data.tokenizer import load_tokenizer
     from tests.unit.data_makers import make_hf_tokenizer
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from megatron_ssu.data.chat import load_calibration
+from megatron_ssu.data.calibration import load_calibration
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.errors import UserError
 from tests.unit.data_makers import make_hf_tokenizer, make_sentencepiece

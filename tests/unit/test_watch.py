@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ssu.engine.optimizer import MAIN
 from megatron_ssu.errors import UserError
-from megatron_ssu.estimate.flops import flops_per_token, peak_flops
+from megatron_ssu.estimate.flops import flops_per_token
+from megatron_ssu.estimate.hardware import peak_flops
 from megatron_ssu.models.families import family_of
 from megatron_ssu.models.family import Dims
 from megatron_ssu.train import update_norms as updates
