@@ -72,8 +72,8 @@ def score(options: argparse.Namespace, console: Console) -> list[dict]:
     from megatron_ssu.models.parallel_model import open_model
     from megatron_ssu.ops import kernels
     from megatron_ssu.scoring.calibration_pass import calibration_pass, micro_batches
-    from megatron_ssu.scoring.fisher import SquaredGradients
     from megatron_ssu.scoring.input_statistics import InputStatistics
+    from megatron_ssu.scoring.squared_gradients import SquaredGradients
 
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(options, Path(folder) / "model")
@@ -95,7 +95,7 @@ def score(options: argparse.Namespace, console: Console) -> list[dict]:
         statistics.merge(options.rows)
 
     def fisher() -> None:
-        gradients = SquaredGradients(session)
+        gradients = SquaredGradients(session, "fisher")
         calibration_pass(session, single, None, backward=True)
         gradients.close()
         gradients.entries(options.rows)

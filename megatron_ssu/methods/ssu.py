@@ -55,13 +55,6 @@ class SourceShieldedUpdates(Method):
     def expected_shield(
         self, run: RunConfig, matrices: Sequence[Matrix], dims: Dims
     ) -> Mapping[str, tuple[Granularity, float]]:
-        from megatron_ssu.shield.budget import units_of_ratio
-        from megatron_ssu.shield.mask import unit_count
+        from megatron_ssu.methods.options import expected_fractions
 
-        granularity: Granularity = run.shield.granularity  # type: ignore[assignment]
-        found = {}
-        for matrix in matrices:
-            if matrix.scored:
-                units = unit_count(granularity, matrix.shape)
-                found[matrix.name] = (granularity, units_of_ratio(run.shield.ratio, units) / units)
-        return found
+        return expected_fractions(run, matrices, dims)

@@ -107,7 +107,7 @@ def score_figure(inspection: Inspection) -> Figure:
     handles = [
         Line2D([], [], color=_FROZEN, linewidth=6, label="frozen"),
         Line2D([], [], color=_TRAINABLE, linewidth=6, label="trainable"),
-        Line2D([], [], color="black", linewidth=1.5, label="cut: least frozen score"),
+        Line2D([], [], color="black", linewidth=1.5, label="cut: last frozen score"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     figure.suptitle(
