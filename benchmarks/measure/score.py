@@ -85,7 +85,7 @@ def score(options: argparse.Namespace, console: Console) -> list[dict]:
         session = open_model(run)
     ids = torch.randint(0, 4096, (options.rows, options.length), generator=torch.Generator().manual_seed(0))
     everywhere = torch.ones_like(ids, dtype=torch.bool)
-    data = Calibration(ids, everywhere, ids.int(), "", options.rows, options.rows, None)
+    data = Calibration(ids, everywhere, "", options.rows, None)
     batches, single = micro_batches(data, session, options.micro_batch_size), micro_batches(data, session, 1)
 
     def scored() -> None:

@@ -24,10 +24,8 @@ class Calibration:
 
     tokens: Tensor  # int64 [n, s]
     mask: Tensor  # bool [n, s], True where a real token is
-    sample: Tensor  # int32 [n, s], number of the sample a token comes from, -1 in the padding
     digest: str  # sha256 over shape, tokens and mask
     n_samples: int  # samples in it
-    n_available: int  # samples in the files
     note: str | None  # one line when there were fewer samples than asked for
 
 
@@ -58,7 +56,7 @@ def load_calibration(
     note = None
     if available < samples:
         note = f"{names}: {available} calibration samples there, {samples} asked for; all {available} are used"
-    return _pack(streams, sequence_length, tokenizer.eos_id or 0, available, note)
+    return _pack(streams, sequence_length, tokenizer.eos_id or 0, note)
 
 
 def _pick(files: list[Path], chosen: list[int]) -> Iterator[tuple[Path, int, bytes]]:
@@ -81,23 +79,19 @@ def _sample_ids(file: Path, number: int, line: bytes, tokenizer: Tokenizer) -> l
     return ids
 
 
-def _pack(streams: list[list[int]], length: int, padding: int, available: int, note: str | None) -> Calibration:
+def _pack(streams: list[list[int]], length: int, padding: int, note: str | None) -> Calibration:
     ids = np.concatenate([np.asarray(s, np.int64) for s in streams])
-    owner = np.repeat(np.arange(len(streams), dtype=np.int32), [len(s) for s in streams])
     rows = -(-len(ids) // length)
     missing = rows * length - len(ids)
     tokens = np.pad(ids, (0, missing), constant_values=padding).reshape(rows, length)
-    sample = np.pad(owner, (0, missing), constant_values=-1).reshape(rows, length)
-    mask = sample >= 0
+    mask = (np.arange(rows * length) < len(ids)).reshape(rows, length)
     digest = hashlib.sha256(f"calibration int64 bool {rows} {length}\n".encode())
     digest.update(tokens.astype("<i8").tobytes())
     digest.update(mask.astype(np.uint8).tobytes())
     return Calibration(
         tokens=torch.from_numpy(tokens),
         mask=torch.from_numpy(mask),
-        sample=torch.from_numpy(sample),
         digest=digest.hexdigest(),
         n_samples=len(streams),
-        n_available=available,
         note=note,
     )
