@@ -68,7 +68,7 @@ def make_model(options: argparse.Namespace, directory: Path) -> Path:
 def score(options: argparse.Namespace, console: Console) -> list[dict]:
     """Forward only, with statistics, and the fisher score's forward and backward, over the same tokens in turn."""
     from megatron_ssu.config.schema import CheckpointSection, ModelSection, PrecisionSection, RunConfig
-    from megatron_ssu.data.chat import Calibration
+    from megatron_ssu.data.calibration import Calibration
     from megatron_ssu.models.parallel_model import open_model
     from megatron_ssu.ops import kernels
     from megatron_ssu.scoring.calibration_pass import calibration_pass, micro_batches
@@ -85,7 +85,7 @@ def score(options: argparse.Namespace, console: Console) -> list[dict]:
         session = open_model(run)
     ids = torch.randint(0, 4096, (options.rows, options.length), generator=torch.Generator().manual_seed(0))
     everywhere = torch.ones_like(ids, dtype=torch.bool)
-    data = Calibration(ids, everywhere, ids.int(), "", options.rows, options.rows, None)
+    data = Calibration(ids, everywhere, "", options.rows, None)
     batches, single = micro_batches(data, session, options.micro_batch_size), micro_batches(data, session, 1)
 
     def scored() -> None:

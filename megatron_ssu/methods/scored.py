@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from megatron_ssu.config.schema import CalibrationSection, RunConfig
-from megatron_ssu.data.chat import Calibration, load_calibration
+from megatron_ssu.data.calibration import Calibration, load_calibration
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.engine.ranks import is_rank_zero, on_all_ranks, on_rank_zero
 from megatron_ssu.errors import UserError

@@ -28,8 +28,8 @@ class SourceShieldedUpdates(Method):
     shields: ClassVar[bool] = True
 
     def validate(self, run: RunConfig, matrices: Sequence[Matrix]) -> None:
-        from megatron_ssu.config.validate_train import validate_shield
         from megatron_ssu.methods.options import check_rules
+        from megatron_ssu.methods.shield_checks import validate_shield
 
         validate_shield(run)
         check_rules(run, matrices)

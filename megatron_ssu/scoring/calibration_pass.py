@@ -11,7 +11,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_ssu.data.chat import Calibration
+from megatron_ssu.data.calibration import Calibration
 from megatron_ssu.engine.device import local_device
 from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.scoring.input_statistics import InputStatistics

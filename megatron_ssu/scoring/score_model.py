@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ssu.data.chat import Calibration
+from megatron_ssu.data.calibration import Calibration
 from megatron_ssu.engine.device import local_device
 from megatron_ssu.engine.ranks import on_all_ranks
 from megatron_ssu.errors import UserError

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -325,13 +324,3 @@ def _to_dict(view: MatrixView) -> dict[str, Any]:
     if view.overlap is not None:
         result["jaccard"], result["shared"] = view.overlap.jaccard, view.overlap.share
     return result
-
-
-def draw(inspection: Inspection, directory: str | Path) -> list[Path]:
-    """Write the pictures; see `figures.draw_all`. Raises UserError where they cannot be written."""
-    from megatron_ssu.shield.plots import draw_all  # matplotlib is slow to import and a table does not need it
-
-    try:
-        return draw_all(inspection, Path(directory))
-    except OSError as error:
-        raise UserError(f"{directory}: the pictures cannot be written ({error.strerror or error})") from error

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_ssu.config.schema import CalibrationSection, CheckpointSection, ShieldSection
-from megatron_ssu.data.chat import Calibration, load_calibration
+from megatron_ssu.data.calibration import Calibration, load_calibration
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.methods.scored import make_shield
 from megatron_ssu.models.fingerprint import model_fingerprint
@@ -44,7 +44,7 @@ def tokens(rows: int = 5, length: int = 16, vocab: int = 100, padded: int = 5, s
     ids = torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones(rows, length, dtype=torch.bool)
     mask[-1, length - padded :] = False
-    return Calibration(ids, mask, torch.zeros(rows, length, dtype=torch.int32), "digest", rows, rows, None)
+    return Calibration(ids, mask, "digest", rows, None)
 
 
 def target() -> Calibration:

@@ -253,7 +253,7 @@ def test_a_broken_checkpoint_to_compare_with_is_refused_on_all_ranks(ranks, tmp_
 
 
 def test_fewer_samples_than_asked_is_told(tmp_path):
-    from megatron_ssu.data.chat import load_calibration
+    from megatron_ssu.data.calibration import load_calibration
     from megatron_ssu.data.tokenizer import load_tokenizer
     from tests.unit.data_makers import make_hf_tokenizer
 

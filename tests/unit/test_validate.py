@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 
 from megatron_ssu.commands.start import check_settings
-from megatron_ssu.config import validate
+from megatron_ssu.config.checks import machine
+from megatron_ssu.config.checks.mesh import validate_mesh
+from megatron_ssu.config.checks.model import validate_model
+from megatron_ssu.config.checks.precision import validate_precision
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.units import parse_size, parse_split
-from megatron_ssu.config.validate import validate_mesh, validate_model
-from megatron_ssu.config.validate_train import validate_shield
 from megatron_ssu.errors import UserError
 from megatron_ssu.methods.registry import method_of, read_run
+from megatron_ssu.methods.shield_checks import validate_shield
 from megatron_ssu.models.hf_config import read_hf_config
 
 LLAMA: dict[str, Any] = {
@@ -260,8 +262,8 @@ def test_scoring_needs_no_training_data(world: Path) -> None:
 
 
 def with_gpu(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    monkeypatch.setattr(validate, "_cuda", lambda: True)
-    monkeypatch.setattr(validate, "_transformer_engine", lambda: True)
+    monkeypatch.setattr(machine, "cuda", lambda: True)
+    monkeypatch.setattr(machine, "transformer_engine", lambda: True)
     return run
 
 
@@ -269,7 +271,7 @@ def test_what_a_gpu_allows(world: Path, monkeypatch: pytest.MonkeyPatch) -> None
     overrides = ["precision.fp8=hybrid", "parallel.context_parallel_size=2", "model.attention_backend=fused"]
     run = with_gpu(read_run("run.yaml", overrides), monkeypatch)
     assert validate_mesh(run, 4) == 2
-    validate.validate_precision(run)
+    validate_precision(run)
     run = read_run("run.yaml", [*overrides, "data.sequence_length=34"])
     with pytest.raises(UserError, match="34 is no multiple of 4"):
         validate_model(run, LLAMA)
@@ -278,7 +280,7 @@ def test_what_a_gpu_allows(world: Path, monkeypatch: pytest.MonkeyPatch) -> None
         validate_model(run, LLAMA)
     run = read_run("run.yaml", ["precision.fp8=hybrid", "precision.dtype=fp32"])
     with pytest.raises(UserError, match=r"precision\.fp8: 'hybrid' needs precision\.dtype: bf16"):
-        validate.validate_precision(run)
+        validate_precision(run)
     run = read_run("run.yaml", ["parallel.ddp.fp8_param_gather=true"])
     with pytest.raises(UserError, match=r"parallel\.ddp\.fp8_param_gather: true does not go with method ssu"):
         validate_mesh(run, 1)
