@@ -34,6 +34,7 @@ def validate_train(run: RunConfig, dp: int) -> None:
     validate_batches(run, dp)
     _schedule(run)
     _optimizer(run)
+    _regularize(run)
     _seed("train.seed", train.seed)
     _seed("data.seed", run.data.seed)
     at_least("log.interval", run.log.interval, 1)
@@ -109,6 +110,18 @@ def _optimizer(run: RunConfig) -> None:
     _placement(run)
     accepted(key, OPTIMIZER.load(), {**values, "use_distributed_optimizer": True})
     accepted("parallel.ddp", DDP.load(), {**run.parallel.ddp, "use_distributed_optimizer": True})
+
+
+def _regularize(run: RunConfig) -> None:
+    section, key = run.train.regularize, "train.regularize"
+    for name in ("l2", "kl"):
+        value = getattr(section, name)
+        if not 0 <= value < math.inf:
+            raise UserError(f"{key}.{name}: must be a finite number of at least 0, got {value}; 0 leaves it out")
+    if not 0 < section.kl_temperature < math.inf:
+        raise UserError(
+            f"{key}.kl_temperature: must be a finite number above 0, got {section.kl_temperature}; 1 is the models' own"
+        )
 
 
 def _placement(run: RunConfig) -> None:

@@ -82,7 +82,8 @@ class Loop:
             )
 
     def tell(self, step: Step) -> None:
-        record: dict[str, Any] = {"loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr, **step.update_norms}
+        record: dict[str, Any] = {"loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr}
+        record |= step.terms | step.update_norms
         if step.skipped:
             record["skipped"] = True
         self.telemetry.step(self.progress.iteration, record, self.trainer.phases.take())
