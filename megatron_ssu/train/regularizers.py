@@ -105,6 +105,11 @@ class SourceWeights:
             self._copies[part.param] = _Copy(values, tuple(_by_chunk(places, values.numel())))
         self._square = torch.zeros((), dtype=torch.float64, device=local_device())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies."""
+        return sum(copy.values.nbytes for copy in self._copies.values())
+
     @torch.no_grad()
     def on_gradients(self, gradients: Iterable[tuple[Owned, Tensor]]) -> None:
         """Add coefficient * (main - source); pinned elements, whose main weights weight decay moves, get nothing."""
