@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from megatron_ssu.config.schema import RegularizeSection
 from megatron_ssu.shield.mask import Mask
-from megatron_ssu.shield.shield_file import load_shield
+from megatron_ssu.shield.shield_file import Shield, load_shield
 from megatron_ssu.shield.verify import verify
 from tests.dist import regularize_work as work
 from tests.dist import resume_work
@@ -153,12 +153,15 @@ def test_bf16_runs_and_no_frozen_bit_moves(parallel, ranks, tmp_path):
 def test_pinned_elements_get_no_pull(ranks, tmp_path):
     """A few frozen rows of the embedding: weight decay moves their bf16 main weights, which never reach the model."""
     model = make_model("olmo2", tmp_path / "model", torch.bfloat16)
-    path = random_shield(model, tmp_path / "shield.safetensors")
-    shield = load_shield(path)
+    shield = load_shield(random_shield(model, tmp_path / "shield.safetensors"))
     name = "model.embed_tokens.weight"
-    shield.masks[name] = Mask.of("row", shield.matrices[name].shape, np.arange(100) < 3)
-    shield.save(path)
-    parts = ranks.run(work.pull_of_drifted, 1, str(model), str(path), 0.5)[0]
+    rows = Mask.of("row", shield.matrices[name].shape, np.arange(100) < 3)
+    pinning = tmp_path / "pinning.safetensors"
+    masks = {**shield.masks, name: rows}
+    Shield("ssu", model.name, shield.fingerprint, matrices=shield.matrices, masks=masks, granularity="column").save(
+        pinning
+    )
+    parts = ranks.run(work.pull_of_drifted, 1, str(model), str(pinning), 0.5)[0]
     assert any(part["moved"][part["places"]].abs().max() > 0 for part in parts)
     for part in parts:
         assert part["places"].numel() > 0
