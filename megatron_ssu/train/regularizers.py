@@ -29,7 +29,7 @@ from megatron_ssu.engine.device import local_device
 from megatron_ssu.engine.optimizer import Owned, owned
 from megatron_ssu.errors import UserError
 from megatron_ssu.methods.base import Method
-from megatron_ssu.models.parallel_model import ParallelModel, rebuilt
+from megatron_ssu.models.parallel_model import ParallelModel, build_model
 from megatron_ssu.ops.kl_divergence import kl_divergence
 from megatron_ssu.train.micro_batches import Batch, read_batch, run_schedule
 
@@ -152,7 +152,7 @@ class SourcePredictions:
 
     def __init__(self, model: ParallelModel, coefficient: float, temperature: float) -> None:
         self.coefficient, self.temperature = coefficient, temperature
-        self.source = rebuilt(replace(model, run=forward_run(model.run)))
+        self.source = build_model(forward_run(model.run), model.source, model.mesh)
         for chunk in self.source.chunks:
             chunk.requires_grad_(False).eval()
         group = parallel_state.get_tensor_model_parallel_group()
