@@ -11,21 +11,19 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from megatron_ssu.engine.device import local_device
 from megatron_ssu.engine.mesh import Mesh
 from megatron_ssu.engine.ranks import on_rank_zero
 from megatron_ssu.errors import UserError
+from megatron_ssu.models.collect import collect, holders_of, own_pieces
 from megatron_ssu.models.hf_files import EXPORT_RECORD, HFCheckpoint, carry_files
 from megatron_ssu.models.hf_import import DTYPE_NAMES
-from megatron_ssu.models.layout import Layout, Piece, take
+from megatron_ssu.models.layout import Layout
 from megatron_ssu.models.matrix import Matrix
 
 INDEX = "model.safetensors.index.json"
@@ -109,8 +107,8 @@ def export_model(
         heads = [n for e in layout.family.edges if e.kinds == ("head",) for n in e.tensors if n in stored]
         tensors += [Tensor(name, embedding.matrix, embedding.dtype) for name in heads]
     files = plan_files(tensors, max_shard_size)
-    own = {p.matrix.name: (shard, p) for shard, p in _own_pieces(layout, mesh)}
-    holders = _holders(own, mesh)
+    own = {p.matrix.name: (shard, p) for shard, p in own_pieces(layout, mesh)}
+    holders = holders_of(own, mesh)
     partial = target.with_name(f".{target.name}.partial")
     on_rank_zero(lambda: _prepare(target, partial))
     if mesh.rank == 0:
@@ -119,7 +117,7 @@ def export_model(
         if mesh.rank == 0:
             writer.begin(name, part)
         for tensor in part:
-            whole = _collect(tensor, own, holders, mesh)
+            whole = collect(tensor.matrix, DTYPE_NAMES[tensor.dtype], own, holders, mesh)
             if mesh.rank == 0:
                 writer.write(whole)
         if mesh.rank == 0:
@@ -202,47 +200,3 @@ class _Writer:
                 work()
             except OSError as error:
                 self.error = error
-
-
-OwnPieces = dict[str, tuple[torch.Tensor, Piece]]
-Holders = dict[str, list[tuple[int, Piece]]]
-
-
-def _holders(own: OwnPieces, mesh: Mesh) -> Holders:
-    """Which ranks send which piece of every matrix: one copy of each, from the first data- and context-parallel rank."""
-    sends = mesh.data_rank == 0 and mesh.context_rank == 0
-    mine = [(name, mesh.rank, piece) for name, (_, piece) in own.items()] if sends else []
-    gathered: list[Any] = [None] * mesh.world
-    dist.all_gather_object(gathered, mine)
-    holders: Holders = {}
-    for part in gathered:
-        for name, rank, piece in part:
-            holders.setdefault(name, []).append((rank, piece))
-    return holders
-
-
-def _own_pieces(layout: Layout, mesh: Mesh) -> Iterator[tuple[torch.Tensor, Piece]]:
-    for local in layout:
-        if local.primary and (local.split is not None or mesh.tensor_rank == 0):
-            for piece in local.pieces:
-                yield local.param.data, piece
-
-
-def _collect(tensor: Tensor, own: OwnPieces, holders: Holders, mesh: Mesh) -> torch.Tensor:
-    """The whole tensor on rank 0's CPU, in its stored dtype; an empty one on the other ranks."""
-    matrix, dtype = tensor.matrix, DTYPE_NAMES[tensor.dtype]
-    whole = torch.empty(matrix.shape if mesh.rank == 0 else 0, dtype=dtype)
-    for rank, piece in holders[matrix.name]:
-        part: Any = None
-        if rank == mesh.rank:
-            shard, mine = own[matrix.name]
-            part = take(shard, mine).to(dtype).contiguous()
-        if rank != 0 and mesh.rank == rank:
-            dist.send(part, 0)
-        if mesh.rank == 0:
-            if part is None:
-                shape = [s.stop - s.start for s in piece.index]
-                part = torch.empty(shape, dtype=dtype, device=local_device())
-                dist.recv(part, rank)
-            whole[piece.index].copy_(part)
-    return whole

@@ -1,0 +1,81 @@
+"""Which weights a run with adapters leaves as they are, as a shield."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megatron_ssu.adapters.settings import AdapterSettings
+from megatron_ssu.errors import UserError
+from megatron_ssu.models.matrix import Matrix
+from megatron_ssu.shield.mask import Mask
+from megatron_ssu.shield.shield_file import Shield
+
+WHOLE = ("embedding", "head")  # what trains as a whole beside adapters, where it is asked for
+
+
+def adapter_shield(
+    matrices: Iterable[Matrix],
+    settings: AdapterSettings,
+    *,
+    model: str,
+    fingerprint: str,
+    embeddings: bool = False,
+    base: Shield | None = None,
+    method: str = "lora",
+) -> Shield:
+    """What merging the adapters never changes: every matrix without an adapter, frozen whole.
+
+    Args:
+        matrices: all of the model's.
+        model, fingerprint: as in a shield.
+        embeddings: embedding and head train as a whole.
+        base: a shield whose frozen elements the adapters leave alone: it says what is frozen of what trains.
+    """
+    found = {m.name: m for m in matrices}
+    masks = {}
+    for name, matrix in found.items():
+        if matrix.kind in settings.targets or (embeddings and matrix.kind in WHOLE):
+            if base is not None and name in base.masks:
+                masks[name] = base.masks[name]
+        else:
+            masks[name] = frozen(matrix)
+    return Shield(
+        method,
+        model,
+        fingerprint,
+        matrices={name: found[name] for name in masks},
+        masks=masks,
+        granularity=base.granularity if base is not None else "column",
+    )
+
+
+def with_frozen_bases(shield: Shield, matrices: Iterable[Matrix], settings: AdapterSettings) -> Shield:
+    """`shield` with the weights below the adapters frozen whole: what the optimizer may know beside the adapters."""
+    masks, named = dict(shield.masks), dict(shield.matrices)
+    for matrix in matrices:
+        if matrix.kind in settings.targets:
+            masks[matrix.name], named[matrix.name] = frozen(matrix), matrix
+    return Shield(shield.method, shield.model, shield.fingerprint, matrices=named, masks=masks)
+
+
+def frozen(matrix: Matrix) -> Mask:
+    """All of it."""
+    return Mask.constant("element" if len(matrix.shape) == 1 else "column", matrix.shape, True)
+
+
+def check_base(base: Shield, matrices: Iterable[Matrix], settings: AdapterSettings) -> None:
+    """Raises UserError where adapters cannot leave alone what `base` freezes."""
+    if settings.dora and any(base.counts.get(m.name) for m in matrices if m.kind in settings.targets):
+        raise UserError(
+            f"method.lora.dora: must be false with method.lora.shielded, got true: DoRA scales whole rows, and with them what "
+            f"{base.label} freezes"
+        )
+    for matrix in matrices:
+        count = base.counts.get(matrix.name, 0)
+        if matrix.kind not in settings.targets or count in (0, matrix.elements):
+            continue
+        if base.masks[matrix.name].granularity not in ("column", "row"):
+            raise UserError(
+                f"{base.label}: {matrix.name} is frozen by {base.masks[matrix.name].granularity}; adapters can leave columns or rows "
+                "alone: plan a shield by column or row, or set method.lora.shielded: false"
+            )
