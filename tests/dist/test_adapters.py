@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from megatron_ssu.adapters.freeze import adapter_shield
 from megatron_ssu.adapters.matrix import draw
 from megatron_ssu.adapters.settings import AdapterSettings
+from megatron_ssu.models.families import family_of
+from megatron_ssu.models.family import Dims
+from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.shield.shield_file import load_shield
+from megatron_ssu.shield.verify import verify
 from tests.dist import adapters_work, work
 from tests.dist.adapters_work import CLIP, DECAY, LR
 from tests.dist.test_shielded_training import OVERLAP, random_shield
@@ -159,3 +166,187 @@ def _same_adapters(tensors, adapters):
             if wanted is not None:
                 assert (tensors.pop(start + part) - wanted.detach()).abs().max() < 1e-4, start + part
     assert not tensors
+
+
+def _train_and_export(ranks, model, target, settings, world=2, parallel=None, **options):
+    parallel = mesh(2, sequence=True) if parallel is None else parallel
+    return ranks.run(
+        adapters_work.train_adapters, world, str(model), parallel, STEPS, settings, IDS, target=str(target), **options
+    )
+
+
+def _transformers_logits(directory):
+    import transformers
+
+    net = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return net(IDS).logits
+
+
+EXPORTS = {
+    "lora": ("llama", SETTINGS["lora"], False),
+    "dora": ("olmo2", SETTINGS["dora"], False),
+    "some, embeddings": ("llama", SETTINGS["some"], True),
+    "dora, tied embeddings": ("llama-tied", SETTINGS["dora"], True),
+}
+
+
+@pytest.fixture(scope="module")
+def exports(ranks, tmp_path_factory):
+    """By name: the source, the export, logits of the live model."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            kind, settings, embeddings = EXPORTS[name]
+            folder = tmp_path_factory.mktemp("export")
+            model = make_model(kind, folder / "model")
+            found = _train_and_export(ranks, model, folder / "target", settings, embeddings=embeddings)
+            made[name] = model, folder / "target", first(found, "logits")[1]
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_merged_export_computes_what_the_live_model_did(name, exports):
+    source, target, live = exports(name)
+    found = _transformers_logits(target)
+    assert (found - live).abs().max() < 1e-4 and (found - _transformers_logits(source)).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_peft_directory_holds_what_was_merged(name, exports):
+    source, target, _ = exports(name)
+    config = json.loads((target / "adapter" / "adapter_config.json").read_text())
+    tensors = load_file(target / "adapter" / "adapter_model.safetensors")
+    base, merged = (load_file(path / "model.safetensors") for path in (source, target))
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    for matrix, weight in base.items():
+        start = "base_model.model." + matrix.removesuffix(".weight")
+        if f"{start}.lora_A.weight" in tensors:
+            a, b = tensors.pop(f"{start}.lora_A.weight"), tensors.pop(f"{start}.lora_B.weight")
+            assert matrix.split(".")[-2] in config["target_modules"] and a.shape == (config["r"], weight.shape[1])
+            wanted = weight + scale * b @ a
+            if config["use_dora"]:
+                wanted *= (tensors.pop(f"{start}.lora_magnitude_vector") / wanted.norm(dim=1))[:, None]
+            assert (merged[matrix] - wanted).abs().max() < 1e-6
+        elif f"{start}.weight" in tensors:
+            assert start.rpartition(".")[2] in config["modules_to_save"]
+            assert torch.equal(tensors.pop(f"{start}.weight"), merged[matrix]) and not torch.equal(
+                merged[matrix], weight
+            )
+        else:
+            assert torch.equal(merged[matrix], weight)
+    head = tensors.pop("base_model.model.lm_head.weight", None)
+    assert not tensors and (head is None or torch.equal(head, merged["model.embed_tokens.weight"]))
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_peft_loads_its_directory(name, exports):
+    peft = pytest.importorskip("peft", reason="peft is not installed; it comes with the extra `test`")
+    import transformers
+
+    source, target, live = exports(name)
+    net = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        adapted = peft.PeftModel.from_pretrained(net, target / "adapter")
+    with torch.no_grad():
+        found = adapted.eval()(IDS).logits
+    assert (found - _transformers_logits(target)).abs().max() < 1e-5
+    assert (found - live).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("granularity", ["column", "row"])
+def test_merging_beside_a_shield_moves_no_frozen_bit(granularity, dtype, ranks, tmp_path):
+    model = make_model("olmo2", tmp_path / "model", {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    file = random_shield(model, tmp_path / "shield.safetensors", granularity)
+    _put_negative_zeros(model)
+    shield = load_shield(file)
+    shield.fingerprint = model_fingerprint(model)
+    shield.save(file, overwrite=True)
+    target = tmp_path / "target"
+    found = _train_and_export(
+        ranks, model, target, SETTINGS["lora"], world=4, parallel=mesh(2, 2), shield_file=str(file), dtype=dtype
+    )
+    tensors = found[0]["tensors"]
+    for name, matrix in shield.matrices.items():
+        if matrix.scored:
+            frozen = torch.from_numpy(shield.masks[name].bits())
+            part, dim = ("lora_A", 1) if granularity == "column" else ("lora_B", 0)
+            values = tensors[f"base_model.model.{name.removesuffix('.weight')}.{part}.weight"]
+            assert not values.index_select(dim, frozen.nonzero().view(-1)).any()
+            assert values.index_select(dim, (~frozen).nonzero().view(-1)).any()
+    assert verify(model, target, file).ok
+    matrices = list(family_of(json.loads((model / "config.json").read_text())).matrices(_dims(model)))
+    own = adapter_shield(
+        matrices, SETTINGS["lora"], model="m", fingerprint=model_fingerprint(model), base=load_shield(file)
+    )
+    own.save(tmp_path / "own.safetensors")
+    report = verify(model, target, tmp_path / "own.safetensors")
+    totals = report.totals(granularity)
+    assert report.ok and totals["frozen"] > 0 and totals["moved_trainable"] > 0.99 * totals["trainable"] > 0
+
+
+def _dims(model):
+    return Dims.from_hf(json.loads((model / "config.json").read_text()))
+
+
+def _put_negative_zeros(model):
+    """To which adding zero would change a bit."""
+    tensors = load_file(model / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "_proj" in name:
+            tensor.view(-1)[::7] = -0.0
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_training_beside_a_shield_follows_plain_torch(ranks, model, tmp_path):
+    file = random_shield(model, tmp_path / "shield.safetensors")
+    net, adapters = plain(model, SETTINGS["lora"], shield_file=file)
+    wanted = None
+    for world, parallel in ((1, mesh()), (2, mesh(2, sequence=True))):
+        arguments = (str(model), parallel, STEPS, SETTINGS["lora"], IDS)
+        found = ranks.run(adapters_work.train_adapters, world, *arguments, shield_file=str(file))
+        history = np.array(found[0]["history"])
+        wanted = oracle(net, history[:, 2].tolist()) if wanted is None else wanted
+        assert np.abs(history[:, 0] - wanted[:, 0]).max() < 1e-5
+        _same_adapters(found[0]["tensors"], adapters)
+
+
+def test_the_optimizer_holds_adapters_alone(ranks, model):
+    settings = SETTINGS["dora"]
+    dims = _dims(model)
+    matrices = [m for m in family_of(json.loads((model / "config.json").read_text())).matrices(dims) if m.scored]
+    elements = sum(settings.rank * sum(m.shape) + m.shape[0] for m in matrices)
+    found = ranks.run(adapters_work.train_adapters, 2, str(model), mesh(), 1, settings, IDS)
+    assert sum(rank["owned"] for rank in found) == elements
+
+
+SAVED_ON = {"lora": (2, mesh(2, sequence=True)), "dora": (4, mesh(2))}  # DoRA's over two data-parallel ranks
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", SAVED_ON)
+def test_adapters_resume_to_the_bit_and_on_other_meshes(kind, dtype, ranks, tmp_path):
+    model = make_model("olmo2", tmp_path / "model", {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    (world, parallel), settings, folder = SAVED_ON[kind], SETTINGS[kind], str(tmp_path / "run")
+    common = (settings, folder)
+
+    def run(world, parallel, span, **options):
+        arguments = (str(model), parallel, *common, span, 6)
+        return ranks.run(adapters_work.resume, world, *arguments, dtype=dtype, **options)
+
+    whole = run(world, parallel, (0, 6), save_at=3)
+    for a, b in zip(whole, run(world, parallel, (3, 6)), strict=True):
+        assert a["history"][3:] == b["history"]
+        for key in ("adapters", "states"):
+            assert len(a[key]) == len(b[key]) > 0 and all(map(torch.equal, a[key], b[key]))
+    for world, parallel in ((1, mesh()), (2, mesh(1, 2, 2))):
+        (other, *_) = run(world, parallel, (3, 6))
+        assert np.allclose(other["history"], whole[0]["history"][3:], atol=1e-5 if dtype == "fp32" else 0.02)
+        if dtype == "fp32":
+            for name, tensor in whole[0]["tensors"].items():
+                assert (other["tensors"][name] - tensor).abs().max() < 1e-5
