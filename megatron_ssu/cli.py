@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import IO, NoReturn, cast
 
 from rich.console import Console
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(file=cast(IO[str], output), quiet=not first, soft_wrap=True, width=width)
     status = 0
     try:
-        status = options.command(options, console)
+        status = _call(options, console)
     except UserError as error:
         if first or (not error.agreed and _joined()):
             rank = "" if first else f" (rank {os.environ['RANK']})"
@@ -66,10 +66,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "megatron_ssu.engine.mesh" in sys.modules:  # else no process group was started
         sys.modules["megatron_ssu.engine.mesh"].stop_processes()
     settle()
-    if output.lost and status == 0 and options.command in (_estimate, _inspect):  # called for what they print
+    if output.lost and status == 0 and options.command in ("estimate", "inspect"):  # called for what they print
         print_error(f"megatron-ssu: standard output cannot be written: {output.lost}; write it elsewhere")
         status = 2
     sys.exit(status)
+
+
+def _call(options: argparse.Namespace, console: Console) -> int:
+    """Run the command; its run file is refused before anything slow is imported."""
+    file, overrides = getattr(options, "run", None), getattr(options, "overrides", [])
+    if options.command == "prepare":
+        if (options.model is None) != (options.output is None):
+            raise UserError("prepare: --model and --output go together; or give a run file")
+        if options.output is None:
+            file, overrides = options.inputs[0], options.inputs[1:] + overrides
+    run_file = None
+    if file is not None:
+        from megatron_ssu.methods.registry import read_run
+
+        run_file = read_run(file, overrides)
+    return importlib.import_module(f"megatron_ssu.commands.{options.command}").run(run_file, options, console)
 
 
 def _joined() -> bool:
@@ -107,34 +123,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, work: Callable, text: str, more: str = "") -> argparse.ArgumentParser:
+    def add(name: str, text: str, more: str = "") -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=text, description=f"{text}. {more}", formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        command.set_defaults(command=work)
+        command.set_defaults(command=name)
         return command
 
-    def add_run(name: str, work: Callable, text: str, more: str = "") -> argparse.ArgumentParser:
-        command = add(name, work, text, more)
+    def add_run(name: str, text: str, more: str = "") -> argparse.ArgumentParser:
+        command = add(name, text, more)
         command.add_argument("run", metavar="RUN.yaml", help="the run file")
         command.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=OVERRIDES)
         return command
 
     _add_prepare(add)
-    add_run("score", _score, "Score a model's weights on source samples", "Writes scores.safetensors.")
-    add_run("plan", _plan, "Choose from scores what to freeze", "Writes shield.safetensors.")
-    add_run("train", _train, "Adapt the model", "Makes datasets, scores and shield where they are missing.")
-    command = add_run("export", _export, "Write a checkpoint as a Hugging Face directory")
+    add_run("score", "Score a model's weights on source samples", "Writes scores.safetensors.")
+    add_run("plan", "Choose from scores what to freeze", "Writes shield.safetensors.")
+    add_run("train", "Adapt the model", "Makes datasets, scores and shield where they are missing.")
+    command = add_run("export", "Write a checkpoint as a Hugging Face directory")
     command.add_argument("--output", required=True, metavar="DIR", help="the directory to make")
     command.add_argument("--iteration", type=int, metavar="N", help="checkpoint to export (default: the newest)")
-    command = add("verify", _verify, "Check bit by bit that what was frozen did not move")
+    command = add("verify", "Check bit by bit that what was frozen did not move")
     command.add_argument("--source", required=True, metavar="DIR", help="the model before")
     command.add_argument("--adapted", required=True, metavar="DIR", help="the model after")
     command.add_argument("--shield", required=True, metavar="FILE", help="the shield that it was trained under")
     command.add_argument("--json", metavar="FILE", help="write the report there as well")
     command = add_run(
         "estimate",
-        _estimate,
         "Estimate memory, compute and time of a run",
         "Reads config.json, no weights; the shield file where it is there, else shield.ratio.",
     )
@@ -152,7 +167,6 @@ def _parser() -> argparse.ArgumentParser:
 def _add_shield_tools(add: Callable) -> None:
     command = add(
         "inspect",
-        _inspect,
         "Look at a shield: a table, and pictures",
         "With --scores also score ranges and how clear the cut is, with --compare the overlap with another shield.",
     )
@@ -164,7 +178,6 @@ def _add_shield_tools(add: Callable) -> None:
     command.add_argument("--json", metavar="FILE", help="write the table there as well")
     command = add(
         "compose",
-        _compose,
         "Combine shields of one model",
         "union: frozen in any; intersection: frozen in all; difference: frozen in the first, in none of the others.",
     )
@@ -176,7 +189,6 @@ def _add_shield_tools(add: Callable) -> None:
 def _add_prepare(add: Callable) -> None:
     command = add(
         "prepare",
-        _prepare,
         "Tokenize JSONL files",
         "Either for a run file:\n  megatron-ssu prepare RUN.yaml [KEY=VALUE ...]\n"
         "or any files into one indexed dataset:\n"
@@ -192,116 +204,3 @@ def _add_prepare(add: Callable) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace PREFIX.bin and PREFIX.idx")
     command.add_argument("--trust-remote-code", action="store_true", help="run the tokenizer's own code, if it has any")
     command.set_defaults(overrides=[])
-
-
-def _load(options: argparse.Namespace):
-    from megatron_ssu.config.load import load_run
-
-    return load_run(options.run, options.overrides)
-
-
-def _score(options: argparse.Namespace, console: Console) -> int:
-    run = _load(options)  # refused before anything slow is imported
-    from megatron_ssu.commands import jobs
-
-    jobs.score(run, console)
-    return 0
-
-
-def _plan(options: argparse.Namespace, console: Console) -> int:
-    run = _load(options)  # refused before anything slow is imported
-    from megatron_ssu.commands import shields
-
-    shields.plan(run, console)
-    return 0
-
-
-def _train(options: argparse.Namespace, console: Console) -> int:
-    run = _load(options)  # refused before anything slow is imported
-    from megatron_ssu.commands import jobs
-
-    jobs.train_run(run, console)
-    return 0
-
-
-def _export(options: argparse.Namespace, console: Console) -> int:
-    run = _load(options)  # refused before anything slow is imported
-    from megatron_ssu.commands import jobs
-
-    jobs.export(run, options.output, options.iteration, console)
-    return 0
-
-
-def _prepare(options: argparse.Namespace, console: Console) -> int:
-    if (options.model is None) != (options.output is None):
-        raise UserError("prepare: --model and --output go together; or give a run file")
-    if options.output is None:
-        from megatron_ssu.commands import jobs
-        from megatron_ssu.config.load import load_run
-
-        for name in ("workers", "text_key", "document_end", "overwrite", "trust_remote_code"):
-            if getattr(options, name) not in (None, False):
-                raise UserError(
-                    f"prepare: --{name.replace('_', '-')} goes with --model and --output; a run file has data.workers, "
-                    "data.text_key, data.document_end and model.trust_remote_code, and makes datasets of changed files anew"
-                )
-        run = load_run(options.inputs[0], options.inputs[1:] + options.overrides)
-        jobs.prepare(run, console, skip_bad_lines=options.skip_bad_lines)
-        return 0
-    if options.overrides:
-        raise UserError(f"prepare: {options.overrides[0]} goes with a run file, not with --model and --output")
-    from megatron_ssu.data.prepare import prepare
-
-    report = prepare(
-        options.inputs,
-        options.output,
-        options.model,
-        trust_remote_code=options.trust_remote_code,
-        document_end=options.document_end,
-        workers=2 if options.workers is None else options.workers,
-        text_key="text" if options.text_key is None else options.text_key,
-        skip_bad_lines=options.skip_bad_lines,
-        overwrite=options.overwrite,
-        console=console,
-    )
-    console.print(
-        f"{report.prefix}: {report.documents:,} documents, {report.tokens:,} tokens, {report.skipped} bad lines skipped",
-        highlight=False,
-    )
-    return 0
-
-
-def _verify(options: argparse.Namespace, console: Console) -> int:
-    import json
-
-    from megatron_ssu.io.atomic import check_writable, write_text
-    from megatron_ssu.shield.verify import verify
-
-    target = check_writable(options.json) if options.json else None
-    report = verify(options.source, options.adapted, options.shield)
-    report.render(console)
-    if target:
-        write_text(target, json.dumps(report.to_dict(), indent=1) + "\n")
-    return report.status
-
-
-def _estimate(options: argparse.Namespace, console: Console) -> int:
-    run = _load(options)  # refused before anything slow is imported
-    from megatron_ssu.commands import jobs
-
-    jobs.estimate(run, options, console)
-    return 0
-
-
-def _inspect(options: argparse.Namespace, console: Console) -> int:
-    from megatron_ssu.commands import shields
-
-    shields.inspect(options, console)
-    return 0
-
-
-def _compose(options: argparse.Namespace, console: Console) -> int:
-    from megatron_ssu.commands import shields
-
-    shields.compose(options.operation, [Path(s) for s in options.shields], Path(options.output), console)
-    return 0

@@ -15,6 +15,7 @@ from rich.console import Console
 from megatron_ssu.config.schema import (
     CheckpointSection,
     DataSection,
+    MethodSection,
     ModelSection,
     ParallelSection,
     RunConfig,
@@ -151,7 +152,8 @@ def counts(options: argparse.Namespace, method: str, world: int, mesh: tuple[int
     run = RunConfig(
         model=ModelSection(path=f"OLMo-2-{options.model}"),
         parallel=ParallelSection(transformer=parallel, ddp={"overlap_grad_reduce": True, "overlap_param_gather": True}),
-        shield=ShieldSection(method=method, ratio=options.ratio),
+        method=MethodSection(name=method),
+        shield=ShieldSection(ratio=options.ratio),
         data=DataSection(sequence_length=options.length),
         train=TrainSection(micro_batch_size=micro, global_batch_size=options.batch),
         checkpoint=CheckpointSection(directory="unused"),

@@ -50,13 +50,13 @@ def check_run(options: argparse.Namespace) -> int:
     """The checks of `megatron-ssu train` that need no weights; prints checkpoint.directory, absolute."""
     os.environ["WORLD_SIZE"] = str(options.world)
     warnings.simplefilter("ignore")  # those of libraries
-    from megatron_ssu.config.load import load_run
+    from megatron_ssu.commands.start import check_run as check
     from megatron_ssu.errors import UserError
-    from megatron_ssu.models.parallel_model import check_run as check
+    from megatron_ssu.methods.registry import method_of, read_run
 
     try:
-        run = load_run(options.run, options.overrides)
-        check(run)
+        run = read_run(options.run, options.overrides)
+        check(run, method_of(run))
     except UserError as error:
         return _tell([str(error)])
     print(Path(run.checkpoint.directory).resolve())

@@ -66,18 +66,19 @@ class _Loader(yaml.SafeLoader):
         return self.DEFAULT_SCALAR_TAG if number and (":" in value or _OCTAL.fullmatch(value)) else tag
 
 
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run(path: str | Path, overrides: Sequence[str] = (), methods: Mapping[str, type] | None = None) -> RunConfig:
     """Read the run file at `path`; each override is `section.key=value` with a YAML value, `section.key=` means null.
 
     An override may name a section's key, a member of a nested mapping (`train.optimizer.lr=1e-4`) or an item of a list
     that the file has (`data.train.0.weight=2`); a mapping or list given as the value replaces the whole one.
+    `methods`: method -> the dataclass of its options, the section method.<name>; without it no method is checked or has any.
     Raises UserError with the key, file and line when anything is unknown, missing or of the wrong type.
     """
     source = _Source(Path(path))
     tree = source.parse()
     for override in overrides:
         source.override(tree, override)
-    return _Builder(source).section(RunConfig, tree, ())
+    return _Builder(source, methods or {}).section(RunConfig, tree, ())
 
 
 def dump_run(run: RunConfig) -> str:
@@ -244,24 +245,30 @@ class _Source:
 class _Builder:
     """Builds sections out of plain mappings; every key must be known, every value of its declared type."""
 
-    def __init__(self, source: _Source) -> None:
-        self._source = source
+    def __init__(self, source: _Source, methods: Mapping[str, type]) -> None:
+        self._source, self._methods = source, methods
         self._reader = Reader(source.fail, self.section)
 
     def section(self, cls: type, raw: Mapping[Any, Any] | None, path: KeyPath) -> Any:
         """The dataclass `cls` out of `raw`; an empty section (null) has its defaults."""
         own = {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("inline")}
-        inline = [f for f in dataclasses.fields(cls) if f.metadata.get("inline")]
-        values: dict[str, Any] = {f.name: field_default(f) for f in inline}
+        inline = [f for f in dataclasses.fields(cls) if "names" in f.metadata and f.metadata["inline"]]
+        variants = next((f for f in dataclasses.fields(cls) if f.metadata.get("variants")), None)
+        values: dict[str, Any] = {f.name: field_default(f) for f in (*inline, *((variants,) if variants else ()))}
         for key, value in (raw or {}).items():
             here = (*path, self._name(key, path))
             holder = next((f for f in inline if key in f.metadata["names"]), None)
             if key in own:
                 values[key] = self._member(cls, own[key], value, here)
+                if here == ("method", "name") and self._methods and value not in self._methods:
+                    self._source.fail(here, f"must be one of {', '.join(self._methods)}, got {show(value)}")
             elif holder is not None:
                 values[holder.name][key] = self._megatron(holder, key, value, here)
+            elif variants is not None and key in self._methods:
+                values[variants.name][key] = self._options(self._methods[key], value, here)
             else:
-                self._unknown(key, path, cls, [name for f in inline for name in f.metadata["names"]] + list(own))
+                known = [name for f in inline for name in f.metadata["names"]] + list(own)
+                self._unknown(key, path, cls, known + (list(self._methods) if variants else []))
         for name, field in own.items():
             if name not in values and field_default(field) is dataclasses.MISSING:
                 if _section_class(field_hints(cls)[name]):  # let it name the first key that it lacks
@@ -269,6 +276,11 @@ class _Builder:
                     continue
                 self._source.fail((*path, name), "missing; the run file must give it")
         return cls(**values)
+
+    def _options(self, cls: type, raw: Any, path: KeyPath) -> Any:
+        if raw is not None and not isinstance(raw, dict):
+            self._source.fail(path, f"expected a mapping of keys, not {show(raw)}")
+        return self.section(cls, raw, path)
 
     def _name(self, key: Any, path: KeyPath) -> str:
         if not isinstance(key, str):
@@ -303,6 +315,8 @@ class _Builder:
             if field.name == key:  # an inline field's own name
                 self._source.fail((*path, key), f"unknown key; write its keys directly under {'.'.join(path)}")
         here = (*path, key)
+        if here == ("shield", "method"):
+            self._source.fail(here, "is method.name now; write `method: {name: ssu}`, or none for full fine-tuning")
         if key in owned:
             self._source.fail(here, f"{owned[key]}; leave it out")
         places, decided = _catalogue()
@@ -342,6 +356,8 @@ def _keys(cls: type, path: KeyPath, decided: dict[str, str]) -> Iterator[tuple[s
             yield from ((".".join(where), name) for name in sorted(field.metadata["names"]))
             if field.metadata["inline"]:
                 continue
+        if field.metadata.get("variants"):
+            continue
         yield ".".join(path), field.name
         nested = field_hints(cls)[field.name]
         if _section_class(nested):

@@ -1,8 +1,9 @@
-"""What a run file may say: eight sections, each a dataclass; facts only, no behaviour.
+"""What a run file may say: nine sections, each a dataclass; facts only, no behaviour.
 
 megatron-core's own dataclasses are the schema of their own fields. A section that takes some of them has a `dict` field
 whose metadata names the dataclass (`megatron`); with `inline` the fields stand directly in the section, else under the
-field's name. TransformerConfig's fields are divided: those of its base ModelParallelConfig belong to `parallel`, the
+field's name. The section `method` takes a section of its own per method, whose dataclass the method brings along
+(`variants`). TransformerConfig's fields are divided: those of its base ModelParallelConfig belong to `parallel`, the
 FP8 ones to `precision`, the rest to `model`. Fields that another key or the checkpoint decides are in `OWNED_*` with
 the place that decides them.
 """
@@ -137,10 +138,17 @@ class ProtectSection:
 
 
 @dataclass
-class ShieldSection:
-    """Which weights stay as they are."""
+class MethodSection:
+    """What trains. Further keys: a section per method, with its own options (method.hft.ratio, ...)."""
 
-    method: str = "ssu"  # a registered method: ssu, none
+    name: str = "ssu"  # a method of methods/registry.py
+    options: dict = field(default_factory=dict, metadata={"inline": True, "variants": True})  # name -> its dataclass
+
+
+@dataclass
+class ShieldSection:
+    """Which weights stay as they are, for methods that plan a shield from scores."""
+
     file: str | None = None  # a shield made before; null: <checkpoint.directory>/shield.safetensors, planned if missing
     scores: str | None = None  # scores made before; null: <checkpoint.directory>/scores.safetensors, made if missing
     score: str = "wanda"
@@ -266,6 +274,7 @@ class RunConfig:
     checkpoint: CheckpointSection
     parallel: ParallelSection = field(default_factory=ParallelSection)
     precision: PrecisionSection = field(default_factory=PrecisionSection)
+    method: MethodSection = field(default_factory=MethodSection)
     shield: ShieldSection = field(default_factory=ShieldSection)
     data: DataSection = field(default_factory=DataSection)
     train: TrainSection = field(default_factory=TrainSection)

@@ -23,7 +23,6 @@ from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.validate_train import (
     at_least,
     validate_checkpoint,
-    validate_shield,
     validate_train,
 )
 from megatron_ssu.errors import UserError
@@ -119,29 +118,35 @@ def _flash_attention() -> bool:
 
 
 def validate_run(
-    run: RunConfig, world_size: int, hf: dict[str, Any], *, training: bool = True, shielding: bool = True
+    run: RunConfig,
+    world_size: int,
+    hf: dict[str, Any],
+    *,
+    training: bool = True,
+    writing: bool = True,
+    shields: bool = True,
 ) -> None:
-    """All checks; without `training` those that `score` needs (mesh, precision, model, shield, where it writes), without
-    `shielding` those that `export` does (mesh, precision, model)."""
-    dp = validate_mesh(run, world_size)
+    """All checks but those of the method and its shield.
+
+    Without `training` those that `score` needs (mesh, precision, model, where it writes), without `writing` those that `export`
+    does (mesh, precision, model). `shields`: whether weights may be frozen in part.
+    """
+    dp = validate_mesh(run, world_size, shields=shields)
     validate_precision(run)
     validate_model(run, hf, training=training)
     if training:
         validate_train(run, dp)
-    elif shielding:
-        validate_shield(run)
+    elif writing:
         validate_checkpoint(run)
-    if shielding and run.shield.method != "none":
-        _shield_rules(run, hf)
 
 
-def validate_mesh(run: RunConfig, world_size: int) -> int:
+def validate_mesh(run: RunConfig, world_size: int, *, shields: bool = True) -> int:
     """Check the mesh against `world_size` ranks; returns the number of data-parallel ranks."""
     parallel = run.parallel
     tensor, pipeline, context = parallel.tensor, parallel.pipeline, parallel.context
     for name, size in (("tensor_model", tensor), ("pipeline_model", pipeline), ("context", context)):
         at_least(f"parallel.{name}_parallel_size", size, 1)
-    _refuse_unsupported(run)
+    _refuse_unsupported(run, shields)
     if not parallel.timeout_minutes > 0:
         raise UserError(f"parallel.timeout_minutes: {parallel.timeout_minutes} must be above 0; 30 is usual")
     model = tensor * pipeline * context
@@ -198,7 +203,7 @@ def _settings(run: RunConfig) -> Iterator[tuple[str, Any]]:
                 yield f"{section}.{name}", value
 
 
-def _refuse_unsupported(run: RunConfig) -> None:
+def _refuse_unsupported(run: RunConfig, shields: bool) -> None:
     for key, value in _settings(run):
         if key == "parallel.expert_tensor_parallel_size" and value == 1:
             continue
@@ -206,9 +211,10 @@ def _refuse_unsupported(run: RunConfig) -> None:
         for pattern, reason in UNSUPPORTED:
             if fnmatch(key, pattern):
                 raise UserError(f"{key}: {shown}: {reason}; leave it out")
-        if run.shield.method != "none" and key in UNSHIELDED:
+        if shields and key in UNSHIELDED:
             raise UserError(
-                f"{key}: {shown} does not go with a shield: {UNSHIELDED[key]}; leave it out, or set shield.method: none"
+                f"{key}: {shown} does not go with method {run.method.name}: {UNSHIELDED[key]}; leave it out, or set "
+                "method.name: none"
             )
         if not _cuda() and any(fnmatch(key, pattern) for pattern in NEEDS_CUDA):
             raise UserError(f"{key}: {shown} needs CUDA, which is not here; leave it out")
@@ -247,10 +253,6 @@ def validate_precision(run: RunConfig) -> None:
 
 def validate_model(run: RunConfig, hf: dict[str, Any], *, training: bool = True) -> None:
     """Check the model of config.json (`hf`) against the mesh and the sequence length."""
-    from megatron_ssu.models.build import transformer_config
-    from megatron_ssu.models.families import read_family
-
-    family, dims = read_family(hf, run.model.path)
     sizes = _sizes(run, hf)
     _tensor_parallel(run, sizes)
     _layers(run, sizes["num_hidden_layers"])
@@ -258,16 +260,6 @@ def validate_model(run: RunConfig, hf: dict[str, Any], *, training: bool = True)
     _lengths(run, sizes["max_position_embeddings"], training)
     if training:
         _fp8_shapes(run, sizes)
-    transformer_config(run, family, hf, dims)  # what is left, megatron-core itself refuses
-
-
-def _shield_rules(run: RunConfig, hf: dict[str, Any]) -> None:
-    """Check that shield.protect and shield.kinds name weights that the model has."""
-    from megatron_ssu.methods.options import check_rules
-    from megatron_ssu.models.families import read_family
-
-    family, dims = read_family(hf, run.model.path)
-    check_rules(run, family.matrices(dims))
 
 
 def _sizes(run: RunConfig, hf: dict[str, Any]) -> dict[str, int]:

@@ -37,7 +37,6 @@ def validate_train(run: RunConfig, dp: int) -> None:
     _seed("train.seed", train.seed)
     _seed("data.seed", run.data.seed)
     at_least("log.interval", run.log.interval, 1)
-    validate_shield(run)
     validate_data(run)
     validate_checkpoint(run)
 
@@ -168,8 +167,6 @@ def validate_shield(run: RunConfig) -> None:
         at_least(f"shield.calibration.{name}", getattr(calibration, name), 1)
     _seed("shield.seed", shield.seed)
     _seed("shield.calibration.seed", calibration.seed)
-    if shield.method == "none":
-        return
     check_names(run)
     for name in ("file", "scores"):
         given = getattr(shield, name)
@@ -192,7 +189,7 @@ def validate_shield(run: RunConfig) -> None:
 def needs_calibration(run: RunConfig) -> bool:
     """Must this run forward calibration samples to get its shield? Not when a shield or scores are there."""
     shield, made = run.shield, Path(run.checkpoint.directory)
-    if shield.method != "ssu" or shield.file or shield.scores:
+    if shield.file or shield.scores:
         return False
     if not base.needs_calibration([shield.score, *shield.also_score]) and shield.norms != "half":
         return False

@@ -29,6 +29,14 @@ class Owned:
         """The settings that its update takes: lr, betas, weight_decay, ..."""
         return self.member.optimizer.param_groups[self.member.model_param_group_index_map[self.param][0]]
 
+    @property
+    def gradient(self) -> Tensor | None:
+        """fp32 [stop - start]: the reduced gradient that the optimizer will read; None before it is there."""
+        group, place = self.member.model_param_group_index_map[self.param]
+        main = self.member.optimizer.param_groups[group]["params"][place]
+        decoupled = getattr(main, "decoupled_grad", None)
+        return main.grad if decoupled is None else decoupled
+
     def states(self) -> dict[str, Tensor]:
         """Flat [stop - start]: the main weight (MAIN) and, when the optimizer has them, its moments by its names for them.
 
@@ -70,6 +78,14 @@ def gradients(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
             gradient = param.grad if decoupled is None else decoupled
             if gradient is not None:
                 yield gradient
+
+
+def owned_gradients(optimizer: MegatronOptimizer) -> Iterator[tuple[Owned, Tensor]]:
+    """All that this rank holds state of, with its gradient."""
+    for part in owned(optimizer):
+        gradient = part.gradient
+        if gradient is not None:
+            yield part, gradient
 
 
 def choose_adam_kernel(optimizer: MegatronOptimizer, fused: bool) -> None:

@@ -15,9 +15,9 @@ import numpy as np
 
 from megatron_ssu.compact.rules import padded
 from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.methods.base import Method
 from megatron_ssu.models.family import Dims, Family
-from megatron_ssu.shield.budget import units_of_ratio
-from megatron_ssu.shield.mask import Granularity, unit_count
+from megatron_ssu.shield.mask import Granularity
 from megatron_ssu.shield.shield_file import Shield
 
 
@@ -41,26 +41,19 @@ class Compact:
     stored: float  # whose main weight and moments are in a checkpoint
 
 
-def matrix_shields(run: RunConfig, family: Family, dims: Dims, shield: Shield | None) -> dict[str, MatrixShield]:
-    """By Hugging Face name: those of `shield`, else shield.ratio of every linear weight, of the granularity of the run file."""
-    if run.shield.method == "none":
-        return {}
+def matrix_shields(
+    method: Method, run: RunConfig, family: Family, dims: Dims, shield: Shield | None
+) -> dict[str, MatrixShield]:
+    """By Hugging Face name: those of `shield`, else what the method expects of the run file."""
     if shield is None:
-        granularity: Granularity = run.shield.granularity  # type: ignore[assignment]
-        return {
-            m.name: MatrixShield(granularity, _rounded(run.shield.ratio, unit_count(granularity, m.shape)))
-            for m in family.linear_matrices(dims)
-        }
+        expected = method.expected_shield(run, family.matrices(dims))
+        return {name: MatrixShield(granularity, frozen) for name, (granularity, frozen) in expected.items()}
     found, entries = {}, shield.header()["matrices"]
     for name in shield.matrices:
         granularity, frozen = entries[name]["granularity"], shield.ratio_of(name)
         partly = granularity != "element" and 0 < frozen < 1
         found[name] = MatrixShield(granularity, frozen, shield.masks[name].bits() if partly else None)
     return found
-
-
-def _rounded(ratio: float, units: int) -> float:
-    return units_of_ratio(ratio, units) / units
 
 
 def compact(shield: MatrixShield | None, shape: Sequence[int], split: int | None, tensor: int, length: int) -> Compact:

@@ -19,7 +19,7 @@ from megatron_ssu.config.validate_train import at_least, validate_batches
 from megatron_ssu.errors import UserError
 from megatron_ssu.estimate import step_time as steps
 from megatron_ssu.estimate.activations import Kept, MicroBatch, Recompute, head_kept, in_flight, layer_kept
-from megatron_ssu.estimate.compact import matrix_shields
+from megatron_ssu.estimate.compact import MatrixShield, matrix_shields
 from megatron_ssu.estimate.hardware import Gpu
 from megatron_ssu.estimate.host import HostBytes, host_bytes
 from megatron_ssu.estimate.weights import (
@@ -31,9 +31,11 @@ from megatron_ssu.estimate.weights import (
     optimizer_bytes,
     state_bytes,
 )
+from megatron_ssu.methods.registry import method_of
 from megatron_ssu.models.build import transformer_config
 from megatron_ssu.models.families import read_family
 from megatron_ssu.models.family import Dims, Family
+from megatron_ssu.shield.budget import check_ratio
 from megatron_ssu.shield.shield_file import Shield
 
 # Of FP8, whose weight-gradient GEMMs can leave frozen columns and rows out.
@@ -93,24 +95,24 @@ def smallest_world(run: RunConfig) -> int:
 
 
 def estimate(run: RunConfig, hf: dict[str, Any], world: int, *, shield: Shield | None = None, engine: bool) -> Estimate:
-    """`hf`: the model's config.json. `shield`: the run's, where it is planned already; else shield.ratio of every linear
-    weight counts as frozen. `engine`: Transformer Engine's layers with flash attention, as on GPUs; else megatron-core's own.
+    """`hf`: the model's config.json. `shield`: the run's, where it is there already; else what its method expects to freeze
+    counts as frozen. `engine`: Transformer Engine's layers with flash attention, as on GPUs; else megatron-core's own.
 
     Raises:
         UserError: mesh, model or batch would be refused on `world` ranks.
     """
-    here = _as_checked_here(run)
-    data = validate_mesh(here, world)
+    here, method = _as_checked_here(run), method_of(run)
+    data = validate_mesh(here, world, shields=method.shields)
     for name in ("iterations", "micro_batch_size", "global_batch_size"):
         at_least(f"train.{name}", getattr(run.train, name), 1)
     validate_batches(run, data)
     validate_model(here, hf)
-    if not 0 <= run.shield.ratio <= 1:
-        raise UserError(f"shield.ratio: {run.shield.ratio} must be from 0 to 1; 0.5 is usual")
+    check_ratio(run.shield.ratio, "shield.ratio")
     if run.parallel.context > 1:
         raise UserError("parallel.context_parallel_size: estimate does not count context parallelism; set it to 1")
     family, dims = read_family(hf, run.model.path)
-    return _Counter(run, family, dims, data, shield, engine, transformer_config(here, family, hf, dims)).count()
+    shields = matrix_shields(method, run, family, dims, shield)
+    return _Counter(run, family, dims, data, shields, engine, transformer_config(here, family, hf, dims)).count()
 
 
 def _as_checked_here(run: RunConfig) -> RunConfig:
@@ -138,7 +140,7 @@ class _Counter:
         family: Family,
         dims: Dims,
         data: int,
-        shield: Shield | None,
+        shields: dict[str, MatrixShield],
         engine: bool,
         config: TransformerConfig,
     ) -> None:
@@ -152,7 +154,7 @@ class _Counter:
             train.global_batch_size // (train.micro_batch_size * data),
             bool(parallel.ddp.get("overlap_grad_reduce")),
         )
-        self.shields = matrix_shields(run, family, dims, shield)
+        self.shields = shields
         weight = 2 if run.precision.dtype == "bf16" else 4
         self.formats = Formats(weight, 4 if parallel.ddp.get("grad_reduce_in_fp32", True) else weight)
         self.batch = MicroBatch(

@@ -1,63 +1,130 @@
-"""What a method is: where a shield comes from and when it changes.
+"""What a method is: which weights train, and what happens to their gradients.
 
-A method is one class in one file, registered by `@register`. The trainer calls
+A method is one class in one file, listed in registry.py. The class here is full fine-tuning with a stock trainer; every method
+overrides what it changes. A run calls, in this order:
 
-    check(run, source, begun)   on one rank, before data is tokenized and the model loaded: refuses what it can by then
-    shield(session, begun)   once, on all ranks, before DDP wraps the model: the shield of the run; `begun` where a
-                             checkpoint is there to go on from: then the shield is the one that it was trained under
-    present_shield(run, source)   on one rank: the same of a run that has begun, where it needs no scoring, else None
+    validate    on every rank, before anything: what can be told from the run file and the model's config.json
+    check       on rank 0, before data is tokenized and the model loaded: what is there already
+    prepare     collective, with the model loaded: the run's shield, which is in a file when this returns
+    attach      before DDP wraps the model: compact parameters, frozen flags, adapters
+    after_backward, on_gradients   in every step
+    before_export, export_files    when the weights are written as a Hugging Face directory
 
-and knows nothing else of methods. True means frozen.
+Modules of methods import neither torch nor megatron-core when they are loaded: run files are read with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from megatron_ssu.config.schema import RunConfig
-from megatron_ssu.errors import UserError
-from megatron_ssu.models.parallel_model import ParallelModel
-from megatron_ssu.models.source import Source
-from megatron_ssu.shield.shield_file import Shield
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from megatron_ssu.compact.parameters import CompactParameters
+    from megatron_ssu.config.schema import RunConfig
+    from megatron_ssu.engine.linear import Gemm
+    from megatron_ssu.engine.optimizer import Owned
+    from megatron_ssu.models.matrix import Matrix
+    from megatron_ssu.models.parallel_model import ParallelModel
+    from megatron_ssu.models.source import Source
+    from megatron_ssu.shield.mask import Granularity
+    from megatron_ssu.shield.shield_file import Shield
+
+log = logging.getLogger(__name__)
 
 
-class Method(Protocol):
-    """See the module docstring."""
+@dataclass(frozen=True)
+class NoOptions:
+    """Options of a method that has none."""
+
+
+@dataclass
+class Job:
+    """What a method has to prepare with.
+
+    `probe(model, iterations, optimizer)` trains all weights of the model for so many steps on the run's training data, with
+    `optimizer` in place of train.optimizer and a constant learning rate, and returns the trainer.
+    `rebuild()` gives the model anew, with the source's weights.
+    """
+
+    model: ParallelModel
+    begun: bool  # there is a checkpoint to resume from: its shield stays
+    probe: Callable[[ParallelModel, int, dict[str, Any]], Any]
+    rebuild: Callable[[], ParallelModel]
+
+
+class Method:
+    """Full fine-tuning: everything trains, nothing else happens."""
+
+    name: ClassVar[str] = "none"
+    summary: ClassVar[str] = "full fine-tuning"
+    Options: ClassVar[type] = NoOptions
+    planned: ClassVar[bool] = False  # whether the `plan` command can make its shield from scores
+    shields: ClassVar[bool] = False  # whether weights may be frozen in part, and have compact parameters then
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = self.Options() if options is None else options
+
+    def decides(self, run: RunConfig) -> dict[str, Any]:
+        """Keys of the shield section that the method's own options stand for, with their values."""
+        return {}
+
+    def validate(self, run: RunConfig, matrices: Iterable[Matrix]) -> None:
+        """Check options against the model's matrices. Raises UserError."""
 
     def check(self, run: RunConfig, source: Source, *, begun: bool) -> None:
         """Raises UserError where what is there already does not fit the run file. Makes nothing."""
-        ...
-
-    def shield(self, session: ParallelModel, *, begun: bool) -> Shield:
-        """The shield that training starts with. Collective; raises UserError on all ranks alike, also where the shield of
-        a run that has begun would come out another, and replaces nothing then."""
-        ...
 
     def present_shield(self, run: RunConfig, source: Source) -> Shield | None:
-        """The shield of a run that has begun, without the model's weights; None where it takes a session to make it."""
-        ...
+        """The shield of a run that has begun, without the model's weights; None where it takes a model to make it."""
+        return nothing_frozen(self.name, source)
+
+    def prepare(self, job: Job) -> Shield | None:
+        """The shield that training starts with, read from its file; None where nothing is frozen. Collective.
+
+        Raises UserError on all ranks alike, also where the shield of a run that has begun would come out another.
+        """
+        return None
+
+    def attach(self, model: ParallelModel, shield: Shield, gemm: Gemm | None) -> CompactParameters:
+        """Set up what trains, before DDP wraps the chunks. `gemm`: see CompactParameters."""
+        from megatron_ssu.compact.parameters import CompactParameters
+
+        return CompactParameters(model.chunks, model.layout, shield, gemm=gemm)
+
+    def after_backward(self, chunk: torch.nn.Module) -> None:
+        """A micro-batch's backward pass through `chunk` has ended; gradients so far are in `main_grad`, not reduced yet."""
+
+    def on_gradients(self, gradients: Iterable[tuple[Owned, Tensor]]) -> None:
+        """Change reduced gradients in place, before their norm: fp32, each of the range that this rank owns. Collective."""
+
+    def before_export(self, model: ParallelModel) -> None:
+        """The weights are about to be exported; training is over."""
+
+    def export_files(self, model: ParallelModel, folder: Path) -> None:
+        """Write further files of an export into `folder`, which rank 0 has. Collective."""
+
+    def identity(self) -> dict[str, Any]:
+        """Facts that must be the same on resume, beside the shield: by name within `method.<name>`."""
+        return asdict(self.options)
+
+    def sharded_state(self, model: ParallelModel) -> dict[str, Any]:
+        """What checkpoints hold beside the model's weights: megatron's ShardedTensors, which are loaded in place."""
+        return {}
+
+    def expected_shield(self, run: RunConfig, matrices: Iterable[Matrix]) -> Mapping[str, tuple[Granularity, float]]:
+        """By matrix: granularity and fraction that will be frozen, as far as it is known before there is a shield."""
+        return {}
 
 
-_METHODS: dict[str, Callable[[], Method]] = {}
+def nothing_frozen(method: str, source: Source) -> Shield:
+    """The shield of a method that freezes nothing."""
+    from megatron_ssu.models.fingerprint import model_fingerprint
+    from megatron_ssu.shield.shield_file import Shield
 
-
-def register(name: str) -> Callable[[type], type]:
-    """Class decorator: make a method known as `shield.method=name`."""
-
-    def add(cls: type) -> type:
-        if name in _METHODS:
-            raise ValueError(f"method {name} is registered twice")
-        _METHODS[name] = cls
-        return cls
-
-    return add
-
-
-def method_named(name: str) -> Method:
-    """Raises UserError, listing the methods there are, for an unknown name."""
-    from megatron_ssu.methods import static  # noqa: F401 - registers its methods
-
-    if name not in _METHODS:
-        raise UserError(f"shield.method: {name!r} is unknown; choose from {', '.join(sorted(_METHODS))}")
-    return _METHODS[name]()
+    return Shield(method, source.name, model_fingerprint(source.path), matrices={}, masks={})

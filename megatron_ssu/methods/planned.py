@@ -28,12 +28,12 @@ def shield_path(run: RunConfig) -> Path:
     return Path(run.shield.file or Path(run.checkpoint.directory) / "shield.safetensors")
 
 
-def plan(run: RunConfig, source: Source, scores: Scores, *, method: str = "ssu") -> Shield:
+def plan(run: RunConfig, source: Source, scores: Scores) -> Shield:
     """A shield for the run's model out of its scores."""
     return plan_shield(
         scores,
         plan_options(run),
-        method=method,
+        method=run.method.name,
         frozen_rows=special_token_rows(run, source),
         weights=source.checkpoint.get,
     )

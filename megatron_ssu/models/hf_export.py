@@ -11,6 +11,7 @@ import os
 import shutil
 import struct
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,19 @@ def check_target(target: str | Path, key: str) -> Path:
 
 
 def export_model(
-    layout: Layout, mesh: Mesh, source: HFCheckpoint, target: Path, max_shard_size: int, *, record: str | None = None
+    layout: Layout,
+    mesh: Mesh,
+    source: HFCheckpoint,
+    target: Path,
+    max_shard_size: int,
+    *,
+    record: str | None = None,
+    further: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write the model to the Hugging Face directory `target`, each tensor in the dtype that `source` stores it in.
 
     Collective over all ranks. Config, tokenizer and generation config are carried over from `source`. `record` (on rank 0)
-    is the text of the export's own record.
+    is the text of the export's own record; `further` (on all ranks) writes more into the folder that becomes `target`.
 
     Raises:
         UserError: `target` exists, or cannot be written.
@@ -122,6 +130,7 @@ def export_model(
                 writer.write(whole)
         if mesh.rank == 0:
             writer.end()
+    further(partial)
     on_rank_zero(lambda: _finish(writer, files, source.directory, target, partial, record))
 
 

@@ -8,12 +8,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ssu.config.schema import RunConfig
-from megatron_ssu.config.validate import validate_run
-from megatron_ssu.engine.mesh import Mesh, start_mesh, start_processes, world_size
+from megatron_ssu.engine.mesh import Mesh, start_mesh, start_processes
 from megatron_ssu.engine.ranks import on_all_ranks
-from megatron_ssu.models.build import DTYPES, build_chunks, rope_frequencies, transformer_config
+from megatron_ssu.models.build import build_chunks, transformer_config
 from megatron_ssu.models.family import padded_vocab
-from megatron_ssu.models.hf_import import check_checkpoint, import_weights
+from megatron_ssu.models.hf_import import import_weights
 from megatron_ssu.models.layout import Layout
 from megatron_ssu.models.source import Source, open_source
 
@@ -30,22 +29,9 @@ class ParallelModel:
     layout: Layout
 
 
-def check_run(run: RunConfig, *, training: bool = True, shielding: bool = True) -> Source:
-    """Everything that can be checked without weights, before any process group is made. Raises UserError.
-
-    Without `training` the settings of the training loop are not checked, without `shielding` nor is the shield section.
-    """
-    source = open_source(run.model.path)
-    rope_frequencies(source.hf, run.model.path)
-    validate_run(run, world_size(), source.hf, training=training, shielding=shielding)
-    check_checkpoint(source.checkpoint, source.family, source.dims, DTYPES[run.precision.dtype])
-    return source
-
-
 def open_model(run: RunConfig, source: Source | None = None, *, load: bool = True) -> ParallelModel:
     """Start the mesh, build this rank's model chunks and, with `load`, fill them from the Hugging Face directory."""
     source = source or open_source(run.model.path)
-    family, dims = source.family, source.dims
     start_processes(run.parallel.timeout_minutes)
     mesh = start_mesh(
         run.parallel.tensor,
@@ -55,6 +41,11 @@ def open_model(run: RunConfig, source: Source | None = None, *, load: bool = Tru
         run.train.seed,
         run.parallel.timeout_minutes,
     )
+    return _filled(run, source, mesh, load=load)
+
+
+def _filled(run: RunConfig, source: Source, mesh: Mesh, *, load: bool) -> ParallelModel:
+    family, dims = source.family, source.dims
     config = transformer_config(run, family, source.hf, dims)
     chunks = build_chunks(run, family, source.hf, dims, config, mesh)
     vocab_rows = padded_vocab(dims.vocab, run.model.make_vocab_size_divisible_by)
@@ -62,3 +53,8 @@ def open_model(run: RunConfig, source: Source | None = None, *, load: bool = Tru
     if load:
         on_all_ranks(lambda: import_weights(layout, source.checkpoint))
     return ParallelModel(run, mesh, source, config, chunks, layout)
+
+
+def rebuilt(model: ParallelModel) -> ParallelModel:
+    """The model anew on the same mesh, with the source's weights: chunks that DDP has not wrapped. Collective."""
+    return _filled(model.run, model.source, model.mesh, load=True)

@@ -31,6 +31,7 @@ from megatron_ssu.engine.checkpoint_io import Saver, in_process_checkpoint_write
 from megatron_ssu.engine.optimizer import reset_moments
 from megatron_ssu.engine.ranks import gathered, is_rank_zero, on_all_ranks, on_rank_zero
 from megatron_ssu.errors import UserError
+from megatron_ssu.methods.base import Method
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.train import sharded_state as states
@@ -112,13 +113,14 @@ class Checkpoints:
         progress: Progress,
         identity: Identity,
         optimizer: OptimizerState,
+        method: Method,
     ) -> Path:
         """Write a checkpoint, or begin to in the background; collective.
 
         Raises UserError on all ranks where one cannot write; the checkpoint before stays whole.
         """
         self.finish()
-        return self._write(session, lambda: states.sharded_state(session, optimizer), progress, identity)
+        return self._write(session, lambda: states.sharded_state(session, optimizer, method), progress, identity)
 
     def save_weights(self, session: ParallelModel) -> Path:
         """Write the model's weights alone, as iteration 0: for export, not to go on from; collective."""
@@ -266,6 +268,7 @@ class Checkpoints:
         session: ParallelModel,
         identity: Identity,
         optimizer: OptimizerState,
+        method: Method,
     ) -> Progress:
         """Load model, optimizer and RNG from a checkpoint of any mesh; collective.
 
@@ -285,10 +288,10 @@ class Checkpoints:
             identity.compare(common["identity"], path, new_phase=new_phase)
 
         on_all_ranks(compare)
-        states.load_model(session, path)
+        states.load_model(session, method, path)
         optimizer.compact.read()
         same_mesh = common["mesh"] == states.mesh_facts(session)
-        states.load_training(session, optimizer, path, with_rng=same_mesh)
+        states.load_training(session, optimizer, method, path, with_rng=same_mesh)
         if new_phase:
             start = progress.iteration if phase.rewarm else progress.schedule_start
             progress = Progress(progress.iteration, 0, phase.number, start)
@@ -296,15 +299,15 @@ class Checkpoints:
                 reset_moments(optimizer.optimizer)
         return progress
 
-    def load_weights(self, iteration: int, session: ParallelModel) -> dict[str, Any]:
-        """Load the model's weights alone; the checkpoint's common part. Collective.
+    def load_weights(self, iteration: int, session: ParallelModel, method: Method) -> dict[str, Any]:
+        """Load the weights of the model and of the method alone; the checkpoint's common part. Collective.
 
         Raises UserError where they are weights of another model than the session's, or in another precision.
         """
         path = self.path(iteration)
         common = on_all_ranks(lambda: _checked(path))
         on_rank_zero(lambda: _model_identity(session).compare_model(common["identity"], path))
-        states.load_model(session, path)
+        states.load_model(session, method, path)
         return common
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.data.run_datasets import train_sources
 from megatron_ssu.errors import UserError
+from megatron_ssu.methods.base import Method
 from megatron_ssu.models.hf_config import definition, read_hf_config, weights_part
 from megatron_ssu.shield.shield_file import Shield
 
@@ -63,11 +64,11 @@ class Identity:
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
 
 
-def identity_of(run: RunConfig, shield: Shield, train_digests: Sequence[str]) -> Identity:
-    """The facts of a run under a shield, on training data whose indexed datasets have these digests."""
+def identity_of(run: RunConfig, method: Method, shield: Shield, train_digests: Sequence[str]) -> Identity:
+    """The facts of a run of a method under a shield, on training data whose indexed datasets have these digests."""
     facts = model_facts(run, shield.fingerprint)
     facts |= {
-        "shield.method": shield.method,
+        "method.name": method.name,
         SHIELD: shield.digest(),
         "data.train (its weights)": [source.weight for source in train_sources(run)],
         DOCUMENTS: [digest[:16] for digest in train_digests],
@@ -79,6 +80,7 @@ def identity_of(run: RunConfig, shield: Shield, train_digests: Sequence[str]) ->
         "train.seed": run.train.seed,
         "train.fused_adam": run.train.fused_adam,
     }
+    facts |= _section(f"method.{method.name}", method.identity(), ())
     facts |= _section("model", run.model.transformer, _FREE_MODEL)
     facts |= _section("precision", run.precision.transformer, ())
     facts |= _section("train.optimizer", run.train.optimizer, _FREE_OPTIMIZER)

@@ -11,10 +11,9 @@ from megatron_ssu.config.units import seconds
 from megatron_ssu.data.loader import lost_loader
 from megatron_ssu.engine.ranks import on_rank_zero
 from megatron_ssu.errors import STATUS_NOT_FINITE, STATUS_RANK_LOST, TrainingStopped
-from megatron_ssu.shield.shield_file import Shield
 from megatron_ssu.train.backends import backends
 from megatron_ssu.train.checkpoints import Checkpoints, Progress
-from megatron_ssu.train.identity import identity_of
+from megatron_ssu.train.identity import Identity
 from megatron_ssu.train.loss_spikes import SpikeWatch
 from megatron_ssu.train.stop_requests import STATUS, StopRequests, verdict
 from megatron_ssu.train.telemetry import Telemetry
@@ -35,14 +34,14 @@ class Loop:
     """Steps from `progress` to train.iterations; evaluates and saves on the way."""
 
     def __init__(
-        self, trainer: Trainer, shield: Shield, datasets: Datasets, telemetry: Telemetry, progress: Progress
+        self, trainer: Trainer, identity: Identity, datasets: Datasets, telemetry: Telemetry, progress: Progress
     ) -> None:
         self.trainer, self.run, self.datasets = trainer, trainer.run, datasets
         self.telemetry, self.progress = telemetry, progress
         checkpoint = self.run.checkpoint
         self.checkpoints = Checkpoints(checkpoint.directory, checkpoint.keep, background=checkpoint.async_save)
         self.checkpoints.mark = lambda: trainer.mark("checkpoint")
-        self.identity = identity_of(self.run, shield, datasets.train_digests)
+        self.identity = identity
         self.spikes = SpikeWatch(self.run.train.spike_sigma)
         self.stop: str | None = None
         self.saved = progress.iteration if progress.iteration else None
@@ -131,7 +130,9 @@ class Loop:
         with trainer.phases("checkpoint"):
             self.published()
             trainer.gather_weights()
-            path = self.checkpoints.save(trainer.session, progress, self.identity, trainer.optimizer_state)
+            path = self.checkpoints.save(
+                trainer.session, progress, self.identity, trainer.optimizer_state, trainer.method
+            )
         self.saved = progress.iteration
         if not self.checkpoints.pending:
             self.telemetry.say(f"checkpoint {path}")
@@ -151,7 +152,7 @@ class Loop:
 
 def train(
     trainer: Trainer,
-    shield: Shield,
+    identity: Identity,
     datasets: Datasets,
     telemetry: Telemetry,
     progress: Progress,
@@ -161,7 +162,7 @@ def train(
 
     `started` (time.monotonic) is when train.exit_after begins to count. Raises TrainingStopped where the run ends before.
     """
-    loop = Loop(trainer, shield, datasets, telemetry, progress)
+    loop = Loop(trainer, identity, datasets, telemetry, progress)
     run = trainer.run
     telemetry.say(backends(trainer.session.chunks, trainer.optimizer, trainer.session.config.attention_backend.name))
     watchdog = Watchdog(0.9 * 60 * run.parallel.timeout_minutes)

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.errors import UserError
+from megatron_ssu.methods.base import Method
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.hf_export import check_target
 from megatron_ssu.models.source import Source
@@ -72,6 +73,7 @@ def may_be_exported(run: RunConfig, latest: int | None) -> bool:
 
 def check_exported(
     run: RunConfig,
+    method: Method,
     source: Source,
     checkpoints: Checkpoints,
     shield_of: Callable[[], Shield | None],
@@ -88,7 +90,7 @@ def check_exported(
     shield = shield_of()
     if shield is None:
         raise UserError(f"{checkpoints.folder.parent}: scores and shield are gone; restore them, or export elsewhere")
-    identity_of(run, shield, digests_of(common["identity"][DOCUMENTS])).compare(common["identity"], path)
+    identity_of(run, method, shield, digests_of(common["identity"][DOCUMENTS])).compare(common["identity"], path)
     progress = Progress(**common["progress"])
     progress.check_phase(run.train.phase.number, path)
     expected = checkpoint_record(source, path, common["identity"], progress)

@@ -21,6 +21,7 @@ from megatron_ssu.engine.checkpoint_io import check_metadata, weights_only_check
 from megatron_ssu.engine.device import local_device
 from megatron_ssu.engine.ranks import on_all_ranks
 from megatron_ssu.errors import UserError
+from megatron_ssu.methods.base import Method
 from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.train.optimizer_state import OptimizerState
 from megatron_ssu.train.scaling import restore_scaling, scaling_room, scaling_state
@@ -28,9 +29,9 @@ from megatron_ssu.train.scaling import restore_scaling, scaling_room, scaling_st
 RNG_BYTES = 1 << 16  # room for one rank's generators
 
 
-def sharded_state(session: ParallelModel, optimizer: OptimizerState) -> dict[str, Any]:
+def sharded_state(session: ParallelModel, optimizer: OptimizerState, method: Method) -> dict[str, Any]:
     """This rank's part of a checkpoint, as dist_checkpointing takes it."""
-    model = model_state(session)
+    model = weights_state(session, method)
     return {
         **model,
         "optimizer": optimizer.to_save(model),
@@ -39,12 +40,14 @@ def sharded_state(session: ParallelModel, optimizer: OptimizerState) -> dict[str
     }
 
 
-def load_training(session: ParallelModel, optimizer: OptimizerState, path: Path, *, with_rng: bool) -> None:
+def load_training(
+    session: ParallelModel, optimizer: OptimizerState, method: Method, path: Path, *, with_rng: bool
+) -> None:
     """Load what a checkpoint holds besides the model: the optimizer's state, that of FP8 scaling, and random numbers.
 
     Collective. Raises UserError as `read_sharded`.
     """
-    model = model_state(session)
+    model = weights_state(session, method)
     state = {
         "optimizer": optimizer.to_load(model),
         "scaling": scaling_room(session, _stored(path)) if uses_delayed_scaling(session) else {},
@@ -77,9 +80,18 @@ def model_state(session: ParallelModel) -> dict[str, Any]:
     return found
 
 
-def load_model(session: ParallelModel, path: Path) -> None:
-    """Load a checkpoint's weights into the chunks, in place; collective. Raises UserError as `read_sharded`."""
-    state = model_state(session)
+def weights_state(session: ParallelModel, method: Method) -> dict[str, Any]:
+    """`model_state`, and what the method has beside the model's weights, as `method`."""
+    own = method.sharded_state(session)
+    return {**model_state(session), **({"method": own} if own else {})}
+
+
+def load_model(session: ParallelModel, method: Method, path: Path) -> None:
+    """Load a checkpoint's weights into the chunks, and the method's own, in place; collective.
+
+    Raises UserError as `read_sharded`.
+    """
+    state = weights_state(session, method)
     apply_factories(state)  # parts of fused weights become views of them: nothing is left to be put together
     assert all(entry.data.is_contiguous() for entry in nested_values(state) if isinstance(entry, ShardedTensor))
     read_sharded(state, path)

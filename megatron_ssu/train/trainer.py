@@ -25,13 +25,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
-from megatron_ssu.compact.parameters import CompactParameters
 from megatron_ssu.compact.trial import tried_gemm
 from megatron_ssu.data.loader import iterate
+from megatron_ssu.engine.autograd import after_backward
 from megatron_ssu.engine.device import has_cuda, local_device
 from megatron_ssu.engine.linear import accumulate_in_gemm
-from megatron_ssu.engine.optimizer import choose_adam_kernel, gradients, make_moments
+from megatron_ssu.engine.optimizer import Owned, choose_adam_kernel, gradients, make_moments, owned_gradients
 from megatron_ssu.engine.tensors import scale_all
+from megatron_ssu.methods.base import Method, nothing_frozen
 from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.shield.shield_file import Shield
 from megatron_ssu.train.checkpoints import Progress
@@ -96,11 +97,13 @@ class Step:
 class Trainer:
     """A session's model with DDP, optimizer and schedule around it."""
 
-    def __init__(self, session: ParallelModel, shield: Shield) -> None:
+    def __init__(self, session: ParallelModel, shield: Shield | None = None, method: Method | None = None) -> None:
+        """Without a `shield` nothing is frozen; without a `method` nothing happens but training."""
         self.session, self.run, self.mesh = session, session.run, session.mesh
-        run = self.run
+        run, self.method = self.run, method or Method()
+        shield = shield or nothing_frozen(self.method.name, session.source)
         gemm = tried_gemm(session.config) if shield.masks else None
-        self.compact = CompactParameters(session.chunks, session.layout, shield, gemm=gemm)
+        self.compact = self.method.attach(session, shield, gemm)
         if run.parallel.transformer.get("gradient_accumulation_fusion", True):
             accumulate_in_gemm(session.chunks)
         self.ddp_config = DistributedDataParallelConfig(
@@ -115,6 +118,7 @@ class Trainer:
         # What lasts is allocated before what comes and goes, and what does not fit is known before the first batch.
         make_moments(self.optimizer)
         self.optimizer_state = OptimizerState(self.optimizer, self.compact)
+        self._follows_backward = type(self.method).after_backward is not Method.after_backward
         self.compact.start()
         self.phases = Phases()
         self.mark: Callable[[str], None] = lambda doing: None  # told what the loop begins
@@ -150,10 +154,16 @@ class Trainer:
             self.mesh.data,
         )
 
+    def _forward_step(self, iterator: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        output, loss = forward_step(iterator, chunk)
+        if self._follows_backward and output.requires_grad:
+            after_backward(output, lambda: self.method.after_backward(chunk))
+        return output, loss
+
     def _schedule(self, batches: Iterator[Batch] | list, count: int, *, forward_only: bool) -> list[dict[str, Tensor]]:
         virtual = self.mesh.virtual
         return get_forward_backward_func()(
-            forward_step_func=forward_step,
+            forward_step_func=self._forward_step,
             data_iterator=batches,
             model=self.chunks if virtual else self.chunks[0],
             num_microbatches=count,
@@ -186,7 +196,7 @@ class Trainer:
         with self.phases("optimizer"):
             self.compact.drop_gradients()
             step = Step(loss, math.nan, current_lr(self.optimizer), votes=counts)
-            step.grad_norm = prepare_step(self.optimizer, self.waits)
+            step.grad_norm = prepare_step(self.optimizer, self.waits, self.method.on_gradients)
             step.skipped = not (math.isfinite(loss) and math.isfinite(step.grad_norm))
             if not step.skipped:
                 clip(self.optimizer, step.grad_norm)
@@ -273,13 +283,19 @@ def current_lr(optimizer: MegatronOptimizer) -> float:
 
 
 @torch.no_grad()
-def prepare_step(optimizer: MegatronOptimizer, waits: Callable[[], AbstractContextManager] = nullcontext) -> float:
+def prepare_step(
+    optimizer: MegatronOptimizer,
+    waits: Callable[[], AbstractContextManager] = nullcontext,
+    change: Callable[[Iterator[tuple[Owned, Tensor]]], None] = lambda gradients: None,
+) -> float:
     """Bring the gradients to the main weights; their norm, the same on all ranks. The first half of `optimizer.step`.
 
-    `waits` is a context around what waits for the other ranks.
+    `waits` is a context around what waits for the other ranks; `change` may change the gradients before their norm.
     """
     if optimizer.prepare_grads():
         return math.inf
+    with waits():
+        change(owned_gradients(optimizer))
     with waits():
         return float(optimizer.get_grad_norm())
 

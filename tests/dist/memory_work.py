@@ -66,11 +66,11 @@ def measure(model: str, shield: str, directory: str, background: bool) -> dict[s
     checkpoints = Checkpoints(directory, background=background)
 
     def save() -> None:
-        checkpoints.save(session, Progress(iteration=1), Identity({}), trainer.optimizer_state)
+        checkpoints.save(session, Progress(iteration=1), Identity({}), trainer.optimizer_state, trainer.method)
         checkpoints.finish()
 
     def load() -> None:
-        checkpoints.load(1, session, Identity({}), trainer.optimizer_state)
+        checkpoints.load(1, session, Identity({}), trainer.optimizer_state, trainer.method)
 
     compact = {p for weight in trainer.compact.compact.values() for p in weight.params}
     found = {"parameters": sum(p.numel() for p in session.chunks[0].parameters() if p not in compact)}

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-PRELOADED = ["transformers", "megatron_ssu.commands.jobs", "megatron_ssu.models.specs", "tests.dist.work"]
+PRELOADED = ["transformers", "megatron_ssu.commands.train", "megatron_ssu.models.specs", "tests.dist.work"]
 
 
 class RankError(Exception):

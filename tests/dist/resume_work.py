@@ -93,10 +93,11 @@ def train_run(
     empty = Shield("none", "m", model_fingerprint(run.model.path), matrices={}, masks={})
     shield = load_shield(shield_file) if shield_file else empty
     trainer = Trainer(session, shield)
+    identity = identity_of(run, trainer.method, shield, [])
     checkpoints, progress = Checkpoints(run.checkpoint.directory), Progress(phase=run.train.phase.number)
     latest = on_rank_zero(checkpoints.latest)
     if latest is not None:
-        progress = checkpoints.load(latest, session, identity_of(run, shield, []), trainer.optimizer_state)
+        progress = checkpoints.load(latest, session, identity, trainer.optimizer_state, trainer.method)
         trainer.resume(progress)
     text, history, stopped = io.StringIO(), {}, None
     Path(run.checkpoint.directory).mkdir(parents=True, exist_ok=True)
@@ -113,7 +114,9 @@ def train_run(
     trainer.step = noted  # type: ignore[method-assign]
     before = signal.getsignal(signal.SIGUSR1)
     try:
-        loop.train(trainer, shield, loop.Datasets(Poisoned(poison) if poison else RandomTokens()), telemetry, progress)
+        loop.train(
+            trainer, identity, loop.Datasets(Poisoned(poison) if poison else RandomTokens()), telemetry, progress
+        )
     except TrainingStopped as stop:
         stopped = (stop.status, str(stop))
     finally:

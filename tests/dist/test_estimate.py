@@ -56,7 +56,7 @@ def test_state_is_what_the_ranks_hold(name, kind, dtype, shielded, ranks, models
     run = work.make_run(str(model), parallel, dtype, {}, LENGTH)
     found = ranks.run(work.state, world, run, str(file) if file else None)
     hf = json.loads((model / "config.json").read_text())
-    run.shield.method = "ssu" if shielded else "none"
+    run.method.name = "ssu" if shielded else "none"
     expected = estimate(run, hf, world, shield=load_shield(file) if file else None, engine=False)
     by_stage = world // len(expected.stages)
     for number, stage in enumerate(expected.stages):

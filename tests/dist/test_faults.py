@@ -81,7 +81,7 @@ def start_ranks(folder: Path, ranks: int) -> list[subprocess.Popen]:
     make_hf_tokenizer(model)
     write_jsonl(folder / "text.jsonl", ["Some words that are said again and again. " * 20] * 300)
     run = {
-        "model.path": model, "shield.method": "none", "data.train": folder / "text.jsonl", "data.sequence_length": 16,
+        "model.path": model, "method.name": "none", "data.train": folder / "text.jsonl", "data.sequence_length": 16,
         "data.loader_workers": 2, "train.iterations": 100000, "train.global_batch_size": 2, "precision.dtype": "fp32",
         "checkpoint.directory": folder / "run",
     }  # fmt: skip

@@ -9,13 +9,13 @@ import pytest
 
 from megatron_ssu import cli
 from megatron_ssu.compact.rules import is_pinned
-from megatron_ssu.config.load import load_run
 from megatron_ssu.errors import UserError
 from megatron_ssu.estimate.activations import in_flight
 from megatron_ssu.estimate.compact import MatrixShield, compact
 from megatron_ssu.estimate.estimate import estimate
 from megatron_ssu.estimate.hardware import GPUS, gpu_named
 from megatron_ssu.estimate.report import to_dict
+from megatron_ssu.methods.registry import read_run
 from megatron_ssu.models.families import family_of
 from megatron_ssu.models.family import Dims
 from megatron_ssu.shield.mask import Mask
@@ -44,7 +44,7 @@ def run(tmp_path):
             f"model: {{path: {tmp_path}}}\ncheckpoint: {{directory: {tmp_path / 'run'}}}\n"
             "data: {sequence_length: 2048}\ntrain: {micro_batch_size: 1, global_batch_size: 64}\n"
         )
-        return load_run(str(file), list(overrides))
+        return read_run(str(file), list(overrides))
 
     return load
 
@@ -95,7 +95,7 @@ def test_a_13b_model_by_hand(run):
 def test_a_compact_13b_model_is_smaller_than_a_whole_one(run):
     for data, most in ((1, 0.645), (64, 0.85)):
         whole, shielded = (
-            estimate(run(OLMO2_13B, f"shield.method={method}"), OLMO2_13B, data, engine=True).stages[0].state.lasting
+            estimate(run(OLMO2_13B, f"method.name={method}"), OLMO2_13B, data, engine=True).stages[0].state.lasting
             for method in ("none", "ssu")
         )
         assert 0.5 < shielded / whole <= most, data
@@ -123,12 +123,12 @@ def test_host_memory_of_checkpoints_by_hand(run):
     found = estimate(run(OLMO2_13B, *pipeline, "precision.dtype=fp32"), OLMO2_13B, 4, engine=True).host
     assert found.ranks == 4 and found.saving == found.stored == 16 * whole - 12 * frozen
     tied = {**OLMO2_13B, "tie_word_embeddings": True}
-    found = estimate(run(tied, *pipeline, "shield.method=none"), tied, 2, engine=True).host
+    found = estimate(run(tied, *pipeline, "method.name=none"), tied, 2, engine=True).host
     assert found.stored == 14 * (whole - 100352 * 5120) and found.loading == 12 * whole, "the tied head is loaded twice"
 
 
 def test_full_fine_tuning_freezes_nothing(run):
-    found = estimate(run(OLMO2_13B, "shield.method=none"), OLMO2_13B, 1, engine=True)
+    found = estimate(run(OLMO2_13B, "method.name=none"), OLMO2_13B, 1, engine=True)
     assert found.frozen == 0 and found.work.full == found.work.gemms and found.work.gather == 0
     stage = found.stages[0]
     assert stage.compact == 0 and stage.trainable == stage.parameters
@@ -278,7 +278,7 @@ def test_recomputation_keeps_less(run):
 
 def test_time_falls_with_faster_gpus_and_with_frozen_columns(run):
     shielded = estimate(run(OLMO2_13B), OLMO2_13B, 1, engine=True)
-    plain = estimate(run(OLMO2_13B, "shield.method=none"), OLMO2_13B, 1, engine=True)
+    plain = estimate(run(OLMO2_13B, "method.name=none"), OLMO2_13B, 1, engine=True)
     seconds = [shielded.time(GPUS[name]).total for name in ("a100", "h100", "b200")]
     assert seconds == sorted(seconds, reverse=True)
     h100 = GPUS["h100"]

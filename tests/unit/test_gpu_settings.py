@@ -17,6 +17,7 @@ from megatron_ssu.config import validate, validate_train
 from megatron_ssu.config.schema import CheckpointSection, ModelSection, ParallelSection, PrecisionSection, RunConfig
 from megatron_ssu.engine import linear
 from megatron_ssu.errors import UserError
+from megatron_ssu.methods.base import Method
 from megatron_ssu.models import build
 from megatron_ssu.models.families import family_of
 from megatron_ssu.models.family import Dims
@@ -76,7 +77,7 @@ def test_a_run_may_be_resumed_with_other_fused_kernels(monkeypatch: pytest.Monke
         run_config(),
         run_config(bias_activation_fusion=False, bias_dropout_fusion=True, apply_rope_fusion=False),
     )
-    assert identity_of(plain, shield, []).facts == identity_of(changed, shield, []).facts
+    assert identity_of(plain, Method(), shield, []).facts == identity_of(changed, Method(), shield, []).facts
 
 
 def test_gradients_are_averaged_by_nccl_alone() -> None:
@@ -181,7 +182,7 @@ def test_flash_attention_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> N
     [
         ("parallel", "tp_comm_overlap", True, "communication buffers"),
         ("precision", "fp8_wgrad", False, "would ignore it"),
-        ("model", "cuda_graph_impl", "local", "does not go with a shield"),
+        ("model", "cuda_graph_impl", "local", "does not go with method ssu"),
     ],
 )
 def test_settings_that_would_be_ignored_or_break_are_refused(

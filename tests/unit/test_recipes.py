@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_ssu.config.load import load_run
-from megatron_ssu.config.validate import validate_mesh, validate_run
+from megatron_ssu.commands.start import check_settings
+from megatron_ssu.config.validate import validate_mesh
+from megatron_ssu.methods.registry import method_of, read_run
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "slurm"
 README = (FOLDER / "README.md").read_text()
@@ -82,11 +83,11 @@ def test_every_recipe_has_its_meshes():
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row[0]}-{row[1]}x8-batch{row[4]}")
 def test_mesh_fits_its_model(world, row):
     recipe, nodes, (tensor, pipeline, virtual, data), micro, batch, memory, overrides = row
-    run = load_run(FOLDER / f"{recipe}.yaml", overrides)
+    run = read_run(FOLDER / f"{recipe}.yaml", overrides)
     directory = world / run.model.path
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(MODELS[recipe]))
-    validate_run(run, 8 * nodes, MODELS[recipe])
+    check_settings(run, method_of(run), MODELS[recipe], 8 * nodes)
     assert validate_mesh(run, 8 * nodes) == data
     assert (run.parallel.tensor, run.parallel.pipeline, run.parallel.virtual_pipeline or 1) == (
         tensor,
@@ -102,5 +103,5 @@ def test_mesh_fits_its_model(world, row):
 def test_recompute_goes_with_every_recipe(world):
     assert len(RECOMPUTE) == 1
     for recipe, hf in MODELS.items():
-        run = load_run(FOLDER / f"{recipe}.yaml", RECOMPUTE[0].split())
-        validate_run(run, 8, hf)
+        run = read_run(FOLDER / f"{recipe}.yaml", RECOMPUTE[0].split())
+        check_settings(run, method_of(run), hf, 8)

@@ -13,9 +13,9 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_ssu.cli import main
-from megatron_ssu.config.load import load_run
 from megatron_ssu.errors import UserError
 from megatron_ssu.methods.options import check_names
+from megatron_ssu.methods.registry import read_run
 from megatron_ssu.methods.scored import check_replaceable
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.source import open_source
@@ -122,7 +122,7 @@ def test_score_names_the_key_and_what_holds_its_place(tmp_path):
     (tmp_path / "run.yaml").write_text(f"model: {{path: {tmp_path}}}\ncheckpoint: {{directory: {tmp_path}}}\n")
     place = tmp_path / "scores.safetensors"
     place.write_bytes(b"mine")
-    run = load_run(tmp_path / "run.yaml")
+    run = read_run(tmp_path / "run.yaml")
     with pytest.raises(
         UserError, match=f"^{place}: not a scores file, .*; it is not replaced: remove it first$"
     ) as caught:

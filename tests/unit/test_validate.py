@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from megatron_ssu.commands.start import check_settings
 from megatron_ssu.config import validate
-from megatron_ssu.config.load import load_run
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.units import parse_size, parse_split
-from megatron_ssu.config.validate import validate_mesh, validate_model, validate_run
-from megatron_ssu.config.validate_train import validate_train
+from megatron_ssu.config.validate import validate_mesh, validate_model
+from megatron_ssu.config.validate_train import validate_shield
 from megatron_ssu.errors import UserError
+from megatron_ssu.methods.registry import method_of, read_run
 from megatron_ssu.models.hf_config import read_hf_config
 
 LLAMA: dict[str, Any] = {
@@ -62,7 +63,7 @@ GOOD: list[tuple[int, list[str], int]] = [
     (2, [f"{PP}=2", f"{VPP}=2", "parallel.microbatch_group_size_per_vp_stage=3", f"{BATCH}=5"], 1),
     (2, ["train.micro_batch_size=4", f"{BATCH}=8"], 2),
     (1, ["shield.calibration.path=", "shield.score=magnitude", "shield.also_score=[random]"], 1),
-    (1, ["shield.calibration.path=", "shield.method=none"], 1),
+    (1, ["shield.calibration.path=", "method.name=none"], 1),
     (1, ["shield.calibration.path=[a.jsonl, chat.jsonl]"], 1),
     (1, ["data.train=[p, {path: b.jsonl.gz, weight: 3}]", "data.source_valid=c.json.zst", "data.target_valid=p"], 1),
     (1, ["data.sequence_length=512", "train.schedule.warmup_fraction=0", "shield.ratio=0"], 1),
@@ -77,8 +78,8 @@ GOOD: list[tuple[int, list[str], int]] = [
 
 @pytest.mark.parametrize(("size", "overrides", "dp"), GOOD, ids=range(len(GOOD)))
 def test_good_runs_pass(world: Path, size: int, overrides: list[str], dp: int) -> None:
-    run = load_run("run.yaml", overrides)
-    validate_run(run, size, read_hf_config("hf"))
+    run = read_run("run.yaml", overrides)
+    check_settings(run, method_of(run), read_hf_config("hf"), size)
     assert validate_mesh(run, size) == dp
 
 
@@ -104,7 +105,7 @@ BAD: list[tuple[int, list[str], dict[str, Any], list[str]]] = [
     (1, ["train.optimizer.use_precision_aware_optimizer=true"], {}, ["use_precision_aware_optimizer", "needs CUDA"]),
     (1, ["train.optimizer.store_param_remainders=true"], {}, ["store_param_remainders", "whole main weights"]),
     (1, ["train.optimizer.overlap_param_gather_with_optimizer_step=true"], {}, ["overlap_param_gather_with_optimizer_step", "virtual pipeline"]),
-    (1, ["parallel.gradient_accumulation_fusion=true", "shield.method=none"], {}, ["parallel.gradient_accumulation_fusion", "needs CUDA"]),
+    (1, ["parallel.gradient_accumulation_fusion=true", "method.name=none"], {}, ["parallel.gradient_accumulation_fusion", "needs CUDA"]),
     (1, ["model.attention_backend=flash"], {}, ["model.attention_backend", "flash", "Transformer Engine"]),
     (1, ["parallel.ddp.overlap_param_gather=true"], {}, ["parallel.ddp.overlap_param_gather", "overlap_grad_reduce"]),
     (1, ["parallel.timeout_minutes=0"], {}, ["parallel.timeout_minutes", "above 0"]),
@@ -136,7 +137,7 @@ BAD: list[tuple[int, list[str], dict[str, Any], list[str]]] = [
     (1, [], {"vocab_size": "100"}, ["config.json", "vocab_size", "'100'"]),
     (1, [], {"model_type": "mamba"}, ["hf/config.json", "mamba", "llama"]),
     (1, [], {"num_key_value_heads": 3}, ["config.json", "num_key_value_heads 3 does not divide"]),
-    (1, ["shield.method=none", "parallel.defer_embedding_wgrad_compute=true"], {}, ["megatron-core", "embedding wgrad"]),
+    (1, ["method.name=none", "parallel.defer_embedding_wgrad_compute=true"], {}, ["megatron-core", "embedding wgrad"]),
     (1, ["parallel.defer_embedding_wgrad_compute=true"], {}, ["parallel.defer_embedding_wgrad_compute", "shielded head"]),
     # train
     (4, [f"{BATCH}=30", "train.micro_batch_size=2"], {}, [BATCH, "2 (micro batch) x 4 (data) = 8 does not divide 30", "24 or 32 would do"]),
@@ -212,7 +213,8 @@ def test_bad_runs_are_refused_in_one_line(
     world: Path, size: int, overrides: list[str], changes: dict[str, Any], words: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
-        validate_run(load_run("run.yaml", overrides), size, LLAMA | changes)
+        run = read_run("run.yaml", overrides)
+        check_settings(run, method_of(run), LLAMA | changes, size)
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     for word in words:
@@ -220,7 +222,7 @@ def test_bad_runs_are_refused_in_one_line(
 
 
 def test_the_equation_is_printed(world: Path) -> None:
-    run = load_run("run.yaml", [f"{TP}=2", f"{PP}=2"])
+    run = read_run("run.yaml", [f"{TP}=2", f"{PP}=2"])
     with pytest.raises(UserError) as caught:
         validate_mesh(run, 6)
     assert str(caught.value) == (
@@ -230,20 +232,20 @@ def test_the_equation_is_printed(world: Path) -> None:
 
 
 def test_scores_or_a_shield_made_before_need_no_calibration(world: Path) -> None:
-    run = load_run("run.yaml", ["shield.calibration.path="])
+    run = read_run("run.yaml", ["shield.calibration.path="])
     (world / "out").mkdir()
     (world / "out" / "scores.safetensors").touch()
-    validate_train(run, 1)
+    validate_shield(run)
     (world / "out" / "scores.safetensors").unlink()
     with pytest.raises(UserError, match=r"shield\.calibration\.path"):
-        validate_train(run, 1)
+        validate_shield(run)
 
 
 def test_scoring_needs_no_training_data(world: Path) -> None:
-    run = load_run("run.yaml", ["data.train=gone.jsonl", f"{BATCH}=3"])
-    validate_run(run, 2, LLAMA, training=False)
+    run = read_run("run.yaml", ["data.train=gone.jsonl", f"{BATCH}=3"])
+    check_settings(run, method_of(run), LLAMA, 2, training=False)
     with pytest.raises(UserError):
-        validate_run(run, 2, LLAMA)
+        check_settings(run, method_of(run), LLAMA, 2)
 
 
 def with_gpu(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
@@ -254,23 +256,28 @@ def with_gpu(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 
 def test_what_a_gpu_allows(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = ["precision.fp8=hybrid", "parallel.context_parallel_size=2", "model.attention_backend=fused"]
-    run = with_gpu(load_run("run.yaml", overrides), monkeypatch)
+    run = with_gpu(read_run("run.yaml", overrides), monkeypatch)
     assert validate_mesh(run, 4) == 2
     validate.validate_precision(run)
-    run = load_run("run.yaml", [*overrides, "data.sequence_length=34"])
+    run = read_run("run.yaml", [*overrides, "data.sequence_length=34"])
     with pytest.raises(UserError, match="34 is no multiple of 4"):
         validate_model(run, LLAMA)
-    run = load_run("run.yaml", ["precision.fp8=hybrid", "data.sequence_length=24"])
+    run = read_run("run.yaml", ["precision.fp8=hybrid", "data.sequence_length=24"])
     with pytest.raises(UserError, match=r"precision\.fp8: .* no multiple of 16"):
         validate_model(run, LLAMA)
-    run = load_run("run.yaml", ["precision.fp8=hybrid", "precision.dtype=fp32"])
+    run = read_run("run.yaml", ["precision.fp8=hybrid", "precision.dtype=fp32"])
     with pytest.raises(UserError, match=r"precision\.fp8: 'hybrid' needs precision\.dtype: bf16"):
         validate.validate_precision(run)
-    run = load_run("run.yaml", ["parallel.ddp.fp8_param_gather=true"])
-    with pytest.raises(UserError, match=r"parallel\.ddp\.fp8_param_gather: true does not go with a shield"):
+    run = read_run("run.yaml", ["parallel.ddp.fp8_param_gather=true"])
+    with pytest.raises(UserError, match=r"parallel\.ddp\.fp8_param_gather: true does not go with method ssu"):
         validate_mesh(run, 1)
-    assert validate_mesh(load_run("run.yaml", ["parallel.ddp.fp8_param_gather=true", "shield.method=none"]), 1) == 1
-    assert validate_mesh(load_run("run.yaml", ["parallel.gradient_accumulation_fusion=true"]), 1) == 1
+    assert (
+        validate_mesh(
+            read_run("run.yaml", ["parallel.ddp.fp8_param_gather=true", "method.name=none"]), 1, shields=False
+        )
+        == 1
+    )
+    assert validate_mesh(read_run("run.yaml", ["parallel.gradient_accumulation_fusion=true"]), 1) == 1
 
 
 def test_parse_size() -> None:
@@ -294,14 +301,14 @@ def test_parse_split() -> None:
 
 
 def test_documents_that_a_split_keeps_from_training_are_told(world: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from megatron_ssu.commands.jobs import _warn_of_unused_documents
+    from megatron_ssu.commands.train import _warn_of_unused_documents
 
     for overrides, told in (([], 0), (["data.split='99,1,0'"], 1), (["data.split='1,0,0'"], 0)):
         caplog.clear()
-        _warn_of_unused_documents(load_run("run.yaml", ["data.target_valid=a.jsonl", *overrides]))
+        _warn_of_unused_documents(read_run("run.yaml", ["data.target_valid=a.jsonl", *overrides]))
         assert len(caplog.records) == told
         assert all("data.split: 99,1,0 keeps 1 % of the documents out" in record.message for record in caplog.records)
-    _warn_of_unused_documents(load_run("run.yaml", ["data.split='99,1,0'"]))
+    _warn_of_unused_documents(read_run("run.yaml", ["data.split='99,1,0'"]))
     assert not [record for record in caplog.records if "out of training" in record.message]
 
 

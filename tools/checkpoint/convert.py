@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 
 def to_core(options: argparse.Namespace, console: Console) -> None:
     """Hugging Face directory -> run directory with one checkpoint of the weights, iteration 0."""
+    from megatron_ssu.commands.start import check_run
     from megatron_ssu.config.load import save_run
     from megatron_ssu.engine.mesh import start_processes
     from megatron_ssu.engine.ranks import on_all_ranks, on_rank_zero
+    from megatron_ssu.methods.registry import method_of
     from megatron_ssu.models.families import family_of
-    from megatron_ssu.models.parallel_model import check_run, open_model
+    from megatron_ssu.models.parallel_model import open_model
     from megatron_ssu.train.checkpoints import Checkpoints
     from megatron_ssu.train.run_lock import held
 
@@ -46,7 +48,7 @@ def to_core(options: argparse.Namespace, console: Console) -> None:
 
     start_processes()
     run = on_all_ranks(lambda: _core_run(options))
-    source = on_all_ranks(lambda: check_run(run, training=False))
+    source = on_all_ranks(lambda: check_run(run, method_of(run), training=False))
     with held(target, "convert"):
         on_rank_zero(refuse_run)
         path = Checkpoints(target).save_weights(open_model(run, source))
@@ -57,12 +59,12 @@ def to_core(options: argparse.Namespace, console: Console) -> None:
 def _core_run(options: argparse.Namespace) -> RunConfig:
     """The settings of the run directory, read as strictly as any run file."""
     from megatron_ssu.config.load import load_run, save_run
-    from megatron_ssu.config.schema import CheckpointSection, ModelSection, RunConfig, ShieldSection
+    from megatron_ssu.config.schema import CheckpointSection, MethodSection, ModelSection, RunConfig
 
     run = RunConfig(
         model=ModelSection(path=options.load_dir),
         checkpoint=CheckpointSection(directory=options.save_dir),
-        shield=ShieldSection(method="none"),
+        method=MethodSection(name="none"),
     )
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -75,11 +77,11 @@ def _core_run(options: argparse.Namespace) -> RunConfig:
 
 def to_hf(options: argparse.Namespace, console: Console) -> None:
     """A run directory's checkpoint -> Hugging Face directory."""
-    from megatron_ssu.commands import jobs
-    from megatron_ssu.config.load import load_run
+    from megatron_ssu.commands.export import export
+    from megatron_ssu.methods.registry import read_run
 
-    run = load_run(Path(options.load_dir) / "run.yaml", options.overrides)
-    jobs.export(run, Path(options.save_dir), options.iteration, console)
+    run = read_run(Path(options.load_dir) / "run.yaml", options.overrides)
+    export(run, Path(options.save_dir), options.iteration, console)
 
 
 def parse() -> argparse.Namespace:

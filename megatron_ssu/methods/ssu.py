@@ -1,0 +1,64 @@
+"""Source-Shielded Updates (arXiv 2512.04844): score on source samples, freeze the best columns of every matrix.
+
+Its options are the section `shield`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from megatron_ssu.methods.base import Job, Method
+
+if TYPE_CHECKING:
+    from megatron_ssu.config.schema import RunConfig
+    from megatron_ssu.models.matrix import Matrix
+    from megatron_ssu.models.source import Source
+    from megatron_ssu.shield.mask import Granularity
+    from megatron_ssu.shield.shield_file import Shield
+
+
+class SourceShieldedUpdates(Method):
+    """A shield that is planned from scores before the first step and stays."""
+
+    name: ClassVar[str] = "ssu"
+    summary: ClassVar[str] = "Source-Shielded Updates"
+    planned: ClassVar[bool] = True
+    shields: ClassVar[bool] = True
+
+    def validate(self, run: RunConfig, matrices: Iterable[Matrix]) -> None:
+        from megatron_ssu.config.validate_train import validate_shield
+        from megatron_ssu.methods.options import check_rules
+
+        validate_shield(run)
+        check_rules(run, matrices)
+
+    def check(self, run: RunConfig, source: Source, *, begun: bool) -> None:
+        from megatron_ssu.methods.scored import needs_scoring
+
+        needs_scoring(run, source, begun=begun)
+
+    def present_shield(self, run: RunConfig, source: Source) -> Shield | None:
+        from megatron_ssu.methods.scored import present_shield
+
+        return present_shield(run, source)
+
+    def prepare(self, job: Job) -> Shield | None:
+        from megatron_ssu.methods.scored import make_shield
+
+        return make_shield(job.model, begun=job.begun)
+
+    def identity(self) -> dict[str, Any]:
+        return {}  # the shield says it all
+
+    def expected_shield(self, run: RunConfig, matrices: Iterable[Matrix]) -> Mapping[str, tuple[Granularity, float]]:
+        from megatron_ssu.shield.budget import units_of_ratio
+        from megatron_ssu.shield.mask import unit_count
+
+        granularity: Granularity = run.shield.granularity  # type: ignore[assignment]
+        found = {}
+        for matrix in matrices:
+            if matrix.scored:
+                units = unit_count(granularity, matrix.shape)
+                found[matrix.name] = (granularity, units_of_ratio(run.shield.ratio, units) / units)
+        return found
