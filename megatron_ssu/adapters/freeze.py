@@ -65,17 +65,13 @@ def frozen(matrix: Matrix) -> Mask:
 
 def check_base(base: Shield, matrices: Iterable[Matrix], settings: AdapterSettings) -> None:
     """Raises UserError where adapters cannot leave alone what `base` freezes."""
-    if settings.dora and any(base.counts.get(m.name) for m in matrices if m.kind in settings.targets):
-        raise UserError(
-            f"method.lora.dora: must be false with method.lora.shielded, got true: DoRA scales whole rows, and with them what "
-            f"{base.label} freezes"
-        )
     for matrix in matrices:
         count = base.counts.get(matrix.name, 0)
         if matrix.kind not in settings.targets or count in (0, matrix.elements):
             continue
-        if base.masks[matrix.name].granularity not in ("column", "row"):
+        granularity = base.masks[matrix.name].granularity
+        if granularity not in ("column", "row"):
             raise UserError(
-                f"{base.label}: {matrix.name} is frozen by {base.masks[matrix.name].granularity}; adapters can leave columns or rows "
-                "alone: plan a shield by column or row, or set method.lora.shielded: false"
+                f"{base.label}: {matrix.name} must be frozen by column or row with method.lora.shielded: true, got by "
+                f"{granularity}; plan another shield"
             )

@@ -70,12 +70,16 @@ def _module(matrix: Matrix) -> str:
 
 
 def _whole_tensors(model: ParallelModel, kinds: frozenset[str]) -> dict[str, torch.Tensor]:
-    """The model's matrices of `kinds` under PEFT's names, on rank 0's CPU; empty on the others. A tied head is the embedding."""
+    """The model's matrices of `kinds` under PEFT's names, on rank 0's CPU; empty on the others. A tied head is the embedding.
+
+    Collective.
+    """
     if not kinds:
         return {}
     family, mesh = model.source.family, model.mesh
     own = {p.matrix.name: (shard, p) for shard, p in own_pieces(model.layout, mesh) if p.matrix.kind in kinds}
-    holders, found = holders_of(own, mesh), {}
+    holders = holders_of(own, mesh)
+    found: dict[str, torch.Tensor] = {}
     for name in sorted(holders):
         matrix = holders[name][0][1].matrix
         tensor = collect(matrix, model.config.params_dtype, own, holders, mesh)

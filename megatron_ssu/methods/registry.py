@@ -12,11 +12,13 @@ from megatron_ssu.config.load import load_run
 from megatron_ssu.config.schema import RunConfig, ShieldSection
 from megatron_ssu.errors import UserError
 from megatron_ssu.methods.base import Method
+from megatron_ssu.methods.lora import LowRankAdaptation
 from megatron_ssu.methods.ssu import SourceShieldedUpdates
 
 METHODS: tuple[type[Method], ...] = (
     Method,
     SourceShieldedUpdates,
+    LowRankAdaptation,
 )
 
 

@@ -28,7 +28,10 @@ def own_pieces(layout: Layout, mesh: Mesh) -> Iterator[tuple[torch.Tensor, Piece
 
 
 def holders_of(own: OwnPieces, mesh: Mesh) -> Holders:
-    """Which ranks send which piece of every matrix: one copy of each, from the first data- and context-parallel rank. Collective."""
+    """Which ranks send which piece of every matrix: one copy of each, from the first data- and context-parallel rank.
+
+    Collective.
+    """
     sends = mesh.data_rank == 0 and mesh.context_rank == 0
     mine = [(name, mesh.rank, piece) for name, (_, piece) in own.items()] if sends else []
     gathered: list[Any] = [None] * mesh.world

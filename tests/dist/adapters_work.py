@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
-from megatron_ssu.adapters.adapters import Adapters, add_adapters
-from megatron_ssu.adapters.freeze import adapter_shield, with_frozen_bases
-from megatron_ssu.adapters.peft_files import write_peft
 from megatron_ssu.adapters.settings import AdapterSettings
-from megatron_ssu.config.schema import OPTIMIZER_DEFAULTS, DataSection, ScheduleSection, TrainSection
+from megatron_ssu.config.schema import OPTIMIZER_DEFAULTS, CheckpointSection, DataSection, ScheduleSection, TrainSection
 from megatron_ssu.engine.optimizer import owned
+from megatron_ssu.methods.lora import LoraOptions, LowRankAdaptation
 from megatron_ssu.models.fingerprint import model_fingerprint
-from megatron_ssu.models.parallel_model import ParallelModel, open_model
+from megatron_ssu.models.parallel_model import open_model
 from megatron_ssu.shield.shield_file import load_shield
-from megatron_ssu.train import sharded_state
 from megatron_ssu.train.checkpoints import Checkpoints, Progress
-from megatron_ssu.train.identity import Identity
+from megatron_ssu.train.identity import Identity, model_facts
 from megatron_ssu.train.trainer import Trainer
 from tests.dist import work
 
@@ -37,8 +33,9 @@ def start(
     ddp: dict[str, Any] | None = None,
     transformer: dict[str, Any] | None = None,
     steps: int = 10,
-) -> tuple[Trainer, Adapters]:
-    """A trainer of a model with adapters."""
+    directory: str = "unused",
+) -> tuple[Trainer, LowRankAdaptation]:
+    """A trainer of a model with adapters, and its method; without files where there is no shield to start from."""
     run = work.run_config(
         model,
         parallel,
@@ -52,18 +49,16 @@ def start(
             schedule=ScheduleSection(warmup_fraction=0.1),
             optimizer={**OPTIMIZER_DEFAULTS, "lr": LR, "weight_decay": DECAY, "clip_grad": CLIP},
         ),
+        checkpoint=CheckpointSection(directory=directory),
     )
     run.model.transformer.update(transformer or {})
-    session = open_model(run)
-    matrices = list(session.source.family.matrices(session.source.dims))
-    base = load_shield(shield_file) if shield_file else None
-    shield = adapter_shield(
-        matrices, settings, model="m", fingerprint=model_fingerprint(model), embeddings=embeddings, base=base
+    fields = {name: getattr(settings, name) for name in ("rank", "alpha", "dora", "rslora", "seed")}
+    options = LoraOptions(
+        targets=list(settings.targets), embeddings=embeddings, shielded=shield_file is not None, **fields
     )
-    adapters = add_adapters(session, settings, base)
-    trainer = Trainer(session, with_frozen_bases(shield, matrices, settings))
-    trainer.compact.when_changed(adapters.changed)
-    return trainer, adapters
+    method, session = LowRankAdaptation(options), open_model(run)
+    base = load_shield(shield_file) if shield_file else None
+    return Trainer(session, method._own_shield(session.source, base), method), method
 
 
 def train_adapters(
@@ -71,9 +66,8 @@ def train_adapters(
 ) -> dict[str, Any]:
     """Losses, norms and rates by step, logits before and after, live and merged, and what trains on this rank."""
     target = options.pop("target", None)
-    whole = ("embedding", "head") if options.get("embeddings") else ()
-    trainer, adapters = start(model, parallel, settings, steps=steps, **options)
-    session = trainer.session
+    trainer, method = start(model, parallel, settings, steps=steps, **options)
+    session, adapters = trainer.session, method._adapters_of(trainer.session)
     before = work.logits_of(session, ids)
     batches = trainer.batches(work.RandomTokens(), 0)
     history = []
@@ -83,11 +77,11 @@ def train_adapters(
     trainer.gather_weights()
     live = work.logits_of(session, ids)
     tensors = adapters.peft_tensors()
-    adapters.merge()
+    method.before_export(session)
     merged = work.logits_of(session, ids)
     if target:
         work.export(session, target)
-        write_peft(adapters, Path(target) / "adapter", whole=whole)
+        method.export_files(session, Path(target))
     return {
         "history": history,
         "logits": (before, live, merged),
@@ -109,26 +103,21 @@ def resume(
     **options: Any,
 ) -> dict[str, Any]:
     """Train steps `span` of a run of `steps`, from the checkpoint of its start; losses, adapters and optimizer state after."""
-    trainer, adapters = start(model, parallel, settings, steps=steps, **options)
-    stock = sharded_state.model_state
-
-    def with_adapters(session: ParallelModel) -> dict[str, Any]:
-        return {**stock(session), "adapter": adapters.sharded_state()}
-
-    checkpoints, progress = Checkpoints(directory), Progress()
-    identity = Identity({"model": "m"})
-    with mock.patch.object(sharded_state, "model_state", with_adapters):
-        if span[0]:
-            progress = checkpoints.load(span[0], trainer.session, identity, trainer.optimizer_state)
-            trainer.resume(progress)
-        batches = trainer.batches(work.RandomTokens(), progress.samples)
-        history = []
-        for iteration in range(span[0] + 1, span[1] + 1):
-            history.append(trainer.step(batches).loss)
-            progress = Progress(iteration, iteration * work.GLOBAL_BATCH)
-            if iteration == save_at:
-                trainer.gather_weights()
-                checkpoints.save(trainer.session, progress, identity, trainer.optimizer_state)
+    trainer, method = start(model, parallel, settings, steps=steps, directory=directory, **options)
+    session, checkpoints, progress = trainer.session, Checkpoints(directory), Progress()
+    identity = Identity(model_facts(session.run, model_fingerprint(model)))
+    if span[0]:
+        progress = checkpoints.load(span[0], session, identity, trainer.optimizer_state, method)
+        trainer.resume(progress)
+    batches = trainer.batches(work.RandomTokens(), progress.samples)
+    history = []
+    for iteration in range(span[0] + 1, span[1] + 1):
+        history.append(trainer.step(batches).loss)
+        progress = Progress(iteration, iteration * work.GLOBAL_BATCH)
+        if iteration == save_at:
+            trainer.gather_weights()
+            checkpoints.save(session, progress, identity, trainer.optimizer_state, method)
+    adapters = method._adapters_of(session)
     return {
         "history": history,
         "adapters": [part.param.detach().clone() for part in adapters.parts()],
