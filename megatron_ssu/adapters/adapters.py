@@ -10,7 +10,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_ssu.adapters.layer import AdaptedLinear
 from megatron_ssu.adapters.matrix import AdaptedMatrix, Part
 from megatron_ssu.adapters.settings import AdapterSettings
-from megatron_ssu.models.collect import collect, holders_of
+from megatron_ssu.models.collect import PieceCollector
 from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.shield.shield_file import Shield
 
@@ -48,16 +48,14 @@ class Adapters:
     def peft_tensors(self) -> dict[str, torch.Tensor]:
         """The adapters under PEFT's names, whole, on rank 0's CPU; empty on the other ranks. Collective."""
         mesh = self.model.mesh
-        mine = list(self.parts())
-        own = {p.matrix.name: (p.param.detach(), p.piece) for p in mine if p.split or mesh.tensor_rank == 0}
-        holders = holders_of(own, mesh)
-        dtypes = {2: self.model.config.params_dtype, 1: torch.float32}
+        mine = (part for part in self.parts() if part.split or mesh.tensor_rank == 0)
+        collect = PieceCollector({part.matrix.name: (part.param.detach, part.piece) for part in mine}, mesh)
         found = {}
-        for name in sorted(holders):
-            matrix = holders[name][0][1].matrix
-            whole = collect(matrix, dtypes[len(matrix.shape)], own, holders, mesh)
+        for matrix in collect.matrices:
+            dtype = torch.float32 if len(matrix.shape) == 1 else self.model.config.params_dtype
+            whole = collect(matrix, dtype)
             if mesh.rank == 0:
-                found[peft_name(name)] = whole
+                found[peft_name(matrix.name)] = whole
         return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from megatron_ssu.adapters.settings import AdapterSettings
 from megatron_ssu.errors import UserError
@@ -21,7 +22,7 @@ def adapter_shield(
     fingerprint: str,
     embeddings: bool = False,
     base: Shield | None = None,
-    method: str = "lora",
+    plan: dict[str, Any] | None = None,
 ) -> Shield:
     """What merging the adapters never changes: every matrix without an adapter, frozen whole.
 
@@ -30,6 +31,7 @@ def adapter_shield(
         model, fingerprint: as in a shield.
         embeddings: embedding and head train as a whole.
         base: a shield whose frozen elements the adapters leave alone: it says what is frozen of what trains.
+        plan: what the shield follows from.
     """
     found = {m.name: m for m in matrices}
     masks = {}
@@ -40,11 +42,12 @@ def adapter_shield(
         else:
             masks[name] = frozen(matrix)
     return Shield(
-        method,
+        "lora",
         model,
         fingerprint,
-        matrices={name: found[name] for name in masks},
-        masks=masks,
+        matrices={name: found[name] for name in sorted(masks)},
+        masks={name: masks[name] for name in sorted(masks)},
+        plan=plan or {},
         granularity=base.granularity if base is not None else "column",
     )
 

@@ -17,7 +17,7 @@ from megatron_ssu.adapters.adapters import Adapters
 from megatron_ssu.adapters.settings import AdapterSettings
 from megatron_ssu.engine.ranks import on_rank_zero
 from megatron_ssu.errors import UserError
-from megatron_ssu.models.collect import collect, holders_of, own_pieces
+from megatron_ssu.models.collect import Collector
 from megatron_ssu.models.matrix import Matrix
 from megatron_ssu.models.parallel_model import ParallelModel
 
@@ -77,13 +77,10 @@ def _whole_tensors(model: ParallelModel, kinds: frozenset[str]) -> dict[str, tor
     if not kinds:
         return {}
     family, mesh = model.source.family, model.mesh
-    own = {p.matrix.name: (shard, p) for shard, p in own_pieces(model.layout, mesh) if p.matrix.kind in kinds}
-    holders = holders_of(own, mesh)
     found: dict[str, torch.Tensor] = {}
-    for name in sorted(holders):
-        matrix = holders[name][0][1].matrix
-        tensor = collect(matrix, model.config.params_dtype, own, holders, mesh)
-        names = [name]
+    wanted = [m for m in family.matrices(model.source.dims) if m.kind in kinds]
+    for matrix, tensor in Collector(model.layout, mesh).each(wanted, model.config.params_dtype):
+        names = [matrix.name]
         if model.source.dims.tied and matrix.kind == "embedding":
             names += [t for entry in family.edges if entry.kinds == ("head",) for t in entry.tensors]
         if mesh.rank == 0:

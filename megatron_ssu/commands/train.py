@@ -30,7 +30,7 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.estimate.flops import flops_per_token, peak_flops
 from megatron_ssu.methods.base import Job, Method, nothing_frozen
 from megatron_ssu.methods.registry import method_of
-from megatron_ssu.models.parallel_model import ParallelModel, open_model, rebuilt
+from megatron_ssu.models.parallel_model import ParallelModel, build_model, open_model
 from megatron_ssu.models.source import Source
 from megatron_ssu.shield.shield_file import Shield
 from megatron_ssu.train.checkpoints import Checkpoints, Progress
@@ -73,9 +73,10 @@ def _train(run: RunConfig, method: Method, source: Source, console: Console) -> 
         return Progress(run.train.iterations, run.train.iterations * run.train.global_batch_size)
     on_rank_zero(lambda: method.check(run, source, begun=latest is not None))
     prefixes = on_rank_zero(lambda: prepare_run(run, tokenizer, console)[0])
-    session = open_model(run, source)
-    datasets = on_all_ranks(lambda: _datasets(run, session, prefixes, tokenizer))
-    job = Job(session, latest is not None, partial(_probe, datasets), partial(rebuilt, session))
+    model = open_model(run, source)
+    datasets = on_all_ranks(lambda: _datasets(run, source.dims.vocab, prefixes, tokenizer))
+    job = Job(model, latest is not None, partial(_probe, datasets), partial(build_model, run, source, model.mesh))
+    del model  # the method may replace it
     shield = method.prepare(job) or nothing_frozen(method.name, source)
     session = job.model
     identity = identity_of(run, method, shield, datasets.train_digests)
@@ -127,13 +128,13 @@ def _begin_directory(run: RunConfig) -> None:
     Checkpoints(directory).clean()
 
 
-def _datasets(run: RunConfig, session: ParallelModel, prefixes: Prefixes, tokenizer) -> Datasets:
+def _datasets(run: RunConfig, vocab: int, prefixes: Prefixes, tokenizer: Tokenizer) -> Datasets:
     _warn_of_unused_documents(run)
     samples = run.train.iterations * run.train.global_batch_size
     valid_samples = 0
     if not prefixes.target_valid:
         valid_samples = run.train.eval_batches * run.train.global_batch_size
-    common = {"sequence_length": run.data.sequence_length, "vocab_size": session.source.dims.vocab}
+    common = {"sequence_length": run.data.sequence_length, "vocab_size": vocab}
     trained, from_split = build_train_valid(
         prefixes.train,
         tokenizer,

@@ -46,7 +46,7 @@ def matrix_shields(
 ) -> dict[str, MatrixShield]:
     """By Hugging Face name: those of `shield`, else what the method expects of the run file."""
     if shield is None:
-        expected = method.expected_shield(run, family.matrices(dims))
+        expected = method.expected_shield(run, list(family.matrices(dims)), dims)
         return {name: MatrixShield(granularity, frozen) for name, (granularity, frozen) in expected.items()}
     found, entries = {}, shield.header()["matrices"]
     for name in shield.matrices:

@@ -15,8 +15,8 @@ Modules of methods import neither torch nor megatron-core when they are loaded: 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping
+import gc
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,13 +29,12 @@ if TYPE_CHECKING:
     from megatron_ssu.config.schema import RunConfig
     from megatron_ssu.engine.linear import Gemm
     from megatron_ssu.engine.optimizer import Owned
+    from megatron_ssu.models.family import Dims
     from megatron_ssu.models.matrix import Matrix
     from megatron_ssu.models.parallel_model import ParallelModel
     from megatron_ssu.models.source import Source
     from megatron_ssu.shield.mask import Granularity
     from megatron_ssu.shield.shield_file import Shield
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,19 @@ class Job:
 
     `probe(model, iterations, optimizer)` trains all weights of the model for so many steps on the run's training data, with
     `optimizer` in place of train.optimizer and a constant learning rate, and returns the trainer.
-    `rebuild()` gives the model anew, with the source's weights.
+    `fresh()` gives the model anew, with the source's weights.
     """
 
     model: ParallelModel
     begun: bool  # there is a checkpoint to resume from: its shield stays
     probe: Callable[[ParallelModel, int, dict[str, Any]], Any]
-    rebuild: Callable[[], ParallelModel]
+    fresh: Callable[[], ParallelModel]
+
+    def rebuild(self) -> None:
+        """Replace the model, and what has trained it, by the source model; nothing else may hold on to it. Collective."""
+        del self.model
+        gc.collect()  # DDP and optimizer refer to each other
+        self.model = self.fresh()
 
 
 class Method:
@@ -74,7 +79,7 @@ class Method:
         """Keys of the shield section that the method's own options stand for, with their values."""
         return {}
 
-    def validate(self, run: RunConfig, matrices: Iterable[Matrix]) -> None:
+    def validate(self, run: RunConfig, matrices: Sequence[Matrix]) -> None:
         """Check options against the model's matrices. Raises UserError."""
 
     def check(self, run: RunConfig, source: Source, *, begun: bool) -> None:
@@ -117,7 +122,9 @@ class Method:
         """What checkpoints hold beside the model's weights: megatron's ShardedTensors, which are loaded in place."""
         return {}
 
-    def expected_shield(self, run: RunConfig, matrices: Iterable[Matrix]) -> Mapping[str, tuple[Granularity, float]]:
+    def expected_shield(
+        self, run: RunConfig, matrices: Sequence[Matrix], dims: Dims
+    ) -> Mapping[str, tuple[Granularity, float]]:
         """By matrix: granularity and fraction that will be frozen, as far as it is known before there is a shield."""
         return {}
 

@@ -6,26 +6,29 @@ shield: on trainable columns, or rows, of every matrix alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_ssu.adapters.settings import TARGETS, AdapterSettings
 from megatron_ssu.errors import UserError
 from megatron_ssu.methods.base import Job, Method
+from megatron_ssu.methods.shield_place import NAME, check_same, kept_shield, own_shield, refuse_given_files
 
 if TYPE_CHECKING:
     from megatron_ssu.adapters.adapters import Adapters
     from megatron_ssu.compact.parameters import CompactParameters
     from megatron_ssu.config.schema import RunConfig
     from megatron_ssu.engine.linear import Gemm
+    from megatron_ssu.models.family import Dims
     from megatron_ssu.models.matrix import Matrix
     from megatron_ssu.models.parallel_model import ParallelModel
     from megatron_ssu.models.source import Source
     from megatron_ssu.shield.mask import Granularity
     from megatron_ssu.shield.shield_file import Shield
 
+BESIDE_SSU = "lora-shield.safetensors"
 PEFT_FOLDER = "adapter"  # in an export: beside the merged weights transformers would load it on top of them
 
 
@@ -62,13 +65,10 @@ class LowRankAdaptation(Method):
         self.settings = self.options.settings()
         self._adapters: Adapters | None = None
 
-    def validate(self, run: RunConfig, matrices: Iterable[Matrix]) -> None:
+    def validate(self, run: RunConfig, matrices: Sequence[Matrix]) -> None:
         _check_options(self.options)
         if not self.options.shielded:
-            if run.shield.file is not None:
-                raise UserError(
-                    f"shield.file: {run.shield.file} is only read with method.lora.shielded: true; set that, or leave it out"
-                )
+            refuse_given_files(run)
             return
         from megatron_ssu.config.validate_train import validate_shield
         from megatron_ssu.methods.options import check_rules
@@ -88,7 +88,7 @@ class LowRankAdaptation(Method):
 
     def check(self, run: RunConfig, source: Source, *, begun: bool) -> None:
         if not self.options.shielded:
-            _check_present(self._own_path(run), self._own_shield(source, None), begun)
+            check_same(run, self._own_shield(source, None))
             return
         from megatron_ssu.methods.scored import needs_scoring
         from megatron_ssu.shield.shield_file import load_shield
@@ -99,6 +99,7 @@ class LowRankAdaptation(Method):
 
     def present_shield(self, run: RunConfig, source: Source) -> Shield | None:
         if not self.options.shielded:
+            check_same(run, self._own_shield(source, None))
             return self._own_shield(source, None)
         from megatron_ssu.methods.scored import present_shield
 
@@ -108,22 +109,17 @@ class LowRankAdaptation(Method):
     def prepare(self, job: Job) -> Shield | None:
         from megatron_ssu.engine.ranks import on_all_ranks, on_rank_zero
         from megatron_ssu.methods.scored import make_shield
-        from megatron_ssu.shield.shield_file import load_shield
 
         run, source = job.model.run, job.model.source
         base = make_shield(job.model, begun=job.begun) if self.options.shielded else None
-        path = self._own_path(run)
 
         def write() -> None:
             if base is not None:
                 self._check_base(base, source)
-            shield = self._own_shield(source, base)
-            if not _check_present(path, shield, job.begun):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                shield.save(path)
+            kept_shield(run, self._own_shield(source, base), self._file)
 
         on_rank_zero(write)
-        return on_all_ranks(lambda: load_shield(path, check=True))
+        return on_all_ranks(lambda: own_shield(run, source, self._file))
 
     def attach(self, model: ParallelModel, shield: Shield, gemm: Gemm | None) -> CompactParameters:
         from megatron_ssu.adapters.adapters import add_adapters
@@ -149,7 +145,9 @@ class LowRankAdaptation(Method):
     def sharded_state(self, model: ParallelModel) -> dict[str, Any]:
         return self._adapters_of(model).sharded_state()
 
-    def expected_shield(self, run: RunConfig, matrices: Iterable[Matrix]) -> Mapping[str, tuple[Granularity, float]]:
+    def expected_shield(
+        self, run: RunConfig, matrices: Sequence[Matrix], dims: Dims
+    ) -> Mapping[str, tuple[Granularity, float]]:
         from megatron_ssu.adapters.freeze import WHOLE, frozen
 
         trains = WHOLE if self.options.embeddings else ()
@@ -160,17 +158,17 @@ class LowRankAdaptation(Method):
         if self._adapters is None:
             from megatron_ssu.adapters.adapters import add_adapters
             from megatron_ssu.engine.ranks import on_all_ranks
-            from megatron_ssu.shield.shield_file import load_shield
 
-            path = self._own_path(model.run)
-            shield = on_all_ranks(lambda: load_shield(path)) if self.options.shielded else None
+            shield = None
+            if self.options.shielded:
+                shield = on_all_ranks(lambda: own_shield(model.run, model.source, self._file))
             self._adapters = add_adapters(model, self.settings, shield)
         return self._adapters
 
-    def _own_path(self, run: RunConfig) -> Path:
-        """Where the run's shield is; beside the SSU shield it has a name of its own."""
-        name = "lora-shield.safetensors" if self.options.shielded else "shield.safetensors"
-        return Path(run.checkpoint.directory) / name
+    @property
+    def _file(self) -> str:
+        """The name of the run's shield file: beside an SSU shield one of its own."""
+        return BESIDE_SSU if self.options.shielded else NAME
 
     def _own_shield(self, source: Source, base: Shield | None) -> Shield:
         from megatron_ssu.adapters.freeze import adapter_shield
@@ -183,6 +181,7 @@ class LowRankAdaptation(Method):
             fingerprint=model_fingerprint(source.path),
             embeddings=self.options.embeddings,
             base=base,
+            plan=asdict(self.options),
         )
 
     def _check_base(self, base: Shield, source: Source) -> None:
@@ -202,17 +201,3 @@ def _check_options(options: LoraOptions) -> None:
     if unknown or not options.targets:
         got = repr(unknown[0]) if unknown else "none"
         raise UserError(f"method.lora.targets: must be some of {', '.join(TARGETS)}, got {got}; leave it out for all")
-
-
-def _check_present(path: Path, shield: Shield, begun: bool) -> bool:
-    """Whether `shield` is at `path`. Raises UserError where another one is."""
-    from megatron_ssu.shield.shield_file import load_shield
-
-    if not path.exists():
-        return False
-    if load_shield(path).digest() != shield.digest():
-        which = "the run began with other adapters or another model" if begun else "another shield is there already"
-        raise UserError(
-            f"{path}: {which}; change model.path and method.lora back, or start in another checkpoint.directory"
-        )
-    return True

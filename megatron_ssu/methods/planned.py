@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
+
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.errors import UserError
@@ -14,6 +16,7 @@ from megatron_ssu.models.hf_config import difference
 from megatron_ssu.models.source import Source
 from megatron_ssu.scoring import base
 from megatron_ssu.scoring.scores_file import Scores
+from megatron_ssu.shield.mask import Mask
 from megatron_ssu.shield.plan import plan_shield
 from megatron_ssu.shield.shield_file import Shield, load_shield
 
@@ -50,6 +53,16 @@ def special_token_rows(run: RunConfig, source: Source) -> dict[str, tuple[tuple[
     rows = tokenizer.special_token_ids_of_chat_template()
     matrices = source.family.matrices(source.dims)
     return {m.name: (m.shape, rows) for m in matrices if m.kind in ("embedding", "head") and rows}
+
+
+def special_token_masks(run: RunConfig, source: Source) -> dict[str, Mask]:
+    """The same as masks."""
+    masks = {}
+    for name, (shape, rows) in special_token_rows(run, source).items():
+        frozen = np.zeros(shape[0], dtype=bool)
+        frozen[rows] = True
+        masks[name] = Mask.of("row", shape, frozen)
+    return masks
 
 
 def write_plan(run: RunConfig, source: Source, scores: Scores, *, replace: bool = False, begun: bool = False) -> Shield:

@@ -12,12 +12,20 @@ from megatron_ssu.config.load import load_run
 from megatron_ssu.config.schema import RunConfig, ShieldSection
 from megatron_ssu.errors import UserError
 from megatron_ssu.methods.base import Method
+from megatron_ssu.methods.gmt import GradientMaskTuning
+from megatron_ssu.methods.hft import HalfFineTuning
 from megatron_ssu.methods.lora import LowRankAdaptation
+from megatron_ssu.methods.lota import LotteryTicketAdaptation
+from megatron_ssu.methods.s2ft import SparseFineTuning
 from megatron_ssu.methods.ssu import SourceShieldedUpdates
 
 METHODS: tuple[type[Method], ...] = (
     Method,
     SourceShieldedUpdates,
+    HalfFineTuning,
+    SparseFineTuning,
+    GradientMaskTuning,
+    LotteryTicketAdaptation,
     LowRankAdaptation,
 )
 

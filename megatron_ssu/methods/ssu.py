@@ -5,13 +5,14 @@ Its options are the section `shield`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_ssu.methods.base import Job, Method
 
 if TYPE_CHECKING:
     from megatron_ssu.config.schema import RunConfig
+    from megatron_ssu.models.family import Dims
     from megatron_ssu.models.matrix import Matrix
     from megatron_ssu.models.source import Source
     from megatron_ssu.shield.mask import Granularity
@@ -26,7 +27,7 @@ class SourceShieldedUpdates(Method):
     planned: ClassVar[bool] = True
     shields: ClassVar[bool] = True
 
-    def validate(self, run: RunConfig, matrices: Iterable[Matrix]) -> None:
+    def validate(self, run: RunConfig, matrices: Sequence[Matrix]) -> None:
         from megatron_ssu.config.validate_train import validate_shield
         from megatron_ssu.methods.options import check_rules
 
@@ -51,7 +52,9 @@ class SourceShieldedUpdates(Method):
     def identity(self) -> dict[str, Any]:
         return {}  # the shield says it all
 
-    def expected_shield(self, run: RunConfig, matrices: Iterable[Matrix]) -> Mapping[str, tuple[Granularity, float]]:
+    def expected_shield(
+        self, run: RunConfig, matrices: Sequence[Matrix], dims: Dims
+    ) -> Mapping[str, tuple[Granularity, float]]:
         from megatron_ssu.shield.budget import units_of_ratio
         from megatron_ssu.shield.mask import unit_count
 

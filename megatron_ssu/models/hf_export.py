@@ -21,7 +21,7 @@ import torch
 from megatron_ssu.engine.mesh import Mesh
 from megatron_ssu.engine.ranks import on_rank_zero
 from megatron_ssu.errors import UserError
-from megatron_ssu.models.collect import collect, holders_of, own_pieces
+from megatron_ssu.models.collect import Collector
 from megatron_ssu.models.hf_files import EXPORT_RECORD, HFCheckpoint, carry_files
 from megatron_ssu.models.hf_import import DTYPE_NAMES
 from megatron_ssu.models.layout import Layout
@@ -115,8 +115,7 @@ def export_model(
         heads = [n for e in layout.family.edges if e.kinds == ("head",) for n in e.tensors if n in stored]
         tensors += [Tensor(name, embedding.matrix, embedding.dtype) for name in heads]
     files = plan_files(tensors, max_shard_size)
-    own = {p.matrix.name: (shard, p) for shard, p in own_pieces(layout, mesh)}
-    holders = holders_of(own, mesh)
+    collect = Collector(layout, mesh)
     partial = target.with_name(f".{target.name}.partial")
     on_rank_zero(lambda: _prepare(target, partial))
     if mesh.rank == 0:
@@ -125,7 +124,7 @@ def export_model(
         if mesh.rank == 0:
             writer.begin(name, part)
         for tensor in part:
-            whole = collect(tensor.matrix, DTYPE_NAMES[tensor.dtype], own, holders, mesh)
+            whole = collect(tensor.matrix, DTYPE_NAMES[tensor.dtype])
             if mesh.rank == 0:
                 writer.write(whole)
         if mesh.rank == 0:

@@ -7,7 +7,7 @@ import torch
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.family import Dims, Family
 from megatron_ssu.models.hf_files import HFCheckpoint
-from megatron_ssu.models.layout import Layout, put
+from megatron_ssu.models.layout import Layout, LocalParam, put
 from megatron_ssu.models.matrix import Matrix
 
 DTYPE_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -56,8 +56,12 @@ def import_weights(layout: Layout, checkpoint: HFCheckpoint) -> None:
     """Fill this rank's parameters; rows that pad the vocabulary become zero."""
     with torch.no_grad():
         for local in layout:
-            shard = local.param.data
-            if sum(p.rows for p in local.pieces) < shard.shape[0]:
-                shard.zero_()
-            for piece in local.pieces:
-                put(shard, piece, checkpoint.get_slice(piece.matrix.name)[piece.index])
+            fill(local.param.data, local, checkpoint)
+
+
+def fill(shard: torch.Tensor, local: LocalParam, checkpoint: HFCheckpoint) -> None:
+    """Read a parameter's shard [R, C] or [n] from the files into `shard`."""
+    if sum(p.rows for p in local.pieces) < shard.shape[0]:
+        shard.zero_()
+    for piece in local.pieces:
+        put(shard, piece, checkpoint.get_slice(piece.matrix.name)[piece.index])

@@ -41,10 +41,11 @@ def open_model(run: RunConfig, source: Source | None = None, *, load: bool = Tru
         run.train.seed,
         run.parallel.timeout_minutes,
     )
-    return _filled(run, source, mesh, load=load)
+    return build_model(run, source, mesh, load=load)
 
 
-def _filled(run: RunConfig, source: Source, mesh: Mesh, *, load: bool) -> ParallelModel:
+def build_model(run: RunConfig, source: Source, mesh: Mesh, *, load: bool = True) -> ParallelModel:
+    """This rank's model chunks on a mesh that has been started; with `load` their weights are the source's. Collective."""
     family, dims = source.family, source.dims
     config = transformer_config(run, family, source.hf, dims)
     chunks = build_chunks(run, family, source.hf, dims, config, mesh)
@@ -53,8 +54,3 @@ def _filled(run: RunConfig, source: Source, mesh: Mesh, *, load: bool) -> Parall
     if load:
         on_all_ranks(lambda: import_weights(layout, source.checkpoint))
     return ParallelModel(run, mesh, source, config, chunks, layout)
-
-
-def rebuilt(model: ParallelModel) -> ParallelModel:
-    """The model anew on the same mesh, with the source's weights: chunks that DDP has not wrapped. Collective."""
-    return _filled(model.run, model.source, model.mesh, load=True)
