@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from megatron_ssu.adapters.settings import AdapterSettings
+from megatron_ssu.commands.export import export
+from megatron_ssu.commands.train import train_run
 from megatron_ssu.config.schema import OPTIMIZER_DEFAULTS, CheckpointSection, DataSection, ScheduleSection, TrainSection
 from megatron_ssu.engine.optimizer import owned
 from megatron_ssu.methods.lora import LoraOptions, LowRankAdaptation
+from megatron_ssu.methods.registry import read_run
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.parallel_model import open_model
 from megatron_ssu.shield.shield_file import load_shield
@@ -124,3 +130,15 @@ def resume(
         "states": [state.detach().clone() for part in owned(trainer.optimizer) for state in part.states().values()],
         "tensors": adapters.peft_tensors(),
     }
+
+
+def job(run_file: str, overrides: list[str], *, output: str | None = None) -> str:
+    """`train`, or `export` to `output`, as the command line runs it; what it prints."""
+    os.environ["WORLD_SIZE"] = str(torch.distributed.get_world_size())  # as torchrun does
+    text = io.StringIO()
+    run, console = read_run(run_file, overrides), Console(file=text)
+    if output is None:
+        train_run(run, console)
+    else:
+        export(run, output, None, console)
+    return text.getvalue()

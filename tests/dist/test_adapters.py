@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import warnings
 
 import numpy as np
@@ -21,9 +22,11 @@ from megatron_ssu.shield.shield_file import load_shield
 from megatron_ssu.shield.verify import verify
 from tests.dist import adapters_work, work
 from tests.dist.adapters_work import CLIP, DECAY, LR
+from tests.dist.ranks import RankError
 from tests.dist.test_shielded_training import OVERLAP, random_shield
 from tests.dist.work import mesh
 from tests.models import make_model
+from tests.unit.data_makers import make_hf_tokenizer, write_jsonl
 
 STEPS = 10
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -350,3 +353,58 @@ def test_adapters_resume_to_the_bit_and_on_other_meshes(kind, dtype, ranks, tmp_
         if dtype == "fp32":
             for name, tensor in whole[0]["tensors"].items():
                 assert (other["tensors"][name] - tensor).abs().max() < 1e-5
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A run file of few steps, whose model has a tokenizer, in bf16."""
+    folder = tmp_path_factory.mktemp("job")
+    model = make_model("llama", folder / "model", torch.bfloat16, vocab_size=321)
+    make_hf_tokenizer(model)
+    write_jsonl(folder / "text.jsonl", ["Some words that are said again and again. " * 20] * 30)
+    (folder / "run.yaml").write_text(f"""
+model: {{path: {model}}}
+parallel: {{tensor_model_parallel_size: 2}}
+method: {{name: lora, lora: {{rank: 4, alpha: 16}}}}
+shield: {{score: magnitude}}
+data: {{train: {folder}/text.jsonl, split: "90,10,0", sequence_length: 16, loader_workers: 0}}
+train: {{iterations: 4, micro_batch_size: 2, global_batch_size: 4, eval_interval: 0, optimizer: {{lr: 0.01}}}}
+checkpoint: {{directory: {folder}/run, interval: 2, export: {folder}/adapted}}
+""")
+    return folder
+
+
+JOBS = {
+    "lora": ([], ("shield",)),
+    "dora": (["method.lora.dora=true", "method.lora.embeddings=true"], ("shield",)),
+    "shielded": (["method.lora.shielded=true", "method.lora.embeddings=true"], ("shield", "lora-shield")),
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_run_trains_resumes_exports_and_verifies(name, job, ranks):
+    options, shields = JOBS[name]
+    run, adapted, again = job / name, job / f"{name}-hf", job / f"{name}-again"
+    common = [*options, f"checkpoint.directory={run}", f"checkpoint.export={adapted}"]
+    arguments = (str(job / "run.yaml"), common)
+    ranks.run(adapters_work.job, 2, *arguments)
+    for file in shields:
+        report = verify(job / "model", adapted, run / f"{file}.safetensors")
+        assert report.ok and report.totals("element")["frozen"] > 0
+    before, after = (load_file(path / "model.safetensors") for path in (job / "model", adapted))
+    assert all((before[key] != after[key]).any() for key in before if "_proj" in key)
+    one = [*common, "parallel.tensor_model_parallel_size=1"]
+    ranks.run(adapters_work.job, 1, arguments[0], one, output=str(again))
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        # DoRA's norms are sums over ranks.
+        same = (again / file).read_bytes() == (adapted / file).read_bytes()
+        assert same or (name == "dora" and file == "model.safetensors")
+    assert "nothing to do" in ranks.run(adapters_work.job, 2, *arguments)[0]
+    with pytest.raises(RankError, match=r"method\.lora\.alpha|another shield") as refused:
+        ranks.run(adapters_work.job, 2, arguments[0], [*common, "method.lora.alpha=8"])
+    assert refused.value.kind == "UserError" and refused.value.agreed
+    (run / "checkpoints" / "latest").write_text("2\n")
+    shutil.move(adapted, job / f"{name}-first")
+    ranks.run(adapters_work.job, 2, *arguments)
+    first = (job / f"{name}-first" / "model.safetensors").read_bytes()
+    assert (adapted / "model.safetensors").read_bytes() == first, "a resumed run ends with the same bits"
