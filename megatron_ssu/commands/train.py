@@ -75,7 +75,7 @@ def _train(run: RunConfig, method: Method, source: Source, console: Console) -> 
     prefixes = on_rank_zero(lambda: prepare_run(run, tokenizer, console)[0])
     model = open_model(run, source)
     datasets = on_all_ranks(lambda: _datasets(run, source.dims.vocab, prefixes, tokenizer))
-    job = Job(model, latest is not None, partial(_probe, datasets), partial(build_model, run, source, model.mesh))
+    job = Job(model, latest is not None, partial(probe, datasets), partial(build_model, run, source, model.mesh))
     del model  # the method may replace it
     shield = method.prepare(job) or nothing_frozen(method.name, source)
     session = job.model
@@ -97,7 +97,7 @@ def _train(run: RunConfig, method: Method, source: Source, console: Console) -> 
     return progress
 
 
-def _probe(datasets: Datasets, model: ParallelModel, iterations: int, optimizer: dict[str, Any]) -> Trainer:
+def probe(datasets: Datasets, model: ParallelModel, iterations: int, optimizer: dict[str, Any]) -> Trainer:
     """A trainer that has trained all of the model's weights for some steps on the first training samples.
 
     `optimizer` is in place of train.optimizer; the learning rate is constant, without a warm-up.

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from megatron_ssu.compact.parameters import CompactParameters
@@ -102,8 +101,11 @@ class Method:
 
         return CompactParameters(model.chunks, model.layout, shield, gemm=gemm)
 
-    def after_backward(self, chunk: torch.nn.Module) -> None:
-        """A micro-batch's backward pass through `chunk` has ended; gradients so far are in `main_grad`, not reduced yet."""
+    def after_backward(self, chunk: int) -> None:
+        """A micro-batch's backward pass through this rank's chunk of that number has ended.
+
+        Gradients so far are in `main_grad` of the parameters, not reduced yet.
+        """
 
     def on_gradients(self, gradients: Iterable[tuple[Owned, Tensor]]) -> None:
         """Change reduced gradients in place, before their norm: fp32, each of the range that this rank owns. Collective."""

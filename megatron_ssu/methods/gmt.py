@@ -18,7 +18,6 @@ from megatron_ssu.methods.base import Method
 from megatron_ssu.shield.budget import units_of_ratio
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from megatron_ssu.compact.parameters import CompactParameters
@@ -50,7 +49,6 @@ class GradientMaskTuning(Method):
         super().__init__(options)
         self._locals: list[LocalParam] = []  # of this rank's chunks, less embedding and head
         self._chunks: list[list[LocalParam]] = []  # the same, by chunk
-        self._modules: list[torch.nn.Module] = []
 
     def validate(self, run: RunConfig, matrices: Sequence[Matrix]) -> None:
         if not 0 < self.options.keep <= 1:
@@ -62,7 +60,6 @@ class GradientMaskTuning(Method):
             )
 
     def attach(self, model: ParallelModel, shield: Shield, gemm: Gemm | None) -> CompactParameters:
-        self._modules = list(model.chunks)
         chosen = {local.param: local for local in model.layout if local.matrices[0].kind not in ("embedding", "head")}
         self._chunks = [[chosen[p] for p in chunk.parameters() if p in chosen] for chunk in model.chunks]
         self._locals = list(chosen.values())
@@ -77,12 +74,12 @@ class GradientMaskTuning(Method):
         group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         self._mask(self._locals, own, group)
 
-    def after_backward(self, chunk: torch.nn.Module) -> None:
+    def after_backward(self, chunk: int) -> None:
         if self.options.mask != "micro_batch":
             return
         from megatron.core import parallel_state
 
-        parts = self._chunks[next(i for i, module in enumerate(self._modules) if module is chunk)]
+        parts = self._chunks[chunk]
         own = {local.param: (0, local.param.main_grad.view(-1)) for local in parts}  # type: ignore[attr-defined]
         self._mask(parts, own, parallel_state.get_tensor_model_parallel_group())
 

@@ -157,7 +157,8 @@ class Trainer:
     def _forward_step(self, iterator: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         output, loss = forward_step(iterator, chunk)
         if self._follows_backward and output.requires_grad:
-            after_backward(output, lambda: self.method.after_backward(chunk))
+            number = next(i for i, own in enumerate(self.chunks) if own is chunk)
+            after_backward(output, lambda: self.method.after_backward(number))
         return output, loss
 
     def _schedule(self, batches: Iterator[Batch] | list, count: int, *, forward_only: bool) -> list[dict[str, Tensor]]:

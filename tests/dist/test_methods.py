@@ -1,0 +1,99 @@
+"""Every example of a method: trains on two meshes, resumes to the same bits, exports, and moves what it may alone."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_ssu.shield.shield_file import load_shield
+from megatron_ssu.shield.verify import verify
+from tests.dist import methods_work as work
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted((ROOT / "examples" / "methods").glob("*.yaml"))
+UNSHIELDED = ("none", "gmt", "gmt-released")
+NEAR_THE_CUT = ("gmt", "lota")  # rounding decides which of the elements nearest to a threshold trains
+SMALLER = {
+    "lota": ["method.lota.iterations=4"],
+    "ssu": ["shield.calibration.samples=40"],
+}
+MESHES = {"TP1": (1, []), "TP2xDP2": (4, ["parallel.tensor_model_parallel_size=2"])}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The demo's folder, with an untrained model in place of its source model."""
+    sys.path.insert(0, str(ROOT / "examples" / "demo"))
+    try:
+        import make_model
+        import world as demo
+    finally:
+        sys.path.pop(0)
+    folder = tmp_path_factory.mktemp("methods")
+    demo.write_world(folder / "world", 7, demo.WorldSize(300, 300, 40, 300, 10))
+    tokenizer = make_model.make_tokenizer(folder / "world")
+    for seed, name in ((1, "start"), (2, "source")):
+        make_model.make_model(tokenizer, seed).save_pretrained(folder / "hf" / name)
+        tokenizer.save_pretrained(folder / "hf" / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cycles(ranks, world):
+    """Runs an example on a mesh, at one go and stopped and resumed; once per example and mesh."""
+    done = {}
+
+    def cycle(file, mesh):
+        if (file, mesh) not in done:
+            size, overrides = MESHES[mesh]
+            small = [*overrides, *SMALLER.get(file.stem, [])]
+            done[file, mesh] = ranks.run(work.cycle, size, str(file), str(world), small, f"{file.stem}-{mesh}")[0]
+        return done[file, mesh]
+
+    return cycle
+
+
+def exported(world, name):
+    return load_file(world / "out" / name / "model.safetensors")
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_an_example_trains_resumes_and_moves_what_it_may(cycles, world, file, mesh):
+    straight, resumed = cycles(file, mesh)
+    assert sorted(straight["losses"]) == list(range(1, work.STEPS + 1))
+    assert straight["losses"] == resumed["losses"] and straight["norms"] == resumed["norms"]
+    name = f"{file.stem}-{mesh}"
+    once, again = exported(world, name), exported(world, f"{name}-resumed")
+    assert once.keys() == again.keys() and all(torch.equal(once[key], again[key]) for key in once)
+    shield_file = world / "runs" / name / "shield.safetensors"
+    if file.stem in UNSHIELDED:
+        assert not shield_file.exists()
+        before = load_file(world / "hf" / "source" / "model.safetensors")
+        assert all(not torch.equal(before[key], once[key]) for key in before)
+        return
+    report = verify(world / "hf" / "source", world / "out" / name, shield_file)
+    assert report.status == 0, report.verdict
+    assert sum(m.moved_trainable for m in report.matrices) > 0.9 * sum(m.trainable for m in report.matrices)
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_an_example_does_the_same_on_every_mesh(cycles, file):
+    if file.stem == "gmt-released":
+        pytest.skip("masks the micro-batches of each data-parallel rank: documented to depend on their number")
+    (one, _), (four, _) = cycles(file, "TP1"), cycles(file, "TP2xDP2")
+    tolerance = 1e-3 if file.stem in NEAR_THE_CUT else 2e-5
+    for key in ("losses", "norms"):
+        assert one[key] == pytest.approx(four[key], rel=tolerance)
+
+
+def test_lota_freezes_exactly_what_was_asked_for(cycles, world):
+    cycles(ROOT / "examples" / "methods" / "lota.yaml", "TP1")
+    shield = load_shield(world / "runs" / "lota-TP1" / "shield.safetensors", check=True)
+    total = sum(matrix.elements for matrix in shield.matrices.values())
+    assert sum(shield.counts.values()) == int(0.9 * total)
+    assert all(matrix.kind not in ("embedding", "head") for matrix in shield.matrices.values())
