@@ -8,7 +8,7 @@ from typing import Any
 from megatron_ssu.adapters.settings import AdapterSettings
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.matrix import Matrix
-from megatron_ssu.shield.mask import Mask
+from megatron_ssu.shield.mask import Granularity, Mask
 from megatron_ssu.shield.shield_file import Shield
 
 WHOLE = ("embedding", "head")  # what trains as a whole beside adapters, where it is asked for
@@ -26,6 +26,8 @@ def adapter_shield(
 ) -> Shield:
     """What merging the adapters never changes: every matrix without an adapter, frozen whole.
 
+    Matrices that train are in it as well, with a mask that freezes nothing, so that `verify` reports how they moved.
+
     Args:
         matrices: all of the model's.
         model, fingerprint: as in a shield.
@@ -37,10 +39,9 @@ def adapter_shield(
     masks = {}
     for name, matrix in found.items():
         if matrix.kind in settings.targets or (embeddings and matrix.kind in WHOLE):
-            if base is not None and name in base.masks:
-                masks[name] = base.masks[name]
+            masks[name] = base.masks[name] if base is not None and name in base.masks else whole(matrix, frozen=False)
         else:
-            masks[name] = frozen(matrix)
+            masks[name] = whole(matrix, frozen=True)
     return Shield(
         "lora",
         model,
@@ -57,13 +58,16 @@ def with_frozen_bases(shield: Shield, matrices: Iterable[Matrix], settings: Adap
     masks, named = dict(shield.masks), dict(shield.matrices)
     for matrix in matrices:
         if matrix.kind in settings.targets:
-            masks[matrix.name], named[matrix.name] = frozen(matrix), matrix
+            masks[matrix.name], named[matrix.name] = whole(matrix, frozen=True), matrix
     return Shield(shield.method, shield.model, shield.fingerprint, matrices=named, masks=masks)
 
 
-def frozen(matrix: Matrix) -> Mask:
-    """All of it."""
-    return Mask.constant("element" if len(matrix.shape) == 1 else "column", matrix.shape, True)
+def whole(matrix: Matrix, *, frozen: bool) -> Mask:
+    """A mask that freezes all of a matrix, or nothing of it."""
+    granularity: Granularity = "element" if len(matrix.shape) == 1 else "column"
+    if matrix.kind in WHOLE:
+        granularity = "row"
+    return Mask.constant(granularity, matrix.shape, frozen)
 
 
 def check_base(base: Shield, matrices: Iterable[Matrix], settings: AdapterSettings) -> None:

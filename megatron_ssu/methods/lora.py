@@ -148,10 +148,10 @@ class LowRankAdaptation(Method):
     def expected_shield(
         self, run: RunConfig, matrices: Sequence[Matrix], dims: Dims
     ) -> Mapping[str, tuple[Granularity, float]]:
-        from megatron_ssu.adapters.freeze import WHOLE, frozen
+        from megatron_ssu.adapters.freeze import WHOLE, whole
 
         trains = WHOLE if self.options.embeddings else ()
-        return {m.name: (frozen(m).granularity, 1.0) for m in matrices if m.kind not in trains}
+        return {m.name: (whole(m, frozen=True).granularity, 1.0) for m in matrices if m.kind not in trains}
 
     def _adapters_of(self, model: ParallelModel) -> Adapters:
         """Those of `attach`; a model that is only exported gets new ones, to be loaded. Collective then."""

@@ -20,6 +20,7 @@ NEAR_THE_CUT = ("gmt", "lota")  # rounding decides which of the elements nearest
 SMALLER = {
     "lota": ["method.lota.iterations=4"],
     "ssu": ["shield.calibration.samples=40"],
+    "lora-ssu": ["shield.calibration.samples=40"],
 }
 MESHES = {"TP1": (1, []), "TP2xDP2": (4, ["parallel.tensor_model_parallel_size=2"])}
 
