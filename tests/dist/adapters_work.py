@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +133,6 @@ def resume(
 
 def job(run_file: str, overrides: list[str], *, output: str | None = None) -> str:
     """`train`, or `export` to `output`, as the command line runs it; what it prints."""
-    os.environ["WORLD_SIZE"] = str(torch.distributed.get_world_size())  # as torchrun does
     text = io.StringIO()
     run, console = read_run(run_file, overrides), Console(file=text)
     if output is None:
