@@ -57,6 +57,7 @@ class LowRankAdaptation(Method):
     name: ClassVar[str] = "lora"
     summary: ClassVar[str] = "low-rank adapters"
     Options: ClassVar[type] = LoraOptions
+    adapts: ClassVar[bool] = True
     shields: ClassVar[bool] = True
 
     def __init__(self, options: LoraOptions | None = None) -> None:

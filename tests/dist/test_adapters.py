@@ -161,6 +161,15 @@ def test_training_follows_plain_torch(kind, name, ranks, model, expected):
         assert all(".lora_" in n for n in rank["trains"]) and not any("lora_" in n for n in rank["state"])
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_before_the_first_step_a_bf16_model_is_the_base_to_the_bit(kind, ranks, tmp_path):
+    model = make_model("olmo2", tmp_path / "model", torch.bfloat16)
+    parallel = mesh(2, sequence=True)
+    base = next(x for x in ranks.run(work.logits, 2, str(model), parallel, IDS, "bf16") if x is not None)
+    found = ranks.run(adapters_work.train_adapters, 2, str(model), parallel, 0, SETTINGS[kind], IDS, dtype="bf16")
+    assert torch.equal(first(found, "logits")[0], base)
+
+
 def _same_adapters(tensors, adapters):
     for name, adapter in adapters.items():
         start = f"base_model.model.{name}."
