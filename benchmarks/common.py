@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_ssu.io.atomic import write_text
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -140,9 +142,7 @@ def write_json(path: Path, settings: Mapping[str, Any], results: Sequence[Mappin
     """{machine, settings, results}; Timing values become their fields. Replaces `path` in one step."""
     document = {"machine": machine(), "settings": dict(settings), "results": list(results)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, indent=1, default=_plain) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, json.dumps(document, indent=1, default=_plain) + "\n")
 
 
 def _plain(value: object) -> object:

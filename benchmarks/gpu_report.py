@@ -27,6 +27,8 @@ from typing import Any
 from common import begin, machine
 from measure.report_tables import markdown, update_docs
 
+from megatron_ssu.io.atomic import write_text
+
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 570.0  # seconds for all parts
 GRACE = 5.0  # seconds that an interrupted part has to end
@@ -176,16 +178,10 @@ def run_parts(
             record = run_part(part, output, min(part.seconds, left))
         report["parts"][part.name] = {"results": None, **record}
         report["seconds"] = round(time.monotonic() - started, 1)
-        _write(output / "report.json", json.dumps(report, indent=1) + "\n")
-        _write(output / "report.md", markdown(report))
+        write_text(output / "report.json", json.dumps(report, indent=1) + "\n")
+        write_text(output / "report.md", markdown(report))
         print(f"{part.name}: {record['status']}, {record['seconds']} s", flush=True)
     return report
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -29,3 +29,14 @@ class TrainingStopped(Exception):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+def one_line(error: BaseException | None, limit: int = 200) -> str:
+    """The message of `error` on one line, cut to `limit` characters, for use inside another message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def named_line(error: BaseException) -> str:
+    """The class and the message of `error` on one line, cut to 300 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -18,10 +18,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from megatron_ssu.errors import UserError
+from megatron_ssu.io.dtypes import TORCH_NAMES
 from megatron_ssu.models.hf_config import read_hf_config
 from megatron_ssu.models.hf_files import INDEX_FILE, SINGLE_FILE, HFCheckpoint, carry_files
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names in torch and in config.json
 
 
 def convert(source: Path, target: Path, dtype: str) -> None:
@@ -55,7 +54,7 @@ def _write(checkpoint: HFCheckpoint, folder: Path, dtype: str) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    source, wanted = checkpoint.directory, getattr(torch, DTYPES[dtype])
+    source, wanted = checkpoint.directory, getattr(torch, TORCH_NAMES[dtype])
     for file in sorted({checkpoint.entry(name).file for name in checkpoint.names()}):
         tensors = {k: t.to(wanted) if t.is_floating_point() else t for k, t in load_file(file).items()}
         save_file(tensors, folder / file.name, metadata={"format": "pt"})
@@ -71,7 +70,7 @@ def _note_dtype(config: Path, dtype: str) -> None:
     values = json.loads(config.read_text(encoding="utf-8-sig"))
     for key in ("dtype", "torch_dtype"):
         if key in values:
-            values[key] = DTYPES[dtype]
+            values[key] = TORCH_NAMES[dtype]
     config.write_text(json.dumps(values, indent=2) + "\n")
 
 
@@ -86,7 +85,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, metavar="DIR")
     parser.add_argument("--target", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), required=True)
+    parser.add_argument("--dtype", choices=sorted(TORCH_NAMES), required=True)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")  # those of libraries
     try:

@@ -26,8 +26,8 @@ from megatron_ssu.engine.device import has_cuda
 from megatron_ssu.engine.mesh import stop_processes
 from megatron_ssu.models.families import family_of
 from megatron_ssu.models.family import Dims, Family
-from megatron_ssu.models.hf_export import INDEX, export_model
-from megatron_ssu.models.hf_files import HFCheckpoint
+from megatron_ssu.models.hf_export import export_model
+from megatron_ssu.models.hf_files import INDEX_FILE, HFCheckpoint
 from megatron_ssu.models.hf_import import import_weights
 from megatron_ssu.models.matrix import Matrix
 from megatron_ssu.models.parallel_model import open_model, open_source
@@ -91,7 +91,7 @@ def make_model(options: argparse.Namespace, directory: Path) -> Path:
         save_file(tensors, directory / file)
         weight_map.update(dict.fromkeys(tensors, file))
         total += sum(t.nbytes for t in tensors.values())
-    (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    (directory / INDEX_FILE).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
     return directory
 
 

@@ -12,9 +12,8 @@ from common import Timing, interleave, machine, milliseconds, show, write_json
 from rich.console import Console
 
 from megatron_ssu.compact.shards import RowRun, ShardMask
+from megatron_ssu.models.build import DTYPES
 from megatron_ssu.ops import kernels
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def touched(trainable: torch.Tensor, size: int, line: int) -> int:

@@ -68,12 +68,12 @@ def make_model(options: argparse.Namespace, directory: Path) -> Path:
 def score(options: argparse.Namespace, console: Console) -> list[dict]:
     """Forward only, with statistics, and the fisher score's forward and backward, over the same tokens in turn."""
     from megatron_ssu.config.schema import CheckpointSection, ModelSection, PrecisionSection, RunConfig
-    from megatron_ssu.data.chat import Calibration
+    from megatron_ssu.data.calibration import Calibration
     from megatron_ssu.models.parallel_model import open_model
     from megatron_ssu.ops import kernels
     from megatron_ssu.scoring.calibration_pass import calibration_pass, micro_batches
-    from megatron_ssu.scoring.fisher import SquaredGradients
     from megatron_ssu.scoring.input_statistics import InputStatistics
+    from megatron_ssu.scoring.squared_gradients import SquaredGradients
 
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(options, Path(folder) / "model")
@@ -85,7 +85,7 @@ def score(options: argparse.Namespace, console: Console) -> list[dict]:
         session = open_model(run)
     ids = torch.randint(0, 4096, (options.rows, options.length), generator=torch.Generator().manual_seed(0))
     everywhere = torch.ones_like(ids, dtype=torch.bool)
-    data = Calibration(ids, everywhere, ids.int(), "", options.rows, options.rows, None)
+    data = Calibration(ids, everywhere, "", options.rows, None)
     batches, single = micro_batches(data, session, options.micro_batch_size), micro_batches(data, session, 1)
 
     def scored() -> None:
@@ -95,7 +95,7 @@ def score(options: argparse.Namespace, console: Console) -> list[dict]:
         statistics.merge(options.rows)
 
     def fisher() -> None:
-        gradients = SquaredGradients(session)
+        gradients = SquaredGradients(session, "fisher")
         calibration_pass(session, single, None, backward=True)
         gradients.close()
         gradients.entries(options.rows)

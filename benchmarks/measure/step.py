@@ -28,7 +28,8 @@ from megatron_ssu.compact.selection import Blocks, Picked
 from megatron_ssu.compact.shards import ShardMask
 from megatron_ssu.engine.device import device_name, has_cuda
 from megatron_ssu.engine.mesh import start_processes
-from megatron_ssu.estimate.flops import flops_per_token, peak_flops
+from megatron_ssu.estimate.flops import flops_per_token
+from megatron_ssu.estimate.hardware import peak_flops
 from megatron_ssu.train.phases import Clock, HostClock, StreamClock
 from megatron_ssu.train.trainer import Trainer
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from megatron_ssu.io.atomic import write_text
 
 ANSWER_TOKENS = 16  # more than the longest answer
 
@@ -93,9 +94,7 @@ def main() -> None:
             parser.error(f"{entry}: write NAME=HF_DIR")
         results[name] = evaluate(Path(directory), args.world)
         print(f"{name}: {json.dumps(results[name])}", flush=True)
-    unfinished = args.output.with_name(args.output.name + ".part")
-    unfinished.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, args.output)
+    write_text(args.output, json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
+
+from megatron_ssu.io.atomic import written_aside
 
 COLOURS = {"before": "#8a8f98", "FFT": "#d1495b", "SSU": "#00798c"}
 LOSSES = {"source_valid_loss": "Source loss while adapting", "target_valid_loss": "Target loss while adapting"}
@@ -60,10 +61,9 @@ def draw_plot(results: dict[str, dict[str, Any]], runs: dict[str, Path], path: P
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.3)
-    unfinished = path.with_name(path.name + ".part")
-    figure.savefig(unfinished, dpi=130, format="png")
+    with written_aside(path) as part:
+        figure.savefig(part, dpi=130, format="png")
     plt.close(figure)
-    os.replace(unfinished, path)
 
 
 def _chat_bars(axis: Axes, results: dict[str, dict[str, Any]]) -> None:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_ssu.io.atomic import written_aside
 
 BEINGS = (
     "king queen farmer baker miller sailor hunter teacher child singer painter shepherd "
@@ -219,13 +220,11 @@ def write_world(output: Path, seed: int, size: WorldSize) -> dict[str, int]:
 
 
 def _write_jsonl(path: Path, rows: Iterable[dict]) -> int:
-    unfinished = path.with_name(path.name + ".part")
     count = 0
-    with unfinished.open("w", encoding="utf-8") as file:
+    with written_aside(path) as part, part.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
-    os.replace(unfinished, path)
     return count
 
 

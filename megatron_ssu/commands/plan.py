@@ -9,8 +9,8 @@ import os
 from rich.console import Console
 
 from megatron_ssu.commands.given import has_begun, refuse_given
+from megatron_ssu.config.checks.checkpoint import validate_checkpoint
 from megatron_ssu.config.schema import RunConfig
-from megatron_ssu.config.validate_train import validate_checkpoint
 from megatron_ssu.errors import UserError
 from megatron_ssu.methods.planned import scores_path, shield_path, write_plan
 from megatron_ssu.methods.registry import method_of

@@ -6,8 +6,9 @@ import argparse
 
 from rich.console import Console
 
+from megatron_ssu.config.checks.checkpoint import validate_checkpoint
+from megatron_ssu.config.checks.data import validate_data
 from megatron_ssu.config.schema import RunConfig
-from megatron_ssu.config.validate_train import validate_checkpoint, validate_data
 from megatron_ssu.data.prepare import prepare as prepare_files
 from megatron_ssu.data.run_datasets import prepare_run, run_tokenizer
 from megatron_ssu.errors import UserError

@@ -27,7 +27,8 @@ from megatron_ssu.data.tokenizer import Tokenizer
 from megatron_ssu.engine.device import device_name
 from megatron_ssu.engine.ranks import is_rank_zero, on_all_ranks, on_rank_zero
 from megatron_ssu.errors import UserError
-from megatron_ssu.estimate.flops import flops_per_token, peak_flops
+from megatron_ssu.estimate.flops import flops_per_token
+from megatron_ssu.estimate.hardware import peak_flops
 from megatron_ssu.methods.base import Job, Method, nothing_frozen
 from megatron_ssu.methods.registry import method_of
 from megatron_ssu.models.parallel_model import ParallelModel, build_model, open_model

@@ -18,14 +18,17 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from megatron_ssu.io.dtypes import TORCH_NAMES
+
 KeyPath = tuple[str, ...]
 
 # What a run file may write for a dtype: torch's name of it. torch itself is imported when one is read.
 DTYPES: Mapping[str, str] = types.MappingProxyType(
     {
-        **dict.fromkeys(("bf16", "bfloat16"), "bfloat16"),
-        **dict.fromkeys(("fp16", "float16", "half"), "float16"),
-        **dict.fromkeys(("fp32", "float32", "float"), "float32"),
+        **TORCH_NAMES,
+        **{name: name for name in TORCH_NAMES.values()},
+        "half": "float16",
+        "float": "float32",
         "uint8": "uint8",  # FP8 optimizer states
     }
 )

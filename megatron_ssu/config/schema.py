@@ -120,9 +120,9 @@ class PrecisionSection:
 
 @dataclass
 class CalibrationSection:
-    """Source samples that the model is scored on."""
+    """Samples that the model is scored on; `text` lines are taken as they stand, chats are rendered."""
 
-    path: str | list[str] | None = None  # chat JSONL (.gz, .zst); needed by data-driven scores
+    path: str | list[str] | None = None  # JSONL of chats or text (.gz, .zst); needed by data-driven scores
     samples: int = 500
     sequence_length: int = 2048  # packed length in tokens, cut to the model's own limit
     micro_batch_size: int = 1
@@ -151,19 +151,31 @@ class ShieldSection:
 
     file: str | None = None  # a shield made before; null: <checkpoint.directory>/shield.safetensors, planned if missing
     scores: str | None = None  # scores made before; null: <checkpoint.directory>/scores.safetensors, made if missing
-    score: str = "wanda"
-    granularity: str = "column"
+    score: str = "wanda"  # see scoring/registry.py
+    granularity: str = "column"  # column, row, element, matrix, layer
     also_score: list[str] = field(default_factory=list)  # further scores that one `score` run writes beside
     budget: str = "uniform"  # uniform, layerwise, per-kind
     ratio: float = 0.5  # frozen share
+    freeze: Literal["highest", "lowest"] = "highest"  # which end of the ranking is frozen
     kinds: dict[str, float] = field(default_factory=dict)  # budget per-kind: attention, mlp or a kind -> ratio
     floor: float = 0.0  # budget layerwise: least and greatest frozen share of a matrix
     ceiling: float = 1.0
     seed: int = 1234  # of the score random
     protect: list[ProtectSection] = field(default_factory=list)  # always frozen, always trainable; the last that fits
-    norms: Literal["trainable", "frozen", "half"] = "trainable"  # norm weights; half: as the released code
+    norms: Literal["trainable", "frozen", "half", "half-released"] = (
+        "trainable"  # norm weights; half: by |w| and inputs
+    )
     special_tokens: bool = True  # freeze the chat template's special-token rows of embedding and head
-    calibration: CalibrationSection = field(default_factory=CalibrationSection)
+    calibration: CalibrationSection = field(default_factory=CalibrationSection)  # source samples
+    target_calibration: CalibrationSection = field(
+        default_factory=CalibrationSection
+    )  # target text: score target-contrast
+    change_from: str | None = None  # score change: the Hugging Face directory to compare model.path with
+
+    @property
+    def measures_norms(self) -> bool:
+        """Whether the norms' inputs are measured when scoring."""
+        return self.norms in ("half", "half-released")
 
 
 @dataclass

@@ -1,21 +1,12 @@
-"""Calibration data: source samples, rendered with the model's own chat template and packed into rows."""
+"""Chats in JSONL lines: the forms they come in, and rendering with the model's own chat template."""
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from megatron_ssu.data.jsonl import BadLine, LineReader, check_unicode, parse_object
-from megatron_ssu.data.tokenizer import Tokenizer, one_line
-from megatron_ssu.errors import UserError
+from megatron_ssu.data.jsonl import BadLine, check_unicode
+from megatron_ssu.data.tokenizer import Tokenizer
+from megatron_ssu.errors import one_line
 
 _ROLES = {
     "human": "user",
@@ -27,76 +18,13 @@ _ROLES = {
 }
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Packed calibration tokens, `n` rows of length `s`."""
-
-    tokens: Tensor  # int64 [n, s]
-    mask: Tensor  # bool [n, s], True where a real token is
-    sample: Tensor  # int32 [n, s], number of the sample a token comes from, -1 in the padding
-    digest: str  # sha256 over shape, tokens and mask
-    n_samples: int  # samples in it
-    n_available: int  # samples in the files
-    note: str | None  # one line when there were fewer samples than asked for
-
-
-def load_calibration(
-    paths: str | Path | Sequence[str | Path],
-    tokenizer: Tokenizer,
-    *,
-    samples: int,
-    sequence_length: int,
-    seed: int,
-) -> Calibration:
-    """Draw `samples` lines by `seed`, render, tokenize and pack them in the files' order.
-
-    A line holds `messages` (role, content), `conversations` (from, value), `instruction`/`input`/`output`, or `text`,
-    which is taken as it stands. The rows are the concatenated samples cut every `sequence_length` tokens.
-    Raises UserError: no samples, a bad line, a sample that the template cannot render (file and line named).
-    """
-    files = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
-    for key, value in (("samples", samples), ("sequence_length", sequence_length)):
-        if value < 1:
-            raise UserError(f"shield.calibration.{key}: {value}; at least 1 is needed")
-    names = ", ".join(map(str, files))
-    available = sum(1 for file in files for _ in LineReader(file))
-    if available == 0:
-        raise UserError(f"{names or 'shield.calibration.path'}: no calibration samples in it")
-    chosen = sorted(random.Random(seed).sample(range(available), min(samples, available)))
-    streams = [_sample_ids(file, number, line, tokenizer) for file, number, line in _pick(files, chosen)]
-    note = None
-    if available < samples:
-        note = f"{names}: {available} calibration samples there, {samples} asked for; all {available} are used"
-    return _pack(streams, sequence_length, tokenizer.eos_id or 0, available, note)
-
-
-def _pick(files: list[Path], chosen: list[int]) -> Iterator[tuple[Path, int, bytes]]:
-    """The lines whose running number over all files is in `chosen` (sorted), as (file, line number, line)."""
-    wanted, index = set(chosen), 0
-    for file in files:
-        for number, line in LineReader(file):
-            if index in wanted:
-                yield file, number, line
-            index += 1
-
-
-def _sample_ids(file: Path, number: int, line: bytes, tokenizer: Tokenizer) -> list[int]:
-    try:
-        ids = encode_chat(parse_object(line), tokenizer)
-    except BadLine as error:
-        raise UserError(f"{file}:{number}: {error}") from error.__cause__
-    if not ids:
-        raise UserError(f"{file}:{number}: the sample is empty")
-    return ids
-
-
 def is_chat(value: dict[str, Any]) -> bool:
     """Whether a line's object holds a chat rather than text."""
     return any(key in value for key in ("messages", "conversations", "instruction"))
 
 
 def encode_chat(value: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a sample (see `load_calibration` for its forms), special tokens recognised. Raises BadLine."""
+    """Token ids of a sample in one of the forms that `read_sample` knows, special tokens recognised. Raises BadLine."""
     content = read_sample(value)
     if isinstance(content, str):
         return tokenizer.encode_rendered(check_unicode(content))
@@ -110,7 +38,10 @@ def encode_chat(value: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
 
 
 def read_sample(value: dict[str, Any]) -> str | list[dict[str, Any]]:
-    """A line's object as chat messages, or as a string to be taken as it stands. Raises BadLine."""
+    """A line's object as chat messages, or as a string to be taken as it stands. Raises BadLine.
+
+    It holds `messages` (role, content), `conversations` (from, value), `instruction`/`input`/`output`, or `text`.
+    """
     if "messages" in value:
         return _turns(value["messages"], "messages", "role", "content", roles=None)
     if "conversations" in value:
@@ -148,25 +79,3 @@ def _turns(value: Any, key: str, role_key: str, content_key: str, roles: dict[st
             raise BadLine(f"{key}[{i}] has no {content_key!r} that is a string")
         turns.append({"role": roles[turn[role_key]], "content": turn[content_key]})
     return turns
-
-
-def _pack(streams: list[list[int]], length: int, padding: int, available: int, note: str | None) -> Calibration:
-    ids = np.concatenate([np.asarray(s, np.int64) for s in streams])
-    owner = np.repeat(np.arange(len(streams), dtype=np.int32), [len(s) for s in streams])
-    rows = -(-len(ids) // length)
-    missing = rows * length - len(ids)
-    tokens = np.pad(ids, (0, missing), constant_values=padding).reshape(rows, length)
-    sample = np.pad(owner, (0, missing), constant_values=-1).reshape(rows, length)
-    mask = sample >= 0
-    digest = hashlib.sha256(f"calibration int64 bool {rows} {length}\n".encode())
-    digest.update(tokens.astype("<i8").tobytes())
-    digest.update(mask.astype(np.uint8).tobytes())
-    return Calibration(
-        tokens=torch.from_numpy(tokens),
-        mask=torch.from_numpy(mask),
-        sample=torch.from_numpy(sample),
-        digest=digest.hexdigest(),
-        n_samples=len(streams),
-        n_available=available,
-        note=note,
-    )

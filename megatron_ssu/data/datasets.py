@@ -26,8 +26,9 @@ from megatron_ssu.config.units import parse_split
 from megatron_ssu.data.gpt_dataset import EpochwiseGPTDataset
 from megatron_ssu.data.indexed import CheckedIndexedDataset, CheckedReader, PrefixInfo, bin_path, check_prefix
 from megatron_ssu.data.loader import iterate
-from megatron_ssu.data.tokenizer import Tokenizer, one_line
-from megatron_ssu.errors import UserError
+from megatron_ssu.data.tokenizer import Tokenizer
+from megatron_ssu.engine.ranks import on_rank_zero
+from megatron_ssu.errors import UserError, one_line
 
 __all__ = ["WindowDataset", "build_train_valid", "build_valid", "iterate"]
 
@@ -137,20 +138,17 @@ def _check_size(
 
 
 def _cache_folder(cache_dir: Path, infos: list[PrefixInfo]) -> Path:
-    """The folder of these datasets' sample indices, rid of half-written ones. Rank 0 looks, all learn the verdict."""
+    """The folder of these datasets' sample indices, rid of half-written ones; collective."""
     key = hashlib.sha256("\n".join(info.index_digest for info in infos).encode()).hexdigest()[:12]
     folder = cache_dir / f"samples-{key}"
-    verdict: list[str | None] = [None]
-    together = torch.distributed.is_initialized()
-    if not together or torch.distributed.get_rank() == 0:
+
+    def clean() -> None:
         try:
             _clean_cache(folder)
         except OSError as error:
-            verdict = [f"{folder}: cannot be written ({error.strerror or one_line(error)})"]
-    if together:
-        torch.distributed.broadcast_object_list(verdict, src=0)
-    if verdict[0] is not None:
-        raise UserError(verdict[0])
+            raise UserError(f"{folder}: cannot be written ({error.strerror or one_line(error)})") from error
+
+    on_rank_zero(clean)
     return folder
 
 

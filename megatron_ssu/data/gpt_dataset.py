@@ -8,14 +8,14 @@ reads what the shorter one read, and goes on.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 from megatron.core.datasets import helpers
 
 from megatron_ssu.engine.datasets import OrderedGPTDataset
+from megatron_ssu.engine.ranks import is_rank_zero
+from megatron_ssu.io.atomic import written_aside
 
 PARTS = ("document_index", "sample_index", "shuffle_index")
 
@@ -28,12 +28,10 @@ class EpochwiseGPTDataset(OrderedGPTDataset):
             return self._build()
         base = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}-epochs"
         files = [Path(self.config.path_to_cache) / f"{base}-{part}.npy" for part in PARTS]
-        if not all(file.is_file() for file in files) and (not dist.is_initialized() or dist.get_rank() == 0):
+        if not all(file.is_file() for file in files) and is_rank_zero():
             for file, array in zip(files, self._build(), strict=True):
-                part = file.with_name(f"{file.name}.{os.getpid()}.part")
-                with part.open("wb") as out:
+                with written_aside(file) as part, part.open("wb") as out:
                     np.save(out, array, allow_pickle=False)
-                os.replace(part, file)
         documents, samples, order = (np.load(file, mmap_mode="r", allow_pickle=False) for file in files)
         return documents, samples, order
 

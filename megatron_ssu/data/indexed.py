@@ -15,8 +15,8 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, get_bin_path
 
 from megatron_ssu.data.jsonl import source_digest
-from megatron_ssu.data.tokenizer import Tokenizer, one_line
-from megatron_ssu.errors import UserError
+from megatron_ssu.data.tokenizer import Tokenizer
+from megatron_ssu.errors import UserError, one_line
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries

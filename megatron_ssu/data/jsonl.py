@@ -13,8 +13,7 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from megatron_ssu.data.tokenizer import one_line
-from megatron_ssu.errors import UserError
+from megatron_ssu.errors import UserError, one_line
 
 _MIB = 1 << 20
 _WHOLE_FILE_BYTES = 1 << 30  # up to this size a source's digest covers every byte
@@ -112,11 +111,6 @@ def parse_object(line: bytes) -> dict[str, Any]:
     return value
 
 
-def parse_text(line: bytes, text_key: str = "text") -> str:
-    """The text of a line's document. Raises BadLine."""
-    return text_of(parse_object(line), text_key)
-
-
 def text_of(value: dict[str, Any], text_key: str = "text") -> str:
     """The text in a line's object. Raises BadLine."""
     if text_key not in value:
@@ -146,25 +140,6 @@ def _json_type(value: Any) -> str:
         float: "a number",
     }
     return kinds.get(type(value), "null")
-
-
-def iter_lines(path: str | Path, text_key: str = "text", *, skip_bad_lines: bool = False) -> Iterator[tuple[int, str]]:
-    """(line number, text) of every document in the file.
-
-    Raises UserError at a bad line (left out instead with `skip_bad_lines`) and for a file without any document.
-    """
-    found = False
-    for number, line in LineReader(path):
-        try:
-            text = parse_text(line, text_key)
-        except BadLine as error:
-            if not skip_bad_lines:
-                raise UserError(f"{path}:{number}: {error}") from None
-            continue
-        found = True
-        yield number, text
-    if not found:
-        raise UserError(f"{path}: no documents in it")
 
 
 def source_digest(path: str | Path) -> str:

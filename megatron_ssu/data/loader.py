@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from megatron_ssu.data.tokenizer import one_line
-from megatron_ssu.errors import UserError
+from megatron_ssu.errors import UserError, one_line
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -33,8 +33,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from megatron_ssu.data.indexed import bin_path, check_prefix, idx_path, meta_path, prepared_prefix
 from megatron_ssu.data.jsonl import LineReader, source_digest
 from megatron_ssu.data.tokenize_worker import Batch, Encoded, EncodeJob, encode_batch, encode_file, start_process
-from megatron_ssu.data.tokenizer import Tokenizer, load_tokenizer, one_line
-from megatron_ssu.errors import UserError
+from megatron_ssu.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ssu.errors import UserError, one_line
 
 __all__ = ["PrepareReport", "Terminated", "check_prefix", "prepare", "prepared_prefix"]
 

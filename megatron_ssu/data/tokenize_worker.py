@@ -13,7 +13,8 @@ from pathlib import Path
 
 from megatron_ssu.data.chat import encode_chat, is_chat
 from megatron_ssu.data.jsonl import BadLine, parse_object, text_of
-from megatron_ssu.data.tokenizer import Tokenizer, load_tokenizer, one_line
+from megatron_ssu.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ssu.errors import one_line
 
 Batch = list[tuple[int, bytes]]  # line number, line
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_ssu.errors import UserError
+from megatron_ssu.errors import UserError, one_line
 
 # Any of these holds a vocabulary; without one transformers may build an empty tokenizer and say nothing.
 _HF_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -381,9 +381,3 @@ class _SentencePieceTokenizer(Tokenizer):
 
 
 _SAMPLE_TEXT = "0"
-
-
-def one_line(error: BaseException | None, limit: int = 200) -> str:
-    """The message of `error` on one line, for use inside a UserError."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."

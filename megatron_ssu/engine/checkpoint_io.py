@@ -7,7 +7,6 @@ run code. megatron-core 0.16 and 0.17 name some of this differently; each functi
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import queue
 import weakref
@@ -31,6 +30,8 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+from megatron_ssu.io.atomic import to_disk
 
 PORTION = 1 << 28  # bytes that are written before they are put on the disk
 
@@ -120,15 +121,6 @@ def _in_portions(tensors: list[Any], file: Path, step: Callable[[], None]) -> It
             to_disk(file)
             written = 0
         step()
-
-
-def to_disk(path: Path) -> None:
-    """Raises OSError."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -13,9 +13,12 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_ssu.config.checks.mesh import validate_mesh
+from megatron_ssu.config.checks.model import validate_model
+from megatron_ssu.config.checks.train import validate_batches
+from megatron_ssu.config.checks.unsupported import NEEDS_CUDA
+from megatron_ssu.config.checks.values import at_least
 from megatron_ssu.config.schema import RunConfig
-from megatron_ssu.config.validate import NEEDS_CUDA, validate_mesh, validate_model
-from megatron_ssu.config.validate_train import at_least, validate_batches
 from megatron_ssu.errors import UserError
 from megatron_ssu.estimate import step_time as steps
 from megatron_ssu.estimate.activations import Kept, MicroBatch, Recompute, head_kept, in_flight, layer_kept

@@ -100,8 +100,9 @@ def _parameter(
     entry: Entry, dims: Dims, layer: int | None, tensor: int, shields: Mapping[str, MatrixShield], padding: int
 ) -> Parameter:
     """`padding`: rows that pad the vocabulary."""
-    shapes = [dims.shape(kind) for kind in entry.kinds]
-    own = [shields.get(name.format(layer=layer)) for name in entry.tensors]
+    matrices = entry.matrices(dims, layer)
+    shapes = [matrix.shape for matrix in matrices]
+    own = [shields.get(matrix.name) for matrix in matrices]
     sizes = [prod(shape) for shape in shapes]
     frozen = sum(size * shield.frozen for size, shield in zip(sizes, own, strict=True) if shield is not None)
     ranks = tensor if entry.split is not None else 1

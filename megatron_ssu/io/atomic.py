@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_ssu.errors import UserError
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`, replacing what is there. Raises UserError where it cannot be written; then nothing changed."""
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write a file to; at the end of the context the file goes to disk and takes the place of `path`.
+
+    Where anything fails nothing is left of it, and `path` is as before. Raises OSError.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield part
+        to_disk(part)
         os.replace(part, path)
-    except OSError as error:
+    except BaseException:
         with suppress(OSError):
             part.unlink()
+        raise
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of files, is on the disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, replacing what is there. Raises UserError where it cannot be written; then nothing changed."""
+    try:
+        with written_aside(path) as part:
+            part.write_text(text, encoding="utf-8")
+    except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from megatron_ssu.errors import UserError
+from megatron_ssu.io.atomic import written_aside
 
 HEADER_KEY = "megatron_ssu"
 _DIGESTS = "tensors"
@@ -42,17 +42,14 @@ def write_sealed(
         raise UserError(f"{path.parent}: no such directory; make it first")
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     sealed = _dumps(seal(header, tensors))
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.touch()
-        mode = part.stat().st_mode  # what the umask gives; safetensors makes files that nobody else can read
-        save_file(tensors, part, metadata={HEADER_KEY: sealed})
-        part.chmod(mode)
-        os.replace(part, path)
+        with written_aside(path) as part:
+            part.touch()
+            mode = part.stat().st_mode  # what the umask gives; safetensors makes files that nobody else can read
+            save_file(tensors, part, metadata={HEADER_KEY: sealed})
+            part.chmod(mode)
     except (OSError, SafetensorError) as error:  # safetensors has a class of its own for a full disk
         raise UserError(f"{path}: cannot be written ({error})") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class SealedFile:

@@ -10,14 +10,16 @@ import numpy as np
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.errors import UserError
-from megatron_ssu.methods.options import plan_options
+from megatron_ssu.methods.options import missing_change, plan_options
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.hf_config import difference
 from megatron_ssu.models.source import Source
-from megatron_ssu.scoring import base
+from megatron_ssu.scoring.change import KEY, open_before
+from megatron_ssu.scoring.registry import score_named
 from megatron_ssu.scoring.scores_file import Scores
 from megatron_ssu.shield.mask import Mask
 from megatron_ssu.shield.plan import plan_shield
+from megatron_ssu.shield.ranking import Weights
 from megatron_ssu.shield.shield_file import Shield, load_shield
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,31 @@ def plan(run: RunConfig, source: Source, scores: Scores) -> Shield:
         method=run.method.name,
         frozen_rows=special_token_rows(run, source),
         weights=source.checkpoint.get,
+        before=_before(run, source, scores),
     )
+
+
+def _before(run: RunConfig, source: Source, scores: Scores) -> Weights | None:
+    """Weights of the checkpoint that single elements are compared with; None where that is not asked for."""
+    if score_named(run.shield.score).needs != "change":
+        return None
+    _check_change(run, scores)
+    if run.shield.granularity != "element":
+        return None
+    if run.shield.change_from is None:
+        raise missing_change(f"the score {run.shield.score!r}")
+    return open_before(source.path, run.shield.change_from).get
+
+
+def _check_change(run: RunConfig, scores: Scores) -> None:
+    """Raises UserError where the scores compare with another checkpoint than the one that the run file names."""
+    made, given = scores.setting("change_from"), run.shield.change_from
+    fingerprint = model_fingerprint(given, KEY) if given is not None else made["fingerprint"]
+    if fingerprint != made["fingerprint"]:
+        raise UserError(
+            f"{scores_path(run)}: compares with {made['model']}, and {KEY} names {given}: other "
+            f"{difference(made['fingerprint'], fingerprint)}; change that back, or score again"
+        )
 
 
 def special_token_rows(run: RunConfig, source: Source) -> dict[str, tuple[tuple[int, ...], list[int]]]:
@@ -72,7 +98,7 @@ def write_plan(run: RunConfig, source: Source, scores: Scores, *, replace: bool 
     that do not fit. A shield of another model is never replaced.
     """
     wanted, path = run.shield.score, shield_path(run)
-    if wanted not in (*base.DRAWN, *scores.scores):
+    if score_named(wanted).needs != "seed" and wanted not in scores.scores:
         raise UserError(
             f"{scores_path(run)}: has no score {wanted}, only {', '.join(scores.scores)}; run `score` with "
             f"shield.score={wanted}"

@@ -3,41 +3,87 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
-from megatron_ssu.config.schema import RunConfig
-from megatron_ssu.data.chat import Calibration, load_calibration
+from megatron_ssu.config.schema import CalibrationSection, RunConfig
+from megatron_ssu.data.calibration import Calibration, load_calibration
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.engine.ranks import is_rank_zero, on_all_ranks, on_rank_zero
 from megatron_ssu.errors import UserError
-from megatron_ssu.methods.options import check_names
+from megatron_ssu.methods.options import (
+    check_names,
+    missing_calibration,
+    missing_change,
+    missing_target,
+    reads_calibration,
+    reads_change,
+    reads_target,
+    wanted_scores,
+)
 from megatron_ssu.methods.planned import check_scores_model, scores_path, shield_path, write_plan
 from megatron_ssu.models.family import Dims
 from megatron_ssu.models.fingerprint import model_fingerprint
+from megatron_ssu.models.hf_config import difference
 from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.models.source import Source
-from megatron_ssu.scoring import base
-from megatron_ssu.scoring.calibration_pass import score_model
+from megatron_ssu.scoring.change import KEY, open_before
+from megatron_ssu.scoring.score_model import Before, score_model
 from megatron_ssu.scoring.scores_file import Scores
 from megatron_ssu.shield.shield_file import Shield, check_model, load_shield
 
 log = logging.getLogger(__name__)
 
 
-def wanted_scores(run: RunConfig) -> list[str]:
-    """Scores that a `score` run computes: those named, without the ones that are drawn when a shield is planned."""
-    names = [run.shield.score, *run.shield.also_score]
-    return sorted({n for n in names if n not in base.DRAWN})
+@dataclass(frozen=True)
+class Samples:
+    """What scores read beside the model's weights; None: not needed."""
+
+    source: Calibration | None
+    target: Calibration | None
+    before: Before | None
+
+    @property
+    def notes(self) -> list[str]:
+        """A line for each file with fewer samples than asked for."""
+        return [c.note for c in (self.source, self.target) if c is not None and c.note]
 
 
-def load_samples(run: RunConfig, dims: Dims) -> Calibration | None:
+def load_samples(run: RunConfig, source: Source) -> Samples:
+    """What the scores of a run file read. Raises UserError where the run file does not name it, or it is bad."""
+    why = reads_calibration(run), reads_target(run), reads_change(run)
+    return Samples(
+        source=load_source_samples(run, source.dims) if why[0] else None,
+        target=_load_target(run, source.dims, why[1]) if why[1] else None,
+        before=_load_before(run, source, why[2]) if why[2] else None,
+    )
+
+
+def load_source_samples(run: RunConfig, dims: Dims) -> Calibration | None:
     """The packed calibration samples of a run file, rows no longer than the model's; None where no score needs any."""
-    needed = [n for n in wanted_scores(run) if base.needs_calibration([n])]
-    if not needed and run.shield.norms != "half":
+    why = reads_calibration(run)
+    if why is None:
         return None
-    section = run.shield.calibration
-    if section.path is None:
-        why = f"the score {needed[0]}" if needed else "shield.norms: half"
-        raise UserError(f"shield.calibration.path: needed for {why}; name a file of source chats")
+    if run.shield.calibration.path is None:
+        raise missing_calibration(why)
+    return _load(run, run.shield.calibration, dims)
+
+
+def _load_target(run: RunConfig, dims: Dims, why: str) -> Calibration:
+    if run.shield.target_calibration.path is None:
+        raise missing_target(why)
+    return _load(run, run.shield.target_calibration, dims)
+
+
+def _load_before(run: RunConfig, source: Source, why: str) -> Before:
+    given = run.shield.change_from
+    if given is None:
+        raise missing_change(why)
+    return Before(open_before(source.path, given), model_fingerprint(given, KEY))
+
+
+def _load(run: RunConfig, section: CalibrationSection, dims: Dims) -> Calibration:
+    """Samples that a section names, with tokens that the model has."""
+    assert section.path is not None
     tokenizer = load_tokenizer(run.model.path, trust_remote_code=run.model.trust_remote_code)
     calibration = load_calibration(
         section.path,
@@ -65,16 +111,17 @@ def make_scores(session: ParallelModel) -> Scores | None:
     """
     run = session.run
     check_names(run)
-    calibration = on_all_ranks(lambda: load_samples(run, session.source.dims))
-    return _score(session, calibration)
+    return _score(session, on_all_ranks(lambda: load_samples(run, session.source)))
 
 
-def _score(session: ParallelModel, calibration: Calibration | None) -> Scores | None:
+def _score(session: ParallelModel, samples: Samples) -> Scores | None:
     run = session.run
-    if calibration is not None and calibration.note and is_rank_zero():
-        log.warning("%s", calibration.note)
+    for note in samples.notes if is_rank_zero() else ():
+        log.warning("%s", note)
     fingerprint = on_rank_zero(lambda: model_fingerprint(session.source.path))
-    scores = score_model(session, wanted_scores(run), calibration, fingerprint)
+    scores = score_model(
+        session, wanted_scores(run), samples.source, fingerprint, target=samples.target, before=samples.before
+    )
 
     def write() -> None:
         path = scores_path(run)
@@ -94,12 +141,12 @@ def make_shield(session: ParallelModel, *, begun: bool = False) -> Shield:
     """
     run, source = session.run, session.source
     if on_rank_zero(lambda: needs_scoring(run, source, begun=begun)):
-        calibration = on_all_ranks(lambda: load_samples(run, source.dims))
-        scores = _score(session, calibration)
+        samples = on_all_ranks(lambda: load_samples(run, source))
+        scores = _score(session, samples)
         on_rank_zero(lambda: _plan_and_write(run, source, scores, begun))
     else:
         on_rank_zero(lambda: _plan_from_files(run, source, begun))
-    return on_all_ranks(lambda: _load(run, source))
+    return on_all_ranks(lambda: _open_shield(run, source))
 
 
 def present_shield(run: RunConfig, source: Source) -> Shield | None:
@@ -110,7 +157,7 @@ def present_shield(run: RunConfig, source: Source) -> Shield | None:
     if needs_scoring(run, source, begun=True):
         return None
     _plan_from_files(run, source, begun=True)
-    return _load(run, source)
+    return _open_shield(run, source)
 
 
 def needs_scoring(run: RunConfig, source: Source, *, begun: bool) -> bool:
@@ -148,7 +195,7 @@ def _plan_and_write(run: RunConfig, source: Source, scores: Scores | None, begun
     write_plan(run, source, scores, begun=begun)
 
 
-def _load(run: RunConfig, source: Source) -> Shield:
+def _open_shield(run: RunConfig, source: Source) -> Shield:
     shield = load_shield(shield_path(run), check=True)
     check_model(shield, model_fingerprint(source.path), source.name)
     return shield
@@ -162,12 +209,10 @@ def _check_scores(run: RunConfig, source: Source, begun: bool) -> None:
     why = None
     if missing:
         why = f"has no score {missing[0]}"
-    elif run.shield.norms == "half" and not any(_of_norm(scores, key) for key in scores.tensors):
-        why = "has no statistics of the norms' inputs, which shield.norms: half needs"
-    elif run.shield.calibration.path is not None:
-        calibration = load_samples(run, source.dims)
-        if calibration is not None and scores.calibration != calibration.digest:
-            why = "was made with other calibration samples"
+    elif run.shield.measures_norms and not any(_of_norm(scores, key) for key in scores.tensors):
+        why = f"has no statistics of the norms' inputs, which shield.norms: {run.shield.norms} needs"
+    else:
+        why = _stale(run, source, scores)
     if why is None:
         return
     if run.shield.scores is not None:
@@ -177,6 +222,25 @@ def _check_scores(run: RunConfig, source: Source, begun: bool) -> None:
             f"{path}: {why}, and the run has begun with it; change that back, or start in another checkpoint.directory"
         )
     raise UserError(f"{path}: {why}; change that back, or run `megatron-ssu score` to replace it")
+
+
+def _stale(run: RunConfig, source: Source, scores: Scores) -> str | None:
+    """What the run file names now that is not what the scores were made with; what it does not name is not compared."""
+    shield = run.shield
+    if shield.calibration.path is not None:
+        calibration = load_source_samples(run, source.dims)
+        if calibration is not None and scores.calibration != calibration.digest:
+            return "was made with other calibration samples"
+    target = reads_target(run)
+    if target and shield.target_calibration.path is not None:
+        made = scores.setting("target_calibration")["digest"]
+        if made != _load_target(run, source.dims, target).digest:
+            return "was made with other target samples (shield.target_calibration)"
+    if reads_change(run) and shield.change_from is not None:
+        made, given = scores.setting("change_from")["fingerprint"], model_fingerprint(shield.change_from, KEY)
+        if made != given:
+            return f"compares with another checkpoint than shield.change_from: other {difference(made, given)}"
+    return None
 
 
 def check_replaceable(run: RunConfig, source: Source) -> None:

@@ -28,8 +28,8 @@ class SourceShieldedUpdates(Method):
     shields: ClassVar[bool] = True
 
     def validate(self, run: RunConfig, matrices: Sequence[Matrix]) -> None:
-        from megatron_ssu.config.validate_train import validate_shield
         from megatron_ssu.methods.options import check_rules
+        from megatron_ssu.methods.shield_checks import validate_shield
 
         validate_shield(run)
         check_rules(run, matrices)
@@ -55,13 +55,6 @@ class SourceShieldedUpdates(Method):
     def expected_shield(
         self, run: RunConfig, matrices: Sequence[Matrix], dims: Dims
     ) -> Mapping[str, tuple[Granularity, float]]:
-        from megatron_ssu.shield.budget import units_of_ratio
-        from megatron_ssu.shield.mask import unit_count
+        from megatron_ssu.methods.options import expected_fractions
 
-        granularity: Granularity = run.shield.granularity  # type: ignore[assignment]
-        found = {}
-        for matrix in matrices:
-            if matrix.scored:
-                units = unit_count(granularity, matrix.shape)
-                found[matrix.name] = (granularity, units_of_ratio(run.shield.ratio, units) / units)
-        return found
+        return expected_fractions(run, matrices, dims)

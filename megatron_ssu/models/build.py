@@ -13,10 +13,11 @@ from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.engine.device import has_cuda, local_device
 from megatron_ssu.engine.mesh import Mesh
 from megatron_ssu.errors import UserError
+from megatron_ssu.io.dtypes import TORCH_NAMES
 from megatron_ssu.models.family import Dims, Family, padded_vocab
 from megatron_ssu.models.layers import mask_padded_vocabulary
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, TORCH_NAMES[name]) for name in ("bf16", "fp32")}
 
 
 def has_transformer_engine() -> bool:

@@ -36,6 +36,13 @@ class Entry:
     split: int | None = None  # dimension that tensor parallelism splits; None: replicated
     form: Form = "plain"
 
+    def matrices(self, dims: Dims, layer: int | None) -> tuple[Matrix, ...]:
+        """The matrices that the parameter consists of, in `layer` or outside the layers."""
+        return tuple(
+            Matrix(tensor.format(layer=layer), dims.shape(kind), layer, "norm" if kind.endswith("norm") else kind)
+            for tensor, kind in zip(self.tensors, self.kinds, strict=True)
+        )
+
 
 @dataclass(frozen=True)
 class Dims:
@@ -114,13 +121,13 @@ class Family:
         """All tensors of a checkpoint of this family in the order of the model; a tied head is left out."""
         for entry in self.edges:
             if entry.kinds[0] == "embedding":
-                yield from _matrices(entry, dims, None)
+                yield from entry.matrices(dims, None)
         for layer in range(dims.layers):
             for entry in self.layer:
-                yield from _matrices(entry, dims, layer)
+                yield from entry.matrices(dims, layer)
         for entry in self.edges:
             if entry.kinds[0] != "embedding" and not (dims.tied and entry.kinds[0] == "head"):
-                yield from _matrices(entry, dims, None)
+                yield from entry.matrices(dims, None)
 
     def linear_matrices(self, dims: Dims) -> list[Matrix]:
         """The weight matrices of the linear layers: those that a shield's scores rank."""
@@ -128,11 +135,6 @@ class Family:
 
     def is_ignored(self, tensor: str) -> bool:
         return any(re.fullmatch(pattern, tensor) for pattern in self.ignored)
-
-
-def _matrices(entry: Entry, dims: Dims, layer: int | None) -> Iterator[Matrix]:
-    for tensor, kind in zip(entry.tensors, entry.kinds, strict=True):
-        yield Matrix(tensor.format(layer=layer), dims.shape(kind), layer, "norm" if kind.endswith("norm") else kind)
 
 
 _L = "model.layers.{layer}."

@@ -22,12 +22,10 @@ from megatron_ssu.engine.mesh import Mesh
 from megatron_ssu.engine.ranks import on_rank_zero
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.collect import Collector
-from megatron_ssu.models.hf_files import EXPORT_RECORD, HFCheckpoint, carry_files
+from megatron_ssu.models.hf_files import EXPORT_RECORD, INDEX_FILE, HFCheckpoint, carry_files
 from megatron_ssu.models.hf_import import DTYPE_NAMES
 from megatron_ssu.models.layout import Layout
 from megatron_ssu.models.matrix import Matrix
-
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ def _finish(
             total = sum(t.nbytes for part in files.values() for t in part)
             weight_map = {t.name: name for name, part in files.items() for t in part}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            (partial / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         carry_files(source, partial)
         if record is not None:
             (partial / EXPORT_RECORD).write_text(record, encoding="utf-8")

@@ -42,15 +42,6 @@ class TensorEntry:
     nbytes: int
 
 
-def open_checkpoint(hf_dir: str | Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file of a directory; `model.safetensors` before an index, as transformers does.
-
-    Raises UserError when the directory, a shard or the index is missing or broken, or a shard lacks a tensor that the
-    index puts there.
-    """
-    return {name: entry.file for name, entry in _entries(Path(hf_dir)).items()}
-
-
 def carried_files(directory: Path) -> list[Path]:
     """The files beside the weights that every copy of a model needs, relative to `directory`, sorted."""
     found = {file for pattern in _CARRIED for file in directory.glob(pattern) if file.is_file()}
@@ -69,9 +60,14 @@ def carry_files(source: Path, target: Path) -> None:
 
 
 class HFCheckpoint:
-    """The tensors of a Hugging Face directory; only headers are read until a tensor is asked for."""
+    """The tensors of a Hugging Face directory; only headers are read until a tensor is asked for.
+
+    `model.safetensors` is taken before an index, as transformers does.
+    """
 
     def __init__(self, hf_dir: str | Path) -> None:
+        """Raises UserError when the directory, a shard or the index is missing or broken, or a shard lacks a tensor that
+        the index puts there."""
         self.directory = Path(hf_dir)
         self._tensors = _entries(self.directory)
         self._open: dict[Path, Any] = {}

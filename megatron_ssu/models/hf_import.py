@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from megatron_ssu.errors import UserError
+from megatron_ssu.io.dtypes import STORED_NAMES
 from megatron_ssu.models.family import Dims, Family
 from megatron_ssu.models.hf_files import HFCheckpoint
 from megatron_ssu.models.layout import Layout, LocalParam, put
 from megatron_ssu.models.matrix import Matrix
 
-DTYPE_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPE_NAMES: dict[str, torch.dtype] = {stored: getattr(torch, name) for stored, name in STORED_NAMES.items()}
 
 
 def check_checkpoint(checkpoint: HFCheckpoint, family: Family, dims: Dims, dtype: torch.dtype) -> None:

@@ -70,17 +70,9 @@ def take(shard: torch.Tensor, piece: Piece) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def matrices_of(entry: Entry, dims: Dims, layer: int | None) -> tuple[Matrix, ...]:
-    """The matrices that the parameter of `entry` consists of."""
-    return tuple(
-        Matrix(t.format(layer=layer), dims.shape(k), layer, "norm" if k.endswith("norm") else k)
-        for t, k in zip(entry.tensors, entry.kinds, strict=True)
-    )
-
-
 def pieces(entry: Entry, dims: Dims, layer: int | None, rank: int, size: int, vocab_rows: int) -> tuple[Piece, ...]:
     """What the shard of `entry` on tensor-parallel rank `rank` of `size` holds; `vocab_rows` is the padded vocabulary."""
-    matrices = matrices_of(entry, dims, layer)
+    matrices = entry.matrices(dims, layer)
     if entry.form == "qkv":
         return _qkv_pieces(matrices, dims, rank, size)
     found, shard_row = [], 0
@@ -149,7 +141,7 @@ class Layout:
                     LocalParam(
                         name=name,
                         param=param,
-                        matrices=matrices_of(source, dims, layer),
+                        matrices=source.matrices(dims, layer),
                         pieces=peers[tensor_rank % len(peers)],
                         peers=tuple(peers),
                         split=entry.split,

@@ -1,68 +1,147 @@
-"""What a score is: the contract that scores follow, and the list of them.
+"""What a score is: the contract that every score follows. Imports no torch.
 
-A score ranks the columns [I] and rows [O] of a weight matrix W [O, I] from |W| and from a statistic x [I] of its input.
-It is a sum over elements, so each rank can sum its own shard, and ranks add up in float64:
+A score ranks columns [I], rows [O], elements [O, I] or whole matrices of a weight W [O, I]; it has the terms that it can
+rank by. A column, row or matrix term is a sum over elements, or two:
 
-    column_j = finish( sum_i term(|W_ij|), x_j )             row_i = sum_j row_term(|W_ij|, x_j)
+    sum_k = sum of terms[k](w, *x) over the rows of a column, the columns of a row, or the whole matrix
+    score = finish(*sums)        of columns: finish(*sums, *statistics)
 
-`random` needs no calibration and no weights and is drawn when a shield is planned; `fisher` comes from gradients (fisher.py).
+w [O, I] is |W|, of a score that compares two checkpoints |W - W_before|. x are the score's statistics, each [I], and of a
+score that compares two checkpoints |W_before| [O, I]. So every rank can sum its own shard, and ranks add up, in float64.
+`terms` get tensors (an element term numpy arrays), `finish` gets the sums of whole matrices, float64 [I], [O] or [1], as numpy
+arrays.
+
+A score is one `Score` in a file of its own, and one line in registry.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_ssu.errors import UserError
-from megatron_ssu.scoring.scores_file import INPUT_MEAN_SQUARE, INPUT_NORM
+from megatron_ssu.scoring.scores_file import TARGET_INPUT_NORM
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megatron_ssu.models.parallel_model import ParallelModel
+    from megatron_ssu.scoring.gather import Entry
+
+# What must be run or read to compute a score:
+#   weights   the model's weights
+#   forward   a forward pass over calibration data
+#   backward  a forward and backward pass over it
+#   change    the weights of a second checkpoint
+#   seed      nothing: it is drawn when a shield is planned
+Needs = Literal["weights", "forward", "backward", "change", "seed"]
+Term = Callable[..., Any]
+Axis = Literal["column", "row", "element", "matrix"]
+
+
+def weight(w: Any, *x: Any) -> Any:
+    """The term |W_ij|."""
+    return w
+
+
+def square(w: Any, *x: Any) -> Any:
+    """The term W_ij^2."""
+    return w * w
+
+
+def product(w: Any, x: Any) -> Any:
+    """The term |W_ij| x_j."""
+    return w * x
+
+
+def statistic(w: Any, x: Any) -> Any:
+    """The term x_j."""
+    return x
+
+
+def total(s: Any) -> Any:
+    """The sum itself."""
+    return s
+
+
+def root(s: Any) -> Any:
+    """The square root of the sum: of `square` the L2 norm."""
+    return s**0.5
+
 
 @dataclass(frozen=True)
-class ElementScore:
-    """A score as in the module docstring; all tensors float64 on the rank's device.
+class Summed:
+    """A column, row or matrix term; see the module docstring."""
 
-    statistic: input_norm (||X_j||_2 over all real tokens), input_mean_square (mean over calibration rows of the mean over
-        the row's real tokens of X_tj^2), or None: no calibration pass.
+    terms: tuple[Term, ...]
+    finish: Term = total
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A matrix term that needs the whole matrix: W float32 [O, I] on the rank's device -> score."""
+
+    of: Callable[[Tensor], float]
+
+
+@dataclass(frozen=True)
+class Elements:
+    """An element term, computed when a shield is planned: term(w, *factors), a numpy array that broadcasts to [O, I].
+
+    w is as in the module docstring, float32 (float64 of float64 weights), None unless `weights`.
     """
 
-    name: str
-    statistic: str | None
-    term: Callable[[Tensor], Tensor]
-    finish: Callable[[Tensor, Tensor], Tensor]
-    row_term: Callable[[Tensor, Tensor], Tensor]
-
-
-SCORES: dict[str, ElementScore] = {
-    score.name: score
-    for score in (
-        # The paper's formula: S_j = ||X_j||_2 ||W_:j||_1.
-        ElementScore("wanda", INPUT_NORM, lambda w: w, lambda s, x: s * x, lambda w, x: w * x),
-        # The released code: ||W_:j||_2 mean_t(X_tj^2); rows by the like-named sum over elements.
-        ElementScore(
-            "wanda-released", INPUT_MEAN_SQUARE, lambda w: w * w, lambda s, x: s.sqrt() * x, lambda w, x: w * x
-        ),
-        ElementScore("magnitude", None, lambda w: w, lambda s, x: s, lambda w, x: w),
-        # mean_t(X_tj^2) alone; all rows are alike.
-        ElementScore(
-            "sparsegpt-diagonal", INPUT_MEAN_SQUARE, lambda w: w * 0, lambda s, x: x, lambda w, x: x.expand_as(w)
-        ),
+    term: Term
+    factors: tuple[str, ...] = ()  # tensors of the scores file, 'NAME/column' as [I], 'NAME/row' as [O, 1]
+    weights: bool = True
+    scale_free: bool = (
+        True  # multiplying a factor changes no rank; factors are then scaled so that products stay in range
     )
-}
-DRAWN = ("random",)
-GRADIENT = ("fisher",)
-NAMES = (*SCORES, *DRAWN, *GRADIENT)
 
 
-def check_names(names: list[str], key: str = "shield.score") -> None:
-    """Raises UserError, listing what there is, for an unknown score; `key` is the run file's that names them."""
-    for name in names:
-        if name not in NAMES:
-            raise UserError(f"{key}: {name!r} is unknown; choose from {', '.join(NAMES)}")
+class GradientPass:
+    """What a `backward` score has open during the calibration pass, in which every micro-batch is one row."""
+
+    def close(self) -> None:
+        """The pass has ended, maybe by an exception."""
+        raise NotImplementedError
+
+    def entries(self, samples: int) -> list[Entry]:
+        """The scores over all ranks' rows, of which there are `samples`. Collective."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises UserError, naming the matrix, for NaN or infinite gradients."""
+        raise NotImplementedError
 
 
-def needs_calibration(names: list[str]) -> bool:
-    return any(n in GRADIENT or (n in SCORES and SCORES[n].statistic is not None) for n in names)
+@dataclass(frozen=True)
+class Score:
+    """A registered score; a granularity whose term is None is one that the score does not have."""
+
+    name: str
+    needs: Needs
+    column: Summed | None = None
+    row: Summed | None = None
+    element: Elements | None = None
+    matrix: Summed | Whole | None = None
+    statistics: tuple[str, ...] = ()  # of the inputs, in the order of the terms' arguments; see input_statistics.py
+    gradients: Callable[[ParallelModel], GradientPass] | None = None  # of a backward score, whose terms it computes
+
+    @property
+    def granularities(self) -> tuple[str, ...]:
+        """What it can rank. A matrix without a term of its own has the mean of its column score, a layer that of its
+        matrices."""
+        if self.needs in ("seed", "backward"):  # drawn, or kept by column and row
+            return ("column", "row", "element", "matrix", "layer")
+        own = tuple(axis for axis in ("column", "row", "element") if getattr(self, axis) is not None)
+        return (*own, "matrix", "layer") if self.matrix or self.column else own
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.needs in ("forward", "backward")
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether it needs a second forward pass, over target text."""
+        return TARGET_INPUT_NORM in self.statistics

@@ -1,4 +1,4 @@
-"""Score a sharded model: one pass over calibration data, each rank its own shards, one result for every mesh."""
+"""A pass over calibration data on a mesh: forward, and backward where a score needs gradients."""
 
 from __future__ import annotations
 
@@ -7,23 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_ssu.data.chat import Calibration
+from megatron_ssu.data.calibration import Calibration
 from megatron_ssu.engine.device import local_device
-from megatron_ssu.engine.ranks import on_all_ranks
-from megatron_ssu.errors import UserError
-from megatron_ssu.models.layout import LocalParam, Piece, take
 from megatron_ssu.models.parallel_model import ParallelModel
-from megatron_ssu.scoring import base
-from megatron_ssu.scoring.fisher import FISHER, SquaredGradients
-from megatron_ssu.scoring.gather import Entry, add_tensor_ranks, spread_columns, spread_rows
 from megatron_ssu.scoring.input_statistics import InputStatistics
-from megatron_ssu.scoring.scores_file import Scores
 
 
 @dataclass(frozen=True)
@@ -119,115 +110,3 @@ def calibration_pass(
         )
     for chunk in session.chunks:
         chunk.train()
-
-
-def score_model(
-    session: ParallelModel, names: list[str], calibration: Calibration | None, fingerprint: str
-) -> Scores | None:
-    """Compute `names` over one pass; the result is on rank 0, None elsewhere. Collective over all ranks.
-
-    Raises:
-        UserError: unknown score, no calibration where one is needed, NaN or infinite weights, activations or gradients.
-    """
-    base.check_names(names)
-    if session.mesh.context > 1:
-        raise UserError(
-            f"parallel.context_parallel_size: {session.mesh.context}; scoring runs without context parallelism: "
-            "score with 1, any other mesh can use the scores file"
-        )
-    norms = session.run.shield.norms == "half"
-    needed = base.needs_calibration(names) or norms
-    if needed and calibration is None:
-        why = f"the score {names[0]}" if base.needs_calibration(names) else "shield.norms: half"
-        raise UserError(f"shield.calibration.path: needed for {why}; name a file of source chats")
-    on_all_ranks(lambda: _check_weights(session))
-    found: dict[str, dict[str, Tensor]] = {}
-    mine: list[Entry] = []
-    if needed and calibration is not None:
-        found, mine = _measure(session, names, calibration, norms)
-    mine += _own_scores(session, names, found)
-    gathered: list[Any] = [None] * session.mesh.world if session.mesh.rank == 0 else []
-    dist.gather_object(mine, gathered or None, dst=0)
-    if session.mesh.rank != 0:
-        return None
-    matrices = {m.name: m for m in session.source.family.matrices(session.source.dims)}
-    tensors: dict[str, np.ndarray] = {}
-    for key, start, length, values in (entry for part in gathered for entry in part):
-        tensors.setdefault(key, np.zeros(length, dtype=np.float64))[start : start + len(values)] = values
-    used = calibration if needed else None
-    return Scores(
-        model=session.source.name,
-        fingerprint=fingerprint,
-        matrices=matrices,
-        tensors=tensors,
-        scores=sorted(names),
-        calibration=used.digest if used else "none",
-        samples=used.n_samples if used else 0,
-        tokens=int(used.mask.sum()) if used else 0,
-    )
-
-
-def _measure(
-    session: ParallelModel, names: list[str], calibration: Calibration, norms: bool
-) -> tuple[dict[str, dict[str, Tensor]], list[Entry]]:
-    """One pass over the calibration data: statistics of the inputs by parameter, and the entries of gradient scores."""
-    rows = calibration.tokens.shape[0]
-    statistics, gradients = InputStatistics(session, norms=norms), None
-    size = min(session.run.shield.calibration.micro_batch_size, rows)
-    if FISHER in names:
-        gradients, size = SquaredGradients(session), 1
-    try:
-        batches = micro_batches(calibration, session, size)
-        calibration_pass(session, batches, statistics, backward=gradients is not None)
-    finally:
-        statistics.close()
-        if gradients is not None:
-            gradients.close()
-    found = statistics.merge(rows)
-    on_all_ranks(lambda: statistics.check(found))
-    if gradients is None:
-        return found, []
-    entries = gradients.entries(rows)
-    on_all_ranks(gradients.check)
-    return found, entries
-
-
-def _check_weights(session: ParallelModel) -> None:
-    for local in session.layout:
-        for piece in local.pieces:
-            if not torch.isfinite(take(local.param.detach(), piece)).all():
-                raise UserError(f"{piece.matrix.name}: holds NaN or infinite weights; look for a broken checkpoint")
-
-
-def _own_scores(session: ParallelModel, names: list[str], found: dict[str, dict[str, Tensor]]) -> list[Entry]:
-    """Entries of the scores that are made of weights and input statistics, and of those statistics."""
-    entries: list[Entry] = []
-    scores = [base.SCORES[n] for n in names if n in base.SCORES]
-    for local in session.layout:
-        if not local.pieces or not local.primary:
-            continue
-        statistics = found.get(local.pieces[0].matrix.name, {})
-        for piece in local.pieces:
-            entries += spread_columns(session, local, piece, statistics)
-            if piece.matrix.scored and scores:
-                entries += _piece_scores(session, local, piece, scores, statistics)
-    return entries
-
-
-def _piece_scores(
-    session: ParallelModel,
-    local: LocalParam,
-    piece: Piece,
-    scores: list[base.ElementScore],
-    statistics: dict[str, Tensor],
-) -> list[Entry]:
-    """Scores of one matrix by column and by row."""
-    weight = take(local.param.detach(), piece).double().abs_()
-    columns: dict[str, Tensor] = {}
-    rows: dict[str, Tensor] = {}
-    for score in scores:
-        x = statistics[score.statistic] if score.statistic else torch.ones_like(weight[0])
-        sums, row = score.term(weight).sum(0), score.row_term(weight, x).sum(1)
-        add_tensor_ranks(session, local, sums, row)
-        columns[score.name], rows[score.name] = score.finish(sums, x), row
-    return spread_columns(session, local, piece, columns) + spread_rows(session, local, piece, rows)

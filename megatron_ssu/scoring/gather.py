@@ -34,10 +34,22 @@ def spread_rows(session: ParallelModel, local: LocalParam, piece: Piece, rows: M
     ]
 
 
+def spread_matrix(session: ParallelModel, piece: Piece, values: Mapping[str, Tensor]) -> list[Entry]:
+    """score -> value [1] of a matrix, a whole sum."""
+    mine = session.mesh.data_rank == 0 and session.mesh.tensor_rank == 0
+    return [(f"{k}/matrix/{piece.matrix.name}", 0, 1, v.cpu().numpy()) for k, v in values.items() if mine]
+
+
 def add_tensor_ranks(session: ParallelModel, local: LocalParam, columns: Tensor, rows: Tensor) -> None:
     """Add up, in place, the sums over rows or over columns that tensor parallelism has cut. Collective."""
     if session.mesh.tensor > 1 and local.split is not None:
         dist.all_reduce(columns if local.split == 0 else rows, group=parallel_state.get_tensor_model_parallel_group())
+
+
+def add_all_tensor_ranks(session: ParallelModel, local: LocalParam, values: Tensor) -> None:
+    """Add up, in place, sums over whole matrices that tensor parallelism has cut. Collective."""
+    if session.mesh.tensor > 1 and local.split is not None:
+        dist.all_reduce(values, group=parallel_state.get_tensor_model_parallel_group())
 
 
 def _split(local: LocalParam, piece: Piece) -> bool:

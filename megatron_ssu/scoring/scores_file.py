@@ -1,8 +1,9 @@
-"""The scores file: per-column and per-row scores of every matrix, the same for every mesh.
+"""The scores file: scores of every matrix by column, by row and of the whole, the same for every mesh.
 
-Tensors are float64, keyed `{score}/{axis}/{matrix}`; axis 'column' has [I] values, 'row' [O] ones. Statistics of the
-calibration pass use the same keys: `input_norm/column/{matrix}` is ||X_j||_2 over all calibration tokens,
-`input_mean_square/column/{matrix}` the mean of X_tj^2 as `wanda-released` takes it.
+Tensors are float64, keyed `{score}/{axis}/{matrix}`; axis 'column' has [I] values, 'row' [O] ones, 'matrix' a single one.
+Statistics of the inputs use the same keys: `input_norm/column/{matrix}` is ||X_j||_2 over all calibration tokens,
+`input_mean_square/column/{matrix}` the mean over calibration rows of the mean over the row's tokens of X_tj^2,
+`target_input_norm/column/{matrix}` is ||X_j||_2 over all tokens of the target text.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from megatron_ssu.io.checksummed import SealedFile, write_sealed
 from megatron_ssu.models.matrix import Matrix, matrices_from_json, matrices_to_json
 
 FORMAT = "megatron-ssu scores 1"
-Axis = Literal["column", "row"]
+Axis = Literal["column", "row", "matrix"]
 INPUT_NORM = "input_norm"
 INPUT_MEAN_SQUARE = "input_mean_square"
+TARGET_INPUT_NORM = "target_input_norm"
 
 
 @dataclass
@@ -32,12 +34,12 @@ class Scores:
     model: str  # name of the model directory
     fingerprint: str  # of weights and config.json, see models/fingerprint.py
     matrices: dict[str, Matrix]
-    tensors: dict[str, np.ndarray]  # "{score}/{axis}/{matrix}" -> float64 [I] or [O]
+    tensors: dict[str, np.ndarray]  # "{score}/{axis}/{matrix}" -> float64 [I], [O] or [1]
     scores: list[str]  # names that can be planned with; other prefixes of `tensors` are statistics
     calibration: str = "none"  # digest of the calibration samples
     samples: int = 0
     tokens: int = 0
-    settings: dict[str, Any] = field(default_factory=dict)  # JSON values that the scores depend on: seeds, lengths
+    settings: dict[str, Any] = field(default_factory=dict)  # JSON values: what else the scores depend on
 
     def get(self, score: str, axis: Axis, matrix: str) -> np.ndarray:
         """Values of one matrix, float64. UserError when the file has none, or when one is NaN or infinite."""
@@ -63,6 +65,12 @@ class Scores:
     def row(self, score: str, matrix: str) -> np.ndarray:
         """float64 [O]; see `get`."""
         return self.get(score, "row", matrix)
+
+    def setting(self, key: str) -> Any:
+        """A value of `settings`. UserError when the file has none."""
+        if key not in self.settings:
+            raise UserError(f"scores of {self.model}: the header lacks {key}; make the scores again")
+        return self.settings[key]
 
     def has(self, score: str, axis: Axis, matrix: str) -> bool:
         return f"{score}/{axis}/{matrix}" in self.tensors
@@ -115,13 +123,18 @@ class Scores:
             score, _, rest = key.partition("/")
             axis, _, name = rest.partition("/")
             matrix = self.matrices.get(name)
-            if axis not in ("column", "row") or matrix is None:
+            if axis not in ("column", "row", "matrix") or matrix is None:
                 raise UserError(
-                    f"{where}: tensor {key!r} is not SCORE/column/MATRIX or SCORE/row/MATRIX of a known matrix"
+                    f"{where}: tensor {key!r} must be SCORE/AXIS/MATRIX of a known matrix, AXIS column, row or matrix"
                 )
-            expected = (matrix.shape[0] if axis == "row" else matrix.shape[-1],)
+            expected = (axis_units(axis, matrix.shape),)
             if value.shape != expected:
                 raise UserError(f"{where}: {score} by {axis} of {name} has shape {value.shape}, expected {expected}")
+
+
+def axis_units(axis: str, shape: tuple[int, ...]) -> int:
+    """How many values a score of a matrix of `shape` has by axis."""
+    return {"column": shape[-1], "row": shape[0], "matrix": 1}[axis]
 
 
 def random_bits(seed: int, matrix: str, axis: str, n: int) -> np.ndarray:

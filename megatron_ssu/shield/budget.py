@@ -42,10 +42,8 @@ def uniform_counts(matrices: Mapping[str, Matrix], granularity: str, ratio: floa
     return {n: units_of_ratio(ratio, unit_count(granularity, m.shape)) for n, m in matrices.items()}
 
 
-def per_kind_counts(
-    matrices: Mapping[str, Matrix], granularity: str, ratio: float, kinds: Mapping[str, float]
-) -> dict[str, int]:
-    """Units to freeze by matrix. `kinds`: 'attention', 'mlp' or a kind -> ratio.
+def kind_ratios(matrices: Mapping[str, Matrix], ratio: float, kinds: Mapping[str, float]) -> dict[str, float]:
+    """Ratio of every kind among `matrices`. `kinds`: 'attention', 'mlp' or a kind -> ratio.
 
     A kind's own entry goes before its group's, kinds without an entry take `ratio`. UserError for a name that
     is none of these or fits no matrix.
@@ -61,6 +59,14 @@ def per_kind_counts(
         if group in kinds:
             by_kind.update({kind: kinds[group] for kind in members if kind in present})
     by_kind.update({kind: value for kind, value in kinds.items() if kind in present})
+    return by_kind
+
+
+def per_kind_counts(
+    matrices: Mapping[str, Matrix], granularity: str, ratio: float, kinds: Mapping[str, float]
+) -> dict[str, int]:
+    """Units to freeze by matrix; `kinds` as in `kind_ratios`."""
+    by_kind = kind_ratios(matrices, ratio, kinds)
     return {n: units_of_ratio(by_kind[m.kind], unit_count(granularity, m.shape)) for n, m in matrices.items()}
 
 

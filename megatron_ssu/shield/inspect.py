@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,9 +15,11 @@ from rich.table import Table
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.hf_config import difference
 from megatron_ssu.models.matrix import KINDS, Matrix
+from megatron_ssu.scoring.registry import SCORES
 from megatron_ssu.scoring.scores_file import Scores
 from megatron_ssu.shield.mask import Mask
-from megatron_ssu.shield.plan import axis_scores
+from megatron_ssu.shield.ranking import axis_scores, layer_scores, matrix_score
+from megatron_ssu.shield.select import ProtectRule, protected
 from megatron_ssu.shield.shield_file import Shield, check_model
 
 
@@ -26,21 +27,25 @@ from megatron_ssu.shield.shield_file import Shield, check_model
 class ScoreView:
     """Scores of one matrix and where the shield cuts them; None: nothing frozen, or nothing trainable."""
 
-    values: np.ndarray  # float64 [units], as ranked
+    values: np.ndarray  # float64 [units], as ranked; [1] where whole matrices are
     frozen: np.ndarray  # bool [units]
-    last_frozen: float | None  # least score of a frozen unit
-    first_trainable: float | None  # greatest score of a trainable unit
+    last_frozen: (
+        float | None
+    )  # score of the frozen unit next to the cut; of whole matrices: among those it is ranked with
+    first_trainable: float | None  # score of the trainable unit next to the cut
+    lowest: bool = False  # the lowest scores are frozen
 
     @property
     def margin(self) -> float | None:
-        """How far the last frozen score lies above the first trainable one, relative.
+        """How far the last frozen score lies above (with `lowest` below) the first trainable one, relative.
 
         0 is a tie; negative: the shield was not made by this score alone.
         """
         if self.last_frozen is None or self.first_trainable is None:
             return None
         scale = max(abs(self.last_frozen), abs(self.first_trainable))
-        return (self.last_frozen - self.first_trainable) / scale if scale else 0.0
+        margin = (self.last_frozen - self.first_trainable) / scale if scale else 0.0
+        return -margin if self.lowest and margin else margin
 
 
 @dataclass(frozen=True)
@@ -127,14 +132,18 @@ def inspect_shield(
                 f"{difference(scores.fingerprint, shield.fingerprint)}"
             )
         score = score or shield.score
-        if score not in scores.scores and score != "random":
+        if score not in scores.scores and not (score in SCORES and SCORES[score].needs == "seed"):
             raise UserError(
                 f"inspect: no score {score} in the scores file; name one with --score: {', '.join(scores.scores)}"
             )
-    views = []
+    views, whole = [], {}
+    if scores is not None and score and shield.granularity in ("matrix", "layer"):
+        whole = _whole_views(scores, score, shield)
     for name in sorted(shield.matrices, key=lambda n: _order(shield.matrices[n])):
         matrix, mask = shield.matrices[name], shield.masks[name]
-        seen = _score_view(scores, score, matrix, mask, shield) if scores is not None and score else None
+        seen = whole.get(name)
+        if scores is not None and score and shield.granularity not in ("matrix", "layer"):
+            seen = _score_view(scores, score, matrix, mask, shield)
         overlap = None if other is None else overlap_of(mask, other.masks.get(name))
         views.append(
             MatrixView(matrix, mask.granularity, mask.units, mask.frozen_units, shield.ratio_of(name), seen, overlap)
@@ -159,10 +168,40 @@ def _score_view(scores: Scores, score: str, matrix: Matrix, mask: Mask, shield: 
         return None
     axis: Literal["column", "row"] = "row" if mask.granularity == "row" else "column"
     values = axis_scores(scores, score, axis, matrix, int(shield.plan.get("seed", 0)))
-    frozen = mask.bits()
-    last = float(values[frozen].min()) if frozen.any() else None
-    first = float(values[~frozen].max()) if not frozen.all() else None
-    return ScoreView(values, frozen, last, first)
+    frozen, lowest = mask.bits(), shield.plan.get("freeze") == "lowest"
+    return ScoreView(values, frozen, *_cut(values, frozen, lowest), lowest)
+
+
+def _cut(values: np.ndarray, frozen: np.ndarray, lowest: bool) -> tuple[float | None, float | None]:
+    """The scores at both sides of the cut: of the last frozen and the first trainable unit."""
+    inner, outer = (np.max, np.min) if lowest else (np.min, np.max)
+    last = float(inner(values[frozen])) if frozen.any() else None
+    first = float(outer(values[~frozen])) if not frozen.all() else None
+    return last, first
+
+
+def _whole_views(scores: Scores, score: str, shield: Shield) -> dict[str, ScoreView]:
+    """Scores of the matrices, or of their layers, that a shield by matrix or layer ranks; protected ones are left out."""
+    rules = [ProtectRule(**rule) for rule in shield.plan.get("protect", [])]
+    fixed = protected(scores.matrices, rules)
+    ranked = {n: m for n, m in shield.matrices.items() if m.scored and n not in fixed}
+    values = {n: matrix_score(scores, score, m, int(shield.plan.get("seed", 0))) for n, m in ranked.items()}
+    groups: dict[str, list[str]] = {}
+    if shield.granularity == "layer":
+        layers = layer_scores(values, ranked)
+        values = {n: layers[m.layer] for n, m in ranked.items() if m.layer is not None}
+        groups["layer"] = list(values)
+    else:
+        for name, matrix in ranked.items():
+            groups.setdefault(matrix.kind, []).append(name)
+    views, lowest = {}, shield.plan.get("freeze") == "lowest"
+    for members in groups.values():
+        numbers = np.array([values[name] for name in members])
+        frozen = np.array([shield.counts[name] > 0 for name in members])
+        cut = _cut(numbers, frozen, lowest)
+        for name, number, yes in zip(members, numbers, frozen, strict=True):
+            views[name] = ScoreView(np.array([number]), np.array([yes]), *cut, lowest)
+    return views
 
 
 def _order(matrix: Matrix) -> tuple[float, int, str]:
@@ -285,13 +324,3 @@ def _to_dict(view: MatrixView) -> dict[str, Any]:
     if view.overlap is not None:
         result["jaccard"], result["shared"] = view.overlap.jaccard, view.overlap.share
     return result
-
-
-def draw(inspection: Inspection, directory: str | Path) -> list[Path]:
-    """Write the pictures; see `figures.draw_all`. Raises UserError where they cannot be written."""
-    from megatron_ssu.shield.plots import draw_all  # matplotlib is slow to import and a table does not need it
-
-    try:
-        return draw_all(inspection, Path(directory))
-    except OSError as error:
-        raise UserError(f"{directory}: the pictures cannot be written ({error.strerror or error})") from error

@@ -1,60 +1,51 @@
 """Scores and a budget become a shield: pure functions on numpy arrays, the same on every machine and mesh.
 
-From one scores file every mesh plans the same bytes. Scores made on two meshes differ by rounding, since the meshes add in
-different order: units within TIE (relative) of the cut are one tie, and of a tie the lower numbers are frozen. So equal
-columns are decided alike everywhere, and two shields can differ only in units that lie that near to the cut.
+By `matrix` whole matrices are ranked within each kind (all q_proj, ...), and floor(ratio * count) of each kind are frozen. By
+`layer` whole layers are ranked, and floor(ratio * count) of them are frozen, with their norms. How ties are broken: ranking.py.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from megatron_ssu.errors import UserError
-from megatron_ssu.models.matrix import ATTENTION_KINDS, MLP_KINDS, Matrix
-from megatron_ssu.scoring.scores_file import INPUT_MEAN_SQUARE, INPUT_NORM, Scores, random_bits, random_scores
+from megatron_ssu.models.matrix import Matrix
+from megatron_ssu.scoring.registry import check_granularity, score_named
+from megatron_ssu.scoring.scores_file import INPUT_MEAN_SQUARE, INPUT_NORM, Scores, random_bits
 from megatron_ssu.shield.budget import (
     BUDGETS,
     check_ratio,
+    kind_ratios,
     layerwise_counts,
     per_kind_counts,
     uniform_counts,
+    units_of_ratio,
 )
-from megatron_ssu.shield.mask import GRANULARITIES, Granularity, Mask
+from megatron_ssu.shield.mask import GRANULARITIES as MASK_GRANULARITIES
+from megatron_ssu.shield.mask import Granularity, Mask
+from megatron_ssu.shield.ranking import (
+    ENDS,
+    Weights,
+    absolute_weights,
+    axis_scores,
+    by_layer,
+    element_scores,
+    freeze_units,
+    layer_scores,
+    matrix_score,
+)
+from megatron_ssu.shield.select import ProtectRule, protected
 from megatron_ssu.shield.shield_file import Shield
-
-if TYPE_CHECKING:
-    import torch
 
 log = logging.getLogger(__name__)
 
-TIE = 1e-5  # relative to the cut; fp32 scores of two meshes agree within it
-ELEMENT_SCORES = ("wanda", "wanda-released", "magnitude", "random", "sparsegpt-diagonal", "fisher")
-NORMS = ("trainable", "frozen", "half")
-SELECTORS: dict[str, tuple[str, ...]] = {
-    "embeddings": ("embedding",),
-    "head": ("head",),
-    "norms": ("norm",),
-    "attention": ATTENTION_KINDS,
-    "mlp": MLP_KINDS,
-}
-Weights = Callable[[str], "torch.Tensor"]
-
-
-@dataclass(frozen=True)
-class ProtectRule:
-    """Weights that are always frozen or always trainable, whatever their scores.
-
-    `pattern`: embeddings, head, norms, attention, mlp, layers:3, layers:0-3, or a file-name pattern over tensor names.
-    """
-
-    pattern: str
-    action: Literal["frozen", "trainable"]
+GRANULARITIES = (*MASK_GRANULARITIES, "matrix", "layer")
+NORMS = ("trainable", "frozen", "half", "half-released")
 
 
 @dataclass(frozen=True)
@@ -62,15 +53,16 @@ class PlanOptions:
     """What to shield. Everything but `score`, `granularity` and `ratio` may stay as it is."""
 
     score: str = "wanda"
-    granularity: Granularity = "column"
+    granularity: str = "column"  # column, row, element, matrix, layer
     budget: str = "uniform"
     ratio: float = 0.5  # frozen share
+    freeze: str = "highest"  # which end of the ranking is frozen: highest, lowest
     kinds: Mapping[str, float] = field(default_factory=dict)  # budget per-kind: attention, mlp or a kind -> ratio
     floor: float = 0.0  # budget layerwise: least and greatest frozen share of a matrix
     ceiling: float = 1.0
     seed: int = 1234  # of the score random, where the scores file has none
     protect: Sequence[ProtectRule] = ()  # a later rule goes before an earlier one
-    norms: str = "trainable"  # trainable, frozen, half
+    norms: str = "trainable"  # trainable, frozen, half, half-released
 
 
 def check_options(options: PlanOptions) -> None:
@@ -78,6 +70,7 @@ def check_options(options: PlanOptions) -> None:
     for key, value, known in (
         ("granularity", options.granularity, GRANULARITIES),
         ("budget", options.budget, BUDGETS),
+        ("freeze", options.freeze, ENDS),
         ("norms", options.norms, NORMS),
     ):
         if value not in known:
@@ -93,10 +86,18 @@ def check_options(options: PlanOptions) -> None:
         )
     if options.kinds and options.budget != "per-kind":
         raise UserError(f"shield.kinds: has a meaning with shield.budget per-kind alone, not {options.budget}")
-    if options.granularity == "element" and options.score not in ELEMENT_SCORES:
+    budgets = {"matrix": ("uniform", "per-kind"), "layer": ("uniform",)}.get(options.granularity, BUDGETS)
+    if options.budget not in budgets:
         raise UserError(
-            f"shield.score: {options.score!r} has no element scores; choose one of {', '.join(ELEMENT_SCORES)}"
+            f"shield.budget: must be {' or '.join(budgets)} with shield.granularity {options.granularity}, got "
+            f"{options.budget}; change one of them"
         )
+    if options.budget == "layerwise" and options.freeze == "lowest":
+        raise UserError(
+            "shield.freeze: must be highest with shield.budget layerwise, which freezes most where scores are high; got "
+            "lowest; change one of them"
+        )
+    check_granularity(options.score, options.granularity)
     for rule in options.protect:
         if rule.action not in ("frozen", "trainable"):
             raise UserError(f"shield.protect: {rule.pattern!r} must be frozen or trainable, not {rule.action!r}")
@@ -109,25 +110,28 @@ def plan_shield(
     method: str,
     frozen_rows: Mapping[str, tuple[tuple[int, ...], list[int]]] | None = None,
     weights: Weights | None = None,
+    before: Weights | None = None,
 ) -> Shield:
     """Choose what to freeze.
 
     scores: of all matrices; those of the seven linear kinds are planned, the others can be protected.
     frozen_rows: embedding or head name -> (shape, row numbers), the special tokens' rows.
-    weights: matrix name -> tensor [shape] on the CPU; for element granularity (wanda, wanda-released, magnitude) and
-        norms 'half'. One matrix at a time is asked for and not kept.
+    weights: matrix name -> tensor [shape] on the CPU; for element granularity of most scores and for norms 'half' and
+        'half-released'. One matrix at a time is asked for and not kept.
+    before: the same of the checkpoint that score `change` compares with, for element granularity.
     Protected matrices are outside the budget: it is spent over the rest. UserError for impossible options, scores
     that are missing, NaN or infinite (naming the matrix) and a rule that fits nothing.
     """
     check_options(options)
     fixed = protected(scores.matrices, options.protect)
     planned = {n: m for n, m in sorted(scores.matrices.items()) if m.scored and n not in fixed}
-    counts = _counts(scores, options, planned)
-    masks: dict[str, Mask] = {}
-    for name, matrix in planned.items():
-        values = _unit_scores(scores, options, matrix, weights)
-        masks[name] = Mask.of(options.granularity, matrix.shape, freeze_top(values, counts[name]))
+    if options.granularity in ("matrix", "layer"):
+        masks = _whole_masks(scores, options, planned)
+        frozen_norms = _frozen_layers(masks, scores.matrices) if options.granularity == "layer" else {}
+    else:
+        masks, frozen_norms = _unit_masks(scores, options, planned, weights, before), {}
     notes = _plan_norms(scores, options, weights, masks)
+    masks |= frozen_norms
     for name, (shape, rows) in sorted((frozen_rows or {}).items()):
         masks[name] = _row_mask(scores.matrices, name, shape, rows)
     for name, action in fixed.items():
@@ -147,83 +151,55 @@ def plan_shield(
         budget=options.budget,
         ratio=float(options.ratio),
         calibration=scores.calibration,
-        plan=_plan_header(options) | notes,
+        plan=_plan_header(options, scores) | notes,
     )
 
 
-def freeze_top(values: np.ndarray, count: int) -> np.ndarray:
-    """bool [n]: True for the `count` greatest of `values` >= 0 [n].
-
-    The cut is the count-th greatest value. Values within TIE of it count as equal, and of equal ones the lower index is
-    frozen first.
-    """
-    if count <= 0:
-        return np.zeros(values.size, dtype=bool)
-    if count >= values.size:
-        return np.ones(values.size, dtype=bool)
-    cut = float(np.partition(values, values.size - count)[values.size - count])
-    frozen = values > cut * (1 + TIE)
-    ties = np.flatnonzero((values >= cut * (1 - TIE)) & ~frozen)
-    frozen[ties[: count - int(frozen.sum())]] = True
-    return frozen
-
-
-def axis_scores(scores: Scores, score: str, axis: Literal["column", "row"], matrix: Matrix, seed: int) -> np.ndarray:
-    """float64 [I] or [O]; `random` is made from `seed` unless the file has it."""
-    if score == "random" and not scores.has(score, axis, matrix.name):
-        return random_scores(seed, matrix.name, axis, matrix.shape[0 if axis == "row" else -1])
-    return scores.get(score, axis, matrix.name)
+def _unit_masks(
+    scores: Scores,
+    options: PlanOptions,
+    planned: Mapping[str, Matrix],
+    weights: Weights | None,
+    before: Weights | None,
+) -> dict[str, Mask]:
+    """Masks by column, row or element."""
+    counts, masks = _counts(scores, options, planned), {}
+    granularity: Granularity = options.granularity  # type: ignore[assignment]
+    for name, matrix in planned.items():
+        if granularity != "element":
+            values = axis_scores(scores, options.score, granularity, matrix, options.seed)
+        elif score_named(options.score).needs == "seed":
+            values = random_bits(options.seed, name, granularity, matrix.elements)
+        else:
+            values = element_scores(scores, options.score, matrix, weights, before).reshape(-1)
+        masks[name] = Mask.of(granularity, matrix.shape, freeze_units(values, counts[name], options.freeze))
+    return masks
 
 
-def _unit_scores(scores: Scores, options: PlanOptions, matrix: Matrix, weights: Weights | None) -> np.ndarray:
-    """Values to rank the units of one matrix by, flat."""
-    if options.granularity != "element":
-        return axis_scores(scores, options.score, options.granularity, matrix, options.seed)
-    if options.score == "random":
-        return random_bits(options.seed, matrix.name, "element", matrix.elements)
-    return element_scores(scores, options.score, matrix, weights).reshape(-1)
+def _whole_masks(scores: Scores, options: PlanOptions, planned: Mapping[str, Matrix]) -> dict[str, Mask]:
+    """Masks of whole matrices: by matrix of each kind, or by layer."""
+    values = {n: matrix_score(scores, options.score, m, options.seed) for n, m in planned.items()}
+    frozen: set[str] = set()
+    if options.granularity == "layer":
+        layers = layer_scores(values, planned)
+        numbers, ranked = np.array(list(layers), dtype=np.int64), np.array(list(layers.values()))
+        chosen = freeze_units(ranked, units_of_ratio(options.ratio, len(layers)), options.freeze)
+        frozen.update(n for n, m in planned.items() if m.layer in numbers[chosen])
+    else:
+        ratios = kind_ratios(planned, options.ratio, options.kinds)
+        for kind, ratio in ratios.items():
+            members = [m.name for m in by_layer(planned) if m.kind == kind]
+            ranked = np.array([values[name] for name in members])
+            chosen = freeze_units(ranked, units_of_ratio(ratio, len(members)), options.freeze)
+            frozen.update(name for name, yes in zip(members, chosen, strict=True) if yes)
+    return {n: Mask.constant(_plain_granularity(m, options), m.shape, n in frozen) for n, m in planned.items()}
 
 
-def element_scores(scores: Scores, score: str, matrix: Matrix, weights: Weights | None) -> np.ndarray:
-    """float32 [O, I] (float64 for float64 weights) that rank the elements of one matrix.
-
-    wanda: |W_ij| ||X_j||; wanda-released: |W_ij| mean(X_j^2); magnitude: |W_ij|; sparsegpt-diagonal: mean(X_j^2), so
-    whole columns; fisher: row score * column score, the rank-one estimate, since the squared gradients are not kept.
-    Factors are scaled by a power of two, which changes no rank. Statistics come from `scores`.
-    """
-    if score == "sparsegpt-diagonal":
-        column = _factor(scores, score, "column", matrix)
-        return np.broadcast_to(column[None, :], matrix.shape)
-    if score == "fisher":
-        return np.outer(*(_factor(scores, score, axis, matrix) for axis in ("row", "column")))
-    if weights is None:
-        raise UserError(f"shield.granularity: element needs the weights for score {score}; give the model's directory")
-    values = absolute_weights(weights, matrix)
-    if score != "magnitude":
-        statistic = INPUT_NORM if score == "wanda" else INPUT_MEAN_SQUARE
-        values *= _factor(scores, statistic, "column", matrix)[None, :].astype(values.dtype)
-    return values
-
-
-def absolute_weights(weights: Weights, matrix: Matrix) -> np.ndarray:
-    """|W| [shape] as float32 (float64 stays); UserError naming the matrix when one is NaN or infinite."""
-    import torch  # late: most shields are planned without a weight
-
-    weight = weights(matrix.name)
-    if tuple(weight.shape) != matrix.shape:
-        raise UserError(f"{matrix.name}: the weight is {tuple(weight.shape)}, the scores file says {matrix.shape}")
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    values = weight.detach().to("cpu", dtype, copy=True).abs_().numpy()
-    if not np.isfinite(values).all():
-        raise UserError(f"{matrix.name}: the weights hold NaN or infinite values; look for a broken checkpoint")
-    return values
-
-
-def _factor(scores: Scores, score: str, axis: Literal["column", "row"], matrix: Matrix) -> np.ndarray:
-    """float32 [I] or [O], scaled so that products neither overflow nor vanish."""
-    values = scores.get(score, axis, matrix.name)
-    _, exponent = np.frexp(values.max(initial=0.0))
-    return np.ldexp(values, -exponent).astype(np.float32)
+def _frozen_layers(masks: Mapping[str, Mask], matrices: Mapping[str, Matrix]) -> dict[str, Mask]:
+    """Masks of the norms of the layers that `masks` freeze."""
+    layers = {matrices[name].layer for name, mask in masks.items() if mask.frozen_units}
+    norms = [m for _, m in sorted(matrices.items()) if m.kind == "norm" and m.layer is not None and m.layer in layers]
+    return {m.name: Mask.constant("element", m.shape, True) for m in norms}
 
 
 def _counts(scores: Scores, options: PlanOptions, planned: Mapping[str, Matrix]) -> dict[str, int]:
@@ -249,6 +225,7 @@ def _plan_norms(
     half: the top half of each norm's elements by |w| (1 + importance). The importance of an element is the mean square
     of the norm's input feature over the greatest of that norm (from the statistic input_norm of the norm, when the
     scores file has it), in [0, 1]; without that statistic it is 0, elements are ranked by |w|, header and log say so.
+    half-released: the same with an importance of mean_t(x_j^2), not scaled, as the released code of arXiv 2512.04844.
     """
     norms = [m for _, m in sorted(scores.matrices.items()) if m.kind == "norm"]
     if options.norms == "trainable":
@@ -261,20 +238,28 @@ def _plan_norms(
         masks.update({m.name: Mask.constant("element", m.shape, True) for m in norms})
         return {}
     if weights is None:
-        raise UserError("shield.norms: half needs the norms' weights; give the model's directory")
-    measured = [m.name for m in norms if scores.has(INPUT_NORM, "column", m.name)]
-    if measured and len(measured) < len(norms):
+        raise UserError(f"shield.norms: {options.norms} needs the norms' weights; give the model's directory")
+    released = options.norms == "half-released"
+    needed = INPUT_MEAN_SQUARE if released else INPUT_NORM
+    measured = [m.name for m in norms if scores.has(needed, "column", m.name)]
+    if (measured or released) and len(measured) < len(norms):
         missing = next(m.name for m in norms if m.name not in measured)
-        raise UserError(f"shield.norms: half: the scores file has {INPUT_NORM} of some norms but not of {missing}")
+        few = f"some norms but not of {missing}" if measured else "no norm"
+        raise UserError(
+            f"shield.norms: {options.norms}: the scores file has {needed} of {few}; score again with shield.norms: "
+            f"{options.norms}"
+        )
     if not measured:
         log.warning("shield.norms half: no statistics of the norms' inputs in the scores file, ranking by |w| alone")
     for matrix in norms:
         values = absolute_weights(weights, matrix).astype(np.float64)
-        if measured:
+        if released:
+            values *= 1 + scores.column(needed, matrix.name)
+        elif measured:
             norm = scores.column(INPUT_NORM, matrix.name)
             values *= 1 + (norm / max(norm.max(initial=0.0), np.finfo(np.float64).tiny)) ** 2
-        masks[matrix.name] = Mask.of("element", matrix.shape, freeze_top(values, matrix.elements // 2))
-    return {"norm_importance": "input_norm" if measured else "none"}
+        masks[matrix.name] = Mask.of("element", matrix.shape, freeze_units(values, matrix.elements // 2))
+    return {"norm_importance": needed if measured else "none"}
 
 
 def _row_mask(matrices: Mapping[str, Matrix], name: str, shape: tuple[int, ...], rows: list[int]) -> Mask:
@@ -291,38 +276,6 @@ def _row_mask(matrices: Mapping[str, Matrix], name: str, shape: tuple[int, ...],
     return Mask.of("row", tuple(shape), frozen)
 
 
-def protected(matrices: Mapping[str, Matrix], rules: Sequence[ProtectRule]) -> dict[str, str]:
-    """Matrix name -> 'frozen' or 'trainable', by the last rule that fits it; UserError for a rule that fits nothing."""
-    result: dict[str, str] = {}
-    for rule in rules:
-        names = select(matrices, rule.pattern)
-        result.update(dict.fromkeys(names, rule.action))
-    return dict(sorted(result.items()))
-
-
-def select(matrices: Mapping[str, Matrix], pattern: str) -> list[str]:
-    """Names that a selector fits (see ProtectRule). UserError when there are none."""
-    if pattern in SELECTORS:
-        names = [n for n, m in matrices.items() if m.kind in SELECTORS[pattern]]
-    elif pattern.startswith("layers:"):
-        first, _, last = pattern.removeprefix("layers:").partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal():
-            raise UserError(f"shield.protect: {pattern!r} is no range of layers; write layers:3 or layers:0-3")
-        low, high = int(first), int(last or first)
-        layers = [m.layer for m in matrices.values() if m.layer is not None]
-        if not layers or low > high or high > max(layers):
-            raise UserError(
-                f"shield.protect: {pattern!r} reaches outside layers 0-{max(layers, default=0)} of the model"
-            )
-        names = [n for n, m in matrices.items() if m.layer is not None and low <= m.layer <= high]
-    else:
-        names = [n for n in matrices if fnmatch.fnmatchcase(n, pattern)]
-    if not names:
-        hint = f"use {', '.join(SELECTORS)}, layers:0-3 or a pattern such as *.o_proj.weight"
-        raise UserError(f"shield.protect: {pattern!r} fits no weight of the model; {hint}")
-    return names
-
-
 def _plain_granularity(matrix: Matrix, options: PlanOptions) -> Granularity:
     """The cheapest granularity for a mask that is all or nothing."""
     if len(matrix.shape) != 2:
@@ -332,7 +285,7 @@ def _plain_granularity(matrix: Matrix, options: PlanOptions) -> Granularity:
     return "column"
 
 
-def _plan_header(options: PlanOptions) -> dict[str, Any]:
+def _plan_header(options: PlanOptions, scores: Scores) -> dict[str, Any]:
     """The further choices that the masks depend on, as JSON; others are left out, so that they change no byte."""
     header: dict[str, Any] = {"norms": options.norms}
     if options.protect:
@@ -341,6 +294,13 @@ def _plan_header(options: PlanOptions) -> dict[str, Any]:
         header["kinds"] = {kind: float(ratio) for kind, ratio in options.kinds.items()}
     if options.budget == "layerwise":
         header |= {"floor": float(options.floor), "ceiling": float(options.ceiling)}
-    if options.score == "random":
+    if options.freeze != "highest":
+        header["freeze"] = options.freeze
+    entry = score_named(options.score)
+    if entry.needs == "seed":
         header["seed"] = options.seed
+    if entry.needs == "change":
+        header["change_from"] = scores.setting("change_from")["fingerprint"]
+    if entry.needs_target:
+        header["target_calibration"] = scores.setting("target_calibration")["digest"]
     return header

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from megatron_ssu.errors import UserError
+from megatron_ssu.io.atomic import written_aside
 from megatron_ssu.shield.inspect import Inspection, MatrixView
 from megatron_ssu.shield.shield_file import Shield
 
@@ -24,9 +24,13 @@ _FROZEN, _TRAINABLE = "#d95f02", "#1f78b4"
 def draw_all(inspection: Inspection, directory: Path) -> list[Path]:
     """Write frozen_share.png, with scores also scores.png, with another shield overlap.png; returns their paths.
 
-    The directory is made when missing; pictures of these names in it are replaced.
+    The directory is made when missing; pictures of these names in it are replaced. Raises UserError where they cannot be
+    written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be made ({error.strerror or error})") from error
     paths = [directory / "frozen_share.png"]
     shield = inspection.shield
     title = f"{shield.model}: frozen share ({shield.realised()['linear']['ratio']:.1%} of the linear weights)"
@@ -103,7 +107,7 @@ def score_figure(inspection: Inspection) -> Figure:
     handles = [
         Line2D([], [], color=_FROZEN, linewidth=6, label="frozen"),
         Line2D([], [], color=_TRAINABLE, linewidth=6, label="trainable"),
-        Line2D([], [], color="black", linewidth=1.5, label="cut: least frozen score"),
+        Line2D([], [], color="black", linewidth=1.5, label="cut: last frozen score"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     figure.suptitle(
@@ -159,13 +163,9 @@ def _label(shield: Shield) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write under a temporary name first, so that no half picture stays behind."""
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part.png")
+    FigureCanvasAgg(figure)
     try:
-        FigureCanvasAgg(figure)
-        figure.savefig(part, dpi=120, metadata={"Software": None})
-        os.replace(part, path)
+        with written_aside(path) as part:
+            figure.savefig(part, dpi=120, format="png", metadata={"Software": None})
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
-    finally:
-        part.unlink(missing_ok=True)

@@ -140,11 +140,6 @@ class FileMasks(Mapping[str, Mask]):
         return mask
 
 
-def save_shield(shield: Shield, path: str | Path, *, overwrite: bool = False) -> None:
-    """Write a shield file; see `Shield.save`."""
-    shield.save(path, overwrite=overwrite)
-
-
 def load_shield(path: str | Path, *, check: bool = False) -> Shield:
     """Open a shield file; masks are read and checked one by one when asked for, with `check` all of them now.
 

@@ -1,9 +1,9 @@
-"""Checkpoints of a run: megatron's dist_checkpointing directories, fully reshardable.
+"""Checkpoints of a run: which there are, when they are complete, which are kept, and resuming from one.
 
     <checkpoint.directory>/checkpoints/iter_0000500/     one checkpoint
     <checkpoint.directory>/checkpoints/latest            the number of the newest complete one
 
-Beside megatron's files a checkpoint has `digests.json`. It is written under a `.part` name and renamed when every rank has
+Beside its storage's files a checkpoint has `digests.json`. It is written under a `.part` name and renamed when every rank has
 finished; `latest` moves after that. Written in the background, the training goes on meanwhile: a thread writes a copy of the
 state, taken at the time of the save.
 """
@@ -21,25 +21,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from torch.distributed.checkpoint.api import CheckpointException
+import torch.distributed as dist
 
-from megatron_ssu.engine.checkpoint_io import Saver, in_process_checkpoint_writers, kept_common_errors, to_disk, watched
 from megatron_ssu.engine.optimizer import reset_moments
 from megatron_ssu.engine.ranks import gathered, is_rank_zero, on_all_ranks, on_rank_zero
-from megatron_ssu.errors import UserError
+from megatron_ssu.errors import UserError, named_line
+from megatron_ssu.io.atomic import to_disk, written_aside
 from megatron_ssu.methods.base import Method
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.train import sharded_state as states
-from megatron_ssu.train.checksums import Digests, check_digests, digest_files, write_digests, written_by
+from megatron_ssu.train.checksums import Digests, check_digests, digest_files, write_digests
 from megatron_ssu.train.identity import Identity, model_facts
 from megatron_ssu.train.latest import LATEST, checkpoint_path, checkpoints_folder, latest_iteration
 from megatron_ssu.train.optimizer_state import OptimizerState
-from megatron_ssu.train.sharded_state import one_line, read_common
+from megatron_ssu.train.storage import DistCheckpointing, Storage, WriteRequest
 
 log = logging.getLogger(__name__)
 
@@ -70,27 +66,48 @@ class _Pending:
 
     iteration: int
     part: Path
-    request: AsyncRequest
-    saver: Saver
+    request: WriteRequest
     thread: threading.Thread | None = None
     steps: int = 0  # that the writer got done: tensors written, blocks digested
-    errors: list[BaseException] = field(default_factory=list)
     digests: Digests = field(default_factory=dict)  # of the files that this rank wrote
 
-    def step(self) -> None:
+    def start(self) -> None:
+        """Write this rank's files in a thread of their own, and digest them."""
+        write = self.request.write
+        if write is None:
+            return
+
+        def work() -> None:
+            try:
+                self.digests = digest_files(write(self._advance), self._advance)
+            except BaseException as error:  # a thread's error is raised where the save is finished
+                self.request.errors.append(error)
+
+        self.thread = threading.Thread(target=work, name=f"checkpoint-{self.iteration}", daemon=True)
+        self.thread.start()
+
+    def _advance(self) -> None:
         self.steps += 1
 
     @property
     def busy(self) -> bool:
-        """Is this rank's writer still at work?"""
+        """Whether this rank's writer is still at work."""
         return self.thread is not None and self.thread.is_alive()
 
 
 class Checkpoints:
-    """The checkpoints of one run directory."""
+    """The checkpoints of one run directory, of which the newest `keep` stay (None: all), written by `storage`."""
 
-    def __init__(self, directory: str | Path, keep: int | None = None, *, background: bool = False) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        keep: int | None = None,
+        *,
+        background: bool = False,
+        storage: Storage | None = None,
+    ) -> None:
         self.folder, self.keep, self.background = checkpoints_folder(directory), keep, background
+        self.storage: Storage = storage or DistCheckpointing()
         self.mark: Callable[[], None] = lambda: None  # called while a save makes progress
         self._pending: _Pending | None = None
 
@@ -106,6 +123,8 @@ class Checkpoints:
         for part in self.folder.glob("iter_*.part"):
             log.warning("%s: a checkpoint that was not finished; removed", part)
             shutil.rmtree(part, ignore_errors=True)
+        for part in self.folder.glob(f".{LATEST}.*.part"):
+            part.unlink(missing_ok=True)
 
     def save(
         self,
@@ -123,7 +142,7 @@ class Checkpoints:
         return self._write(session, lambda: states.sharded_state(session, optimizer, method), progress, identity)
 
     def save_weights(self, session: ParallelModel) -> Path:
-        """Write the model's weights alone, as iteration 0: for export, not to go on from; collective."""
+        """Write the model's weights alone, as iteration 0: for export, not to resume from; collective."""
         identity = on_rank_zero(lambda: _model_identity(session))
         return self._write(session, lambda: states.model_state(session), Progress(), identity)
 
@@ -145,43 +164,21 @@ class Checkpoints:
         state["progress"] = asdict(progress)
         state["identity"] = identity.facts
         state["mesh"] = states.mesh_facts(session)
-        self._pending = self._request(state, part, progress.iteration)
+        request = self.storage.write(state, part, background=self.background)
+        self._pending = _Pending(progress.iteration, part, request)
+        self._pending.start()
         if not self.background:
             self.finish()
         return final
 
-    def _request(self, state: dict[str, Any], part: Path, iteration: int) -> _Pending:
-        """Plan the save on all ranks, write the common part, and start the writer."""
-        saver = Saver(background=self.background)
-        with in_process_checkpoint_writers(), kept_common_errors() as errors:
-            request = dist_checkpointing.save(state, str(part), saver, async_sharded_save=True)
-        assert request is not None
-        pending = _Pending(iteration, part, request, saver, errors=errors)
-        if request.async_fn is None:
-            return pending
-        arguments = list(request.async_fn_args)
-        arguments[1] = watched(request.preload_fn(), pending.step)
-        rank = torch.distributed.get_rank()
-
-        def write() -> None:
-            try:
-                request.async_fn(*arguments)
-                pending.digests = digest_files(written_by(part, rank), pending.step)
-            except BaseException as error:  # a thread's error is raised where the save is finished
-                pending.errors.append(error)
-
-        pending.thread = threading.Thread(target=write, name=f"checkpoint-{iteration}", daemon=True)
-        pending.thread.start()
-        return pending
-
     @property
     def pending(self) -> bool:
-        """Is a checkpoint being written in the background? The same on all ranks."""
+        """Whether a checkpoint is being written in the background; the same on all ranks."""
         return self._pending is not None
 
     @property
     def busy(self) -> bool:
-        """Is this rank's writer still at work?"""
+        """Whether this rank's writer is still at work."""
         return self._pending is not None and self._pending.busy
 
     def _wait(self, pending: _Pending) -> None:
@@ -209,16 +206,14 @@ class Checkpoints:
         self._wait(pending)
 
         def wrote() -> None:
-            if pending.errors:
-                raise self._unwritten(pending.part, pending.errors[0])
+            if pending.request.errors:
+                raise self._unwritten(pending.part, pending.request.errors[0])
 
         def finalize() -> None:
             try:
-                pending.request.finalize_fns[0]()
-            except (Exception, CheckpointException) as error:  # torch's is no Exception
+                pending.request.finalize()
+            except Exception as error:
                 raise self._unwritten(pending.part, error) from error
-            if pending.saver.errors:
-                raise self._unwritten(pending.part, pending.saver.errors[0])
 
         final = self.path(pending.iteration)
         try:
@@ -243,17 +238,15 @@ class Checkpoints:
 
     def _publish(self, part: Path, final: Path, iteration: int, digests: list[Digests]) -> None:
         try:
-            save_config(CheckpointingConfig("torch_dist", 1), str(part))
+            self.storage.complete(part)
             write_digests(part, digests)
             for file in (*part.iterdir(), part):
                 to_disk(file)
-            if final.exists():  # of a later time that was gone back from; `latest` names another one
+            if final.exists():  # left over from a run that was rolled back: `latest` names an earlier one
                 shutil.rmtree(final)
             os.replace(part, final)
-            fresh = self.folder / (LATEST + ".part")
-            fresh.write_text(f"{iteration}\n")
-            to_disk(fresh)
-            os.replace(fresh, self.folder / LATEST)
+            with written_aside(self.folder / LATEST) as fresh:
+                fresh.write_text(f"{iteration}\n")
             to_disk(self.folder)
         except OSError as error:
             raise self._unwritten(part, error) from error
@@ -279,7 +272,7 @@ class Checkpoints:
             UserError: the checkpoint is damaged, or belongs to another run.
         """
         path, phase = self.path(iteration), session.run.train.phase
-        common = on_all_ranks(lambda: _checked(path))
+        common = on_all_ranks(lambda: self._checked(path))
         progress = Progress(**common["progress"])
         new_phase = phase.number > progress.phase
 
@@ -288,10 +281,10 @@ class Checkpoints:
             identity.compare(common["identity"], path, new_phase=new_phase)
 
         on_all_ranks(compare)
-        states.load_model(session, method, path)
+        states.load_model(session, method, self.storage, path)
         optimizer.compact.read()
         same_mesh = common["mesh"] == states.mesh_facts(session)
-        states.load_training(session, optimizer, method, path, with_rng=same_mesh)
+        states.load_training(session, optimizer, method, self.storage, path, with_rng=same_mesh)
         if new_phase:
             start = progress.iteration if phase.rewarm else progress.schedule_start
             progress = Progress(progress.iteration, 0, phase.number, start)
@@ -299,15 +292,26 @@ class Checkpoints:
                 reset_moments(optimizer.optimizer)
         return progress
 
+    def read_common(self, iteration: int) -> dict[str, Any]:
+        """A checkpoint's progress, identity and mesh, without its tensors. Raises UserError where it is damaged."""
+        return self.storage.read_common(self.path(iteration))
+
+    def _checked(self, path: Path) -> dict[str, Any]:
+        """A checkpoint's common part, when this rank's part of its files is whole. Raises UserError."""
+        if not path.is_dir():
+            raise UserError(f"{path}: no such checkpoint; `latest` beside it names the newest")
+        check_digests(path, dist.get_rank(), dist.get_world_size())
+        return self.storage.read_common(path)
+
     def load_weights(self, iteration: int, session: ParallelModel, method: Method) -> dict[str, Any]:
         """Load the weights of the model and of the method alone; the checkpoint's common part. Collective.
 
         Raises UserError where they are weights of another model than the session's, or in another precision.
         """
         path = self.path(iteration)
-        common = on_all_ranks(lambda: _checked(path))
+        common = on_all_ranks(lambda: self._checked(path))
         on_rank_zero(lambda: _model_identity(session).compare_model(common["identity"], path))
-        states.load_model(session, method, path)
+        states.load_model(session, method, self.storage, path)
         return common
 
 
@@ -315,17 +319,9 @@ def _model_identity(session: ParallelModel) -> Identity:
     return Identity(model_facts(session.run, model_fingerprint(session.source.path)))
 
 
-def _checked(path: Path) -> dict[str, Any]:
-    """A checkpoint's common part, when this rank's share of its files is whole. Raises UserError."""
-    if not path.is_dir():
-        raise UserError(f"{path}: no such checkpoint; `latest` beside it names the newest")
-    check_digests(path, torch.distributed.get_rank(), torch.distributed.get_world_size())
-    return read_common(path)
-
-
 def _reason(error: BaseException | None) -> str:
     """The operating system's words, wherever in the chain of causes they are."""
-    found, text = error, one_line(error) if error is not None else ""
+    found, text = error, named_line(error) if error is not None else ""
     while found is not None:
         if isinstance(found, OSError) and found.strerror:
             return found.strerror

@@ -25,11 +25,6 @@ def digest_files(files: Iterable[Path], step: Callable[[], None] = lambda: None)
     return {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file, step)} for file in files}
 
 
-def written_by(folder: Path, rank: int) -> list[Path]:
-    """The shards that a rank wrote."""
-    return sorted(folder.glob(f"__{rank}_*.distcp"))
-
-
 def write_digests(folder: Path, shards: Iterable[Digests]) -> None:
     """`shards`: what the ranks found; the files beside them are digested here. Raises OSError."""
     found = {name: facts for part in shards for name, facts in part.items()}
@@ -42,7 +37,7 @@ def digest_of_all(folder: Path) -> str:
     try:
         return hashlib.sha256((folder / DIGESTS).read_bytes()).hexdigest()
     except OSError as error:
-        raise _damaged(folder / DIGESTS, error.strerror or str(error)) from error
+        raise damaged_checkpoint(folder / DIGESTS, error.strerror or str(error)) from error
 
 
 def check_digests(folder: Path, rank: int, world: int) -> None:
@@ -57,21 +52,22 @@ def check_digests(folder: Path, rank: int, world: int) -> None:
         for name in sorted(expected)[rank::world]:
             _compare(folder / name, expected[name])
     except FileNotFoundError as error:
-        raise _damaged(Path(error.filename), "missing") from error
+        raise damaged_checkpoint(Path(error.filename), "missing") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(listed, f"cannot be read ({type(error).__name__}: {error})") from error
+        raise damaged_checkpoint(listed, f"cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _compare(file: Path, expected: dict[str, Any]) -> None:
     size = file.stat().st_size
     if size != expected["bytes"]:
-        raise _damaged(file, f"{size} bytes, {expected['bytes']} were written")
+        raise damaged_checkpoint(file, f"{size} bytes, {expected['bytes']} were written")
     if _sha256(file) != expected["sha256"]:
-        raise _damaged(file, "its content is not what was written")
+        raise damaged_checkpoint(file, "its content is not what was written")
 
 
-def _damaged(file: Path, what: str) -> UserError:
-    return UserError(f"{file}: damaged checkpoint: {what}; write an older one's number into `latest`")
+def damaged_checkpoint(file: Path, what: str) -> UserError:
+    """The one line for a checkpoint that cannot be read."""
+    return UserError(f"{file}: damaged checkpoint ({what}); write an older one's number into `latest`")
 
 
 def _sha256(file: Path, step: Callable[[], None] = lambda: None) -> str:

@@ -17,13 +17,12 @@ from megatron_ssu.train.checkpoints import Checkpoints, Progress
 from megatron_ssu.train.checksums import digest_of_all
 from megatron_ssu.train.export_record import ExportRecord, read_record, record_of
 from megatron_ssu.train.identity import DOCUMENTS, identity_of
-from megatron_ssu.train.sharded_state import read_common
 
 
 def newest(run: RunConfig, checkpoints: Checkpoints) -> int | None:
-    """The checkpoint to go on from, or None.
+    """The checkpoint to resume from, or None.
 
-    Raises UserError where there is one and the run is not to go on from it, or would have nothing to train that its phase
+    Raises UserError where there is one and the run is not to resume from it, or would have nothing to train that its phase
     or its iterations ask for.
     """
     latest = checkpoints.latest()
@@ -39,7 +38,7 @@ def newest(run: RunConfig, checkpoints: Checkpoints) -> int | None:
             f"train.iterations: {train.iterations} is less than {latest}, the iteration of {path}; raise it, or write an "
             f"older checkpoint's number into {checkpoints.folder / 'latest'}"
         )
-    common = read_common(path)
+    common = checkpoints.read_common(latest)
     if "optimizer" not in common:
         raise UserError(f"{path}: it holds weights alone, for `export`; train in another checkpoint.directory")
     if "steps" not in common["optimizer"]:
@@ -86,7 +85,7 @@ def check_exported(
     Raises UserError where the run file is not the checkpoint's any more, or the export is another's.
     """
     path = checkpoints.path(run.train.iterations)
-    common = read_common(path)
+    common = checkpoints.read_common(run.train.iterations)
     shield = shield_of()
     if shield is None:
         raise UserError(f"{checkpoints.folder.parent}: scores and shield are gone; restore them, or export elsewhere")

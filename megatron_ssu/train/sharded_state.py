@@ -1,4 +1,4 @@
-"""What a checkpoint holds: sharded state of model, optimizer and random numbers, and reading it with care."""
+"""What a checkpoint holds: sharded state of model, optimizer and random numbers."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.enums import Fp8Recipe
 from megatron.core.fp8_utils import get_fp8_recipe
-from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ssu.engine.checkpoint_io import check_metadata, weights_only_checkpoints
 from megatron_ssu.engine.device import local_device
-from megatron_ssu.engine.ranks import on_all_ranks
-from megatron_ssu.errors import UserError
 from megatron_ssu.methods.base import Method
 from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.train.optimizer_state import OptimizerState
 from megatron_ssu.train.scaling import restore_scaling, scaling_room, scaling_state
+from megatron_ssu.train.storage import Storage
 
 RNG_BYTES = 1 << 16  # room for one rank's generators
 
@@ -41,19 +38,25 @@ def sharded_state(session: ParallelModel, optimizer: OptimizerState, method: Met
 
 
 def load_training(
-    session: ParallelModel, optimizer: OptimizerState, method: Method, path: Path, *, with_rng: bool
+    session: ParallelModel,
+    optimizer: OptimizerState,
+    method: Method,
+    storage: Storage,
+    path: Path,
+    *,
+    with_rng: bool,
 ) -> None:
     """Load what a checkpoint holds besides the model: the optimizer's state, that of FP8 scaling, and random numbers.
 
-    Collective. Raises UserError as `read_sharded`.
+    Collective. Raises UserError as `Storage.read`.
     """
     model = weights_state(session, method)
     state = {
         "optimizer": optimizer.to_load(model),
-        "scaling": scaling_room(session, _stored(path)) if uses_delayed_scaling(session) else {},
+        "scaling": scaling_room(session, storage.tensors(path)) if uses_delayed_scaling(session) else {},
         **({"rng": _rng(session)} if with_rng else {}),
     }
-    loaded = read_sharded(state, path)
+    loaded = storage.read(state, path)
     optimizer.load(loaded["optimizer"], model)
     if uses_delayed_scaling(session):
         restore_scaling(session, loaded.get("scaling", {}), get_fp8_recipe(session.config))
@@ -63,11 +66,6 @@ def load_training(
 
 def uses_delayed_scaling(session: ParallelModel) -> bool:
     return bool(session.config.fp8) and session.config.fp8_recipe == Fp8Recipe.delayed
-
-
-def _stored(path: Path) -> dict[str, ShardedTensor]:
-    """A checkpoint's tensors by key, without data; its `.metadata` has been checked."""
-    return dist_checkpointing.load_tensors_metadata(str(path))
 
 
 def model_state(session: ParallelModel) -> dict[str, Any]:
@@ -86,15 +84,15 @@ def weights_state(session: ParallelModel, method: Method) -> dict[str, Any]:
     return {**model_state(session), **({"method": own} if own else {})}
 
 
-def load_model(session: ParallelModel, method: Method, path: Path) -> None:
+def load_model(session: ParallelModel, method: Method, storage: Storage, path: Path) -> None:
     """Load a checkpoint's weights into the chunks, and the method's own, in place; collective.
 
-    Raises UserError as `read_sharded`.
+    Raises UserError as `Storage.read`.
     """
     state = weights_state(session, method)
     apply_factories(state)  # parts of fused weights become views of them: nothing is left to be put together
     assert all(entry.data.is_contiguous() for entry in nested_values(state) if isinstance(entry, ShardedTensor))
-    read_sharded(state, path)
+    storage.read(state, path)
 
 
 def _chunk_names(session: ParallelModel) -> list[str]:
@@ -144,46 +142,3 @@ def set_rng(row: torch.Tensor) -> None:
     random.setstate((version, tuple(numbers), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-
-
-def read_common(path: Path) -> dict[str, Any]:
-    """The part of a checkpoint that all ranks share. Raises UserError where it is missing or damaged."""
-    try:
-        common = dist_checkpointing.load_common_state_dict(str(path))
-    except Exception as error:  # megatron and torch raise many kinds for damaged files
-        raise damaged(path, error) from error
-    if not {"progress", "identity", "mesh"} <= set(common):
-        raise UserError(f"{path}: not a checkpoint of this trainer: it lacks progress, identity or mesh")
-    _check_metadata(path)
-    return common
-
-
-def read_sharded(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Load `state` from a checkpoint; collective. Raises UserError on all ranks where one meets damage."""
-
-    def load() -> dict[str, Any]:
-        try:
-            with weights_only_checkpoints():
-                return dist_checkpointing.load(state, str(path))
-        except (Exception, CheckpointException) as error:  # torch's is no Exception
-            raise damaged(path, error) from error
-
-    return on_all_ranks(load)
-
-
-def damaged(path: Path, error: BaseException) -> UserError:
-    """The one line for a checkpoint that cannot be read."""
-    return UserError(f"{path}: damaged checkpoint ({one_line(error)}); write an older one's number into `latest`")
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-def _check_metadata(path: Path) -> None:
-    """Refuse a `.metadata` that would run code when torch unpickles it."""
-    file = path / ".metadata"
-    try:
-        check_metadata(file)
-    except Exception as error:  # unpickling damaged bytes raises many kinds
-        raise damaged(file, error) from error

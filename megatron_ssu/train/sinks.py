@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,8 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_ssu.config.schema import RunConfig
-from megatron_ssu.data.tokenizer import one_line
-from megatron_ssu.errors import UserError
+from megatron_ssu.errors import UserError, one_line
+from megatron_ssu.io.atomic import written_aside
 
 Record = dict[str, Any]
 
@@ -176,13 +175,8 @@ def _keep_records(path: Path, start: int) -> None:
         with suppress(ValueError, TypeError, KeyError):
             if start and json.loads(line)["iteration"] <= start:
                 kept.append(line + "\n")
-    part = path.with_name(path.name + ".part")
-    try:
+    with written_aside(path) as part:
         part.write_text("".join(kept), encoding="utf-8")
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _not_finite(value: Any) -> bool:

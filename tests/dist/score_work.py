@@ -12,26 +12,44 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_ssu.config.schema import CalibrationSection, CheckpointSection, ShieldSection
-from megatron_ssu.data.chat import Calibration, load_calibration
+from megatron_ssu.data.calibration import Calibration, load_calibration
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.methods.scored import make_shield
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.parallel_model import ParallelModel, open_model
-from megatron_ssu.scoring.calibration_pass import calibration_pass, micro_batches, score_model
-from megatron_ssu.scoring.fisher import SquaredGradients
+from megatron_ssu.scoring.calibration_pass import calibration_pass, micro_batches
+from megatron_ssu.scoring.change import open_before
+from megatron_ssu.scoring.score_model import Before, score_model
 from megatron_ssu.scoring.scores_file import Scores
+from megatron_ssu.scoring.squared_gradients import SquaredGradients
 from tests.dist.work import run_config
 
-NAMES = ["wanda", "wanda-released", "magnitude", "random", "sparsegpt-diagonal", "fisher"]
+NAMES = [
+    "wanda",
+    "wanda-released",
+    "target-contrast",
+    "magnitude",
+    "magnitude-released",
+    "random",
+    "snr",
+    "sparsegpt-diagonal",
+    "sparsegpt-diagonal-released",
+    "fisher",
+]
 GRANULARITIES = ("column", "row", "element")
 
 
-def tokens(rows: int = 5, length: int = 16, vocab: int = 100, padded: int = 5) -> Calibration:
+def tokens(rows: int = 5, length: int = 16, vocab: int = 100, padded: int = 5, seed: int = 3) -> Calibration:
     """Random rows; the last one ends in padding, which is a token like any other to the model."""
-    ids = torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones(rows, length, dtype=torch.bool)
     mask[-1, length - padded :] = False
-    return Calibration(ids, mask, torch.zeros(rows, length, dtype=torch.int32), "digest", rows, rows, None)
+    return Calibration(ids, mask, "digest", rows, None)
+
+
+def target() -> Calibration:
+    """Rows of target text, other ones than `tokens`, which the model sees only a few different tokens of."""
+    return tokens(3, 12, vocab=30, padded=2, seed=4)
 
 
 def session_of(
@@ -44,11 +62,21 @@ def session_of(
 
 
 def scores(
-    model: str, parallel: dict[str, Any], names: Sequence[str] = NAMES, data: Calibration | None = None, **options: Any
+    model: str,
+    parallel: dict[str, Any],
+    names: Sequence[str] = NAMES,
+    data: Calibration | None = None,
+    before: str | None = None,
+    **options: Any,
 ) -> Scores | None:
-    """A scores object on rank 0. Weights must take gradients again afterwards."""
-    session = session_of(model, parallel, **options)
-    made = score_model(session, list(names), data or tokens(), model_fingerprint(Path(model)))
+    """A scores object on rank 0, with `before` also of the change from that model. Weights must take gradients again
+    afterwards."""
+    session, old = session_of(model, parallel, **options), None
+    if before is not None:
+        names, old = [*names, "change"], Before(open_before(model, before), model_fingerprint(before))
+    made = score_model(
+        session, list(names), data or tokens(), model_fingerprint(Path(model)), target=target(), before=old
+    )
     assert all(p.requires_grad for chunk in session.chunks for p in chunk.parameters())
     return made
 
@@ -56,7 +84,8 @@ def scores(
 def mesh_scores(model: str, parallel: dict[str, Any], names: Sequence[str] = NAMES) -> Scores | None:
     """Scores on rank 0, with the norms' statistics, over the model's own calibration data where it has some."""
     session = session_of(model, parallel, norms="half")
-    return score_model(session, list(names), _source_tokens(model) or tokens(), model_fingerprint(Path(model)))
+    data = _source_tokens(model) or tokens()
+    return score_model(session, list(names), data, model_fingerprint(Path(model)), target=target())
 
 
 def scores_file(model: str, parallel: dict[str, Any], path: str) -> None:
@@ -94,7 +123,7 @@ def fisher_peak(model: str, length: int) -> dict[str, int]:
     """
     session = session_of(model, {})
     batches = micro_batches(tokens(1, length, padded=0), session, 1)
-    gradients = SquaredGradients(session)
+    gradients = SquaredGradients(session, "fisher")
     with_score = peak_bytes(lambda: calibration_pass(session, batches, None, backward=True))
     gradients._add = lambda *args: None  # type: ignore[method-assign]
     without = peak_bytes(lambda: calibration_pass(session, batches, None, backward=True))

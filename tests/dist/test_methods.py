@@ -26,8 +26,7 @@ OWN_SHIELD = {"lora-ssu": "lora-shield.safetensors"}  # shield.safetensors is SS
 MESHES = {"TP1": (1, []), "TP2xDP2": (4, ["parallel.tensor_model_parallel_size=2"])}
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def make_world(folder):
     """The demo's folder, with an untrained model in place of its source model."""
     sys.path.insert(0, str(ROOT / "examples" / "demo"))
     try:
@@ -35,13 +34,17 @@ def world(tmp_path_factory):
         import world as demo
     finally:
         sys.path.pop(0)
-    folder = tmp_path_factory.mktemp("methods")
     demo.write_world(folder / "world", 7, demo.WorldSize(300, 300, 40, 300, 10))
     tokenizer = make_model.make_tokenizer(folder / "world")
     for seed, name in ((1, "start"), (2, "source")):
         make_model.make_model(tokenizer, seed).save_pretrained(folder / "hf" / name)
         tokenizer.save_pretrained(folder / "hf" / name)
     return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("methods"))
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_ssu.scoring.registry import SCORES
 from megatron_ssu.scoring.scores_file import Scores
-from megatron_ssu.shield.plan import PlanOptions, axis_scores, element_scores, plan_shield
+from megatron_ssu.shield.plan import PlanOptions, plan_shield
+from megatron_ssu.shield.ranking import axis_scores, element_scores
 from tests.dist import score_work
 from tests.dist.work import mesh
 from tests.models import make_model
@@ -75,6 +77,13 @@ def check_meshes(ranks, model, meshes, names=score_work.NAMES):
         for n in names
         for g in score_work.GRANULARITIES
         for b in ("uniform", "layerwise")
+        if g in SCORES[n].granularities
+    }
+    whole = {
+        f"{n}-{g}-{end}": PlanOptions(score=n, granularity=g, freeze=end)
+        for n in names
+        for g in ("matrix", "layer")
+        for end in ("highest", "lowest")
     }
     for label, (world, parallel) in meshes.items():
         scores = ranks.run(score_work.mesh_scores, world, str(model), parallel, names)[0]
@@ -86,6 +95,9 @@ def check_meshes(ranks, model, meshes, names=score_work.NAMES):
             shields.setdefault(key, shield)
             if label != "TP1":
                 check_cut(first, scores, shields[key], shield, weights, choice, f"{label} {key}")
+        for key, choice in whole.items():
+            shield = plan_shield(scores, choice, method="ssu")
+            assert shields.setdefault(key, shield).digest() == shield.digest(), (label, key)
     return shields
 
 
@@ -139,7 +151,7 @@ def test_constant_weights_go_to_the_lower_numbers(kind, meshes, ranks, tmp_path)
     model = make_model(kind, tmp_path / "model")
     change(model, lambda name, w: torch.full_like(w, 0.03 if w.ndim == 2 else 1.0))
     # Constant weights have gradients of zero, of which fisher sees the rounding errors only.
-    names = ["wanda", "wanda-released", "magnitude", "sparsegpt-diagonal"]
+    names = ["wanda", "wanda-released", "magnitude", "magnitude-released", "sparsegpt-diagonal"]
     for label, (world, parallel) in meshes.items():
         scores = ranks.run(score_work.mesh_scores, world, str(model), parallel, names)[0]
         for score in names:
@@ -162,7 +174,7 @@ def test_ties_in_the_cut_are_broken_alike_on_every_mesh(kind, meshes, ranks, tmp
         return w[:, three] if "down_proj" in name else w
 
     change(model, repeat)
-    name, names = "model.layers.1.mlp.down_proj.weight", [n for n in score_work.NAMES if n != "random"]
+    name, names = "model.layers.1.mlp.down_proj.weight", [n for n in score_work.NAMES if n not in ("random", "snr")]
     for label, (world, parallel) in meshes.items():
         scores = ranks.run(score_work.mesh_scores, world, str(model), parallel, names)[0]
         for score in names:  # one feature frozen in all its copies, one in its first half

@@ -71,6 +71,31 @@ def scores_of(members: dict[str, Matrix], weights: dict[str, torch.Tensor], seed
     return Scores("tiny", "ab" * 32, members, tensors, names, calibration="c" * 64, samples=4, tokens=64)
 
 
+def further_scores(scores: Scores, weights: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> None:
+    """Add the other scores to those of `scores_of`: the released ones, change, snr, target-contrast."""
+    rng = np.random.default_rng(9)
+    for name, m in sorted(scores.matrices.items()):
+        if not m.scored:
+            continue
+        weight, old = weights[name].double().numpy(), before[name].double().numpy()
+        norm = np.exp(rng.normal(size=m.shape[1]))
+        wanda = [np.abs(weight) * scores.column("input_norm", name), np.abs(weight) * norm]
+        scores.tensors[f"target_input_norm/column/{name}"] = norm
+        for axis, dim in (("column", 0), ("row", 1)):
+            source, target = (values.sum(dim) / values.sum(dim).mean() for values in wanda)
+            scores.tensors[f"target-contrast/{axis}/{name}"] = (source + 0.01) / (target + 0.01)
+            scores.tensors[f"change/{axis}/{name}"] = np.linalg.norm(weight - old, axis=dim)
+            scores.tensors[f"magnitude-released/{axis}/{name}"] = np.linalg.norm(weight, axis=dim)
+        scores.tensors[f"sparsegpt-diagonal-released/column/{name}"] = scores.column("input_mean_square", name)
+        scores.tensors[f"change/matrix/{name}"] = np.array([np.linalg.norm(weight - old) / np.linalg.norm(old)])
+        scores.tensors[f"snr/matrix/{name}"] = rng.exponential(size=1)
+    scores.scores += ["change", "magnitude-released", "snr", "sparsegpt-diagonal-released", "target-contrast"]
+    scores.settings = {
+        "change_from": {"model": "before", "fingerprint": "ef" * 32},
+        "target_calibration": {"digest": "d" * 64, "samples": 2, "tokens": 32},
+    }
+
+
 def write_hf(directory: Path, weights: dict[str, torch.Tensor], shards: int = 1) -> Path:
     """A Hugging Face directory of safetensors in `shards` files, with a config.json."""
     directory.mkdir(parents=True)

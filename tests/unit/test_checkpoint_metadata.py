@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
 from megatron_ssu.errors import UserError
-from megatron_ssu.train import sharded_state as state
+from megatron_ssu.train import storage
 
 
 def call(module: str, name: str, argument: str, protocol: int) -> bytes:
@@ -49,7 +49,7 @@ def test_metadata_that_calls_something_is_refused(module, name, protocol, tmp_pa
     content = call(module, name, f"touch {evidence}", protocol)
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(UserError, match=rf"\.metadata: damaged checkpoint .*{name} has no place") as caught:
-        state._check_metadata(tmp_path)
+        storage._check_metadata(tmp_path)
     assert "\n" not in str(caught.value) and not evidence.exists()
 
 
@@ -78,7 +78,7 @@ def test_what_torch_writes_is_read(tmp_path):
             storage_meta=metadata.StorageMeta(checkpoint_id="here"),
         )
         (tmp_path / ".metadata").write_bytes(pickle.dumps(written, protocol))
-        state._check_metadata(tmp_path)
+        storage._check_metadata(tmp_path)
 
 
 class Member:
@@ -94,8 +94,8 @@ class Member:
 def test_getattr_may_name_a_memory_format_alone(tmp_path):
     owner = metadata._MEM_FORMAT_ENCODING
     (tmp_path / ".metadata").write_bytes(pickle.dumps([Member(owner, member.name) for member in owner]))
-    state._check_metadata(tmp_path)
+    storage._check_metadata(tmp_path)
     for wrong in (Member(owner, "__class__"), Member(owner, "mro"), Member(metadata.Metadata, "__init__")):
         (tmp_path / ".metadata").write_bytes(pickle.dumps(wrong))
         with pytest.raises(UserError, match=r"builtins\.getattr has no place"):
-            state._check_metadata(tmp_path)
+            storage._check_metadata(tmp_path)

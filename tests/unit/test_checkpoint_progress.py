@@ -32,7 +32,7 @@ class Script:
 def saving(tmp_path):
     def make(steps: list[int]) -> tuple[checkpoint.Checkpoints, Any, list[int]]:
         checkpoints, marks = checkpoint.Checkpoints(tmp_path), []
-        pending = checkpoint._Pending(1, tmp_path, request=None, saver=None)
+        pending = checkpoint._Pending(1, tmp_path, request=None)
         pending.thread = Script(pending, steps)
         checkpoints.mark = lambda: marks.append(pending.thread.looks)
         return checkpoints, pending, marks

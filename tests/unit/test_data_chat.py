@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from megatron_ssu.data.chat import load_calibration
+from megatron_ssu.data.calibration import load_calibration
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.errors import UserError
 from tests.unit.data_makers import make_hf_tokenizer, make_sentencepiece
@@ -31,16 +31,14 @@ def chat(user: str, assistant: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
-def packed(model: Path, chats: list[list[dict[str, str]]], length: int) -> tuple[list[int], list[int], int]:
-    """Tokens and owners of the concatenated chats, and the number of rows, by transformers alone."""
+def packed(model: Path, chats: list[list[dict[str, str]]], length: int) -> tuple[list[int], int]:
+    """Tokens of the concatenated chats, and the number of rows, by transformers alone."""
     hf = AutoTokenizer.from_pretrained(str(model))
-    ids, owners = [], []
-    for i, messages in enumerate(chats):
+    ids: list[int] = []
+    for messages in chats:
         text = hf.apply_chat_template(messages, tokenize=False)
-        one = hf(text, add_special_tokens=False)["input_ids"]
-        ids += one
-        owners += [i] * len(one)
-    return ids, owners, (len(ids) + length - 1) // length
+        ids += hf(text, add_special_tokens=False)["input_ids"]
+    return ids, (len(ids) + length - 1) // length
 
 
 def test_packing_equals_transformers(tmp_path: Path, model: Path) -> None:
@@ -50,14 +48,12 @@ def test_packing_equals_transformers(tmp_path: Path, model: Path) -> None:
     write(files[1], *[{"messages": c} for c in chats[15:]])
     got = load_calibration(files, load_tokenizer(model), samples=25, sequence_length=64, seed=3)
     chosen = sorted(random.Random(3).sample(range(40), 25))
-    ids, owners, rows = packed(model, [chats[i] for i in chosen], 64)
-    assert got.tokens.shape == got.mask.shape == got.sample.shape == (rows, 64)
-    assert (got.tokens.dtype, got.mask.dtype, got.sample.dtype) == (torch.int64, torch.bool, torch.int32)
+    ids, rows = packed(model, [chats[i] for i in chosen], 64)
+    assert got.tokens.shape == got.mask.shape == (rows, 64)
+    assert (got.tokens.dtype, got.mask.dtype) == (torch.int64, torch.bool)
     assert got.tokens.flatten()[: len(ids)].tolist() == ids
-    assert got.sample.flatten()[: len(ids)].tolist() == owners
     assert got.mask.flatten().tolist() == [True] * len(ids) + [False] * (rows * 64 - len(ids))
-    assert set(got.sample.flatten()[len(ids) :].tolist()) <= {-1}
-    assert (got.n_samples, got.n_available, got.note) == (25, 40, None)
+    assert (got.n_samples, got.note) == (25, None)
 
 
 def test_seed_and_content_decide_the_digest(tmp_path: Path, model: Path) -> None:
@@ -82,8 +78,8 @@ def test_all_shapes_of_a_sample_render_alike(tmp_path: Path, model: Path) -> Non
         {"text": "<|end|><|user|>Say it.\n\nNow<|assistant|>It.<|end|>"},
     )
     got = load_calibration(file, load_tokenizer(model), samples=5, sequence_length=32, seed=0)
-    ids, owners, _ = packed(model, [want] * 5, 32)
-    assert got.tokens[got.mask].tolist() == ids and got.sample[got.mask].tolist() == owners
+    ids, _ = packed(model, [want] * 5, 32)
+    assert got.tokens[got.mask].tolist() == ids
 
 
 def test_fewer_samples_than_asked_are_all_used_and_said(tmp_path: Path, model: Path) -> None:
@@ -143,5 +139,5 @@ def test_real_calibration_data() -> None:
     got = load_calibration(REAL / "calibration.jsonl", tokenizer, samples=100, sequence_length=512, seed=1234)
     lines = (REAL / "calibration.jsonl").read_text(encoding="utf-8").splitlines()
     chosen = sorted(random.Random(1234).sample(range(len(lines)), 100))
-    ids, _, _ = packed(REAL / "olmo2-tiny-source", [json.loads(lines[i])["messages"] for i in chosen], 512)
+    ids, _ = packed(REAL / "olmo2-tiny-source", [json.loads(lines[i])["messages"] for i in chosen], 512)
     assert got.tokens[got.mask].tolist() == ids

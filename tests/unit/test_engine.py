@@ -102,4 +102,4 @@ def test_the_engine_imports_nothing_above_it():
     for file in (PACKAGE / "engine").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "megatron_ssu":
-                assert node.module == "megatron_ssu.errors" or node.module.startswith("megatron_ssu.engine"), file
+                assert node.module.split(".")[1] in ("errors", "io", "engine"), file

@@ -127,6 +127,20 @@ def test_host_memory_of_checkpoints_by_hand(run):
     assert found.stored == 14 * (whole - 100352 * 5120) and found.loading == 12 * whole, "the tied head is loaded twice"
 
 
+def test_whole_matrices_and_layers_are_counted_as_frozen(run):
+    layer, norms = 4 * 5120**2 + 3 * 5120 * 13824, 4 * 5120
+    for granularity, ratio, count, of_norms in (("matrix", 0.5, 20, 0), ("layer", 0.3, 12, norms)):
+        overrides = [f"shield.granularity={granularity}", f"shield.ratio={ratio}"]
+        found = estimate(run(OLMO2_13B, *overrides), OLMO2_13B, 1, engine=True)
+        assert found.frozen == count * (layer + of_norms) and found.stages[0].compact == 0
+        assert found.linear_ratio == count / 40 and found.stages[0].trainable == found.parameters - found.frozen
+        stages = estimate(
+            run(OLMO2_13B, "parallel.pipeline_model_parallel_size=4", *overrides), OLMO2_13B, 4, engine=True
+        )
+        trainable = [stage.trainable for stage in stages.stages[1:3]]
+        assert trainable == [(10 - count / 4) * layer + 10 * norms - count / 4 * of_norms] * 2, "evenly over the stages"
+
+
 def test_full_fine_tuning_freezes_nothing(run):
     found = estimate(run(OLMO2_13B, "method.name=none"), OLMO2_13B, 1, engine=True)
     assert found.frozen == 0 and found.work.full == found.work.gemms and found.work.gather == 0

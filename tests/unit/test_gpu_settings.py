@@ -13,7 +13,10 @@ import torch.distributed as dist
 
 from megatron_ssu.compact.selection import Workspace
 from megatron_ssu.compact.weight import CompactWeight
-from megatron_ssu.config import validate, validate_train
+from megatron_ssu.config.checks import machine
+from megatron_ssu.config.checks.mesh import validate_mesh
+from megatron_ssu.config.checks.optimizer import validate_placement
+from megatron_ssu.config.checks.precision import validate_precision
 from megatron_ssu.config.schema import CheckpointSection, ModelSection, ParallelSection, PrecisionSection, RunConfig
 from megatron_ssu.engine import linear
 from megatron_ssu.errors import UserError
@@ -139,14 +142,14 @@ def test_a_model_in_fp8_is_not_built_without_transformer_engine(cuda: None) -> N
 def test_an_engine_that_megatron_cannot_import_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.extensions import transformer_engine
 
-    monkeypatch.setattr(validate, "_cuda", lambda: True)
+    monkeypatch.setattr(machine, "cuda", lambda: True)
     monkeypatch.setattr(transformer_engine, "HAVE_TE", False)
     run = run_config()
     run.precision.transformer["fp8"] = "hybrid"
     with pytest.raises(UserError, match=r"^precision\.fp8: 'hybrid' needs CUDA and Transformer Engine"):
-        validate.validate_precision(run)
+        validate_precision(run)
     monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
-    validate.validate_precision(run)
+    validate_precision(run)
 
 
 @pytest.mark.parametrize(
@@ -156,25 +159,25 @@ def test_attention_in_fp8_needs_delayed_scaling(
     recipe: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its scales are delayed ones under every recipe."""
-    monkeypatch.setattr(validate, "_transformer_engine", lambda: True)
+    monkeypatch.setattr(machine, "transformer_engine", lambda: True)
     run = run_config()
     run.precision.transformer |= {"fp8": "hybrid", "fp8_dot_product_attention": True}
     run.precision.transformer |= {"fp8_recipe": recipe} if recipe else {}
     with pytest.raises(UserError, match=r"^precision\.fp8_dot_product") if refused else nullcontext():
-        validate.validate_precision(run)
+        validate_precision(run)
 
 
 def test_flash_attention_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.transformer.enums import AttnBackend
 
-    monkeypatch.setattr(validate, "_cuda", lambda: True)
-    monkeypatch.setattr(validate, "_transformer_engine", lambda: True)
+    monkeypatch.setattr(machine, "cuda", lambda: True)
+    monkeypatch.setattr(machine, "transformer_engine", lambda: True)
     run = run_config()
     run.model.transformer["attention_backend"] = AttnBackend.flash
     with pytest.raises(UserError, match=r"^model\.attention_backend: flash needs the flash-attn package"):
-        validate.validate_mesh(run, 1)
+        validate_mesh(run, 1)
     run.model.transformer["attention_backend"] = AttnBackend.fused
-    validate.validate_mesh(run, 1)
+    validate_mesh(run, 1)
 
 
 @pytest.mark.parametrize(
@@ -188,11 +191,11 @@ def test_flash_attention_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> N
 def test_settings_that_would_be_ignored_or_break_are_refused(
     section: str, name: str, value: Any, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(validate, "_cuda", lambda: True)
+    monkeypatch.setattr(machine, "cuda", lambda: True)
     run = run_config()
     getattr(run, section).transformer[name] = value
     with pytest.raises(UserError, match=rf"^{section}\.{name}: .*{words}"):
-        validate.validate_mesh(run, 1)
+        validate_mesh(run, 1)
 
 
 @pytest.mark.parametrize(
@@ -211,10 +214,10 @@ def test_an_optimizer_on_the_cpu_needs_what_megatron_core_needs_for_it(dtype: An
     run = run_config(dtype)
     run.train.optimizer = {"optimizer_cpu_offload": True, **values}
     with pytest.raises(UserError, match=rf"^train\.optimizer\.optimizer_cpu_offload: {words}"):
-        validate_train._placement(run)
+        validate_placement(run)
     run.precision.dtype = "bf16"
     run.train.optimizer = {"optimizer_cpu_offload": True, "use_precision_aware_optimizer": True}
-    validate_train._placement(run)
+    validate_placement(run)
 
 
 class StepClock:

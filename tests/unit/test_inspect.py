@@ -11,10 +11,11 @@ from rich.console import Console
 
 from megatron_ssu.errors import UserError
 from megatron_ssu.scoring.scores_file import Scores
-from megatron_ssu.shield.inspect import Inspection, draw, inspect_shield, overlap_of
+from megatron_ssu.shield.inspect import Inspection, inspect_shield, overlap_of
 from megatron_ssu.shield.mask import Mask
 from megatron_ssu.shield.plan import PlanOptions, ProtectRule, plan_shield
-from tests.unit.samples import matrices, scores_of, weights_of
+from megatron_ssu.shield.plots import draw_all
+from tests.unit.samples import further_scores, matrices, scores_of, weights_of
 
 Q1 = "model.layers.1.self_attn.q_proj.weight"
 
@@ -98,7 +99,7 @@ def test_pictures(tmp_path, layers):
     rows = {"model.embed_tokens.weight": ((36, 20), [1])}
     shield = plan_shield(scores, PlanOptions(budget="layerwise", norms="frozen"), method="ssu", frozen_rows=rows)
     other = plan_shield(scores, PlanOptions(score="magnitude"), method="ssu")
-    paths = draw(inspect_shield(shield, scores, other), tmp_path / "pictures")
+    paths = draw_all(inspect_shield(shield, scores, other), tmp_path / "pictures")
     assert [p.name for p in paths] == ["frozen_share.png", "scores.png", "overlap.png"]
     for path in paths:
         width, height = png_size(path)
@@ -109,15 +110,46 @@ def test_pictures(tmp_path, layers):
 def test_pictures_of_degenerate_scores(tmp_path, scores):
     for key, value in scores.tensors.items():
         scores.tensors[key] = np.zeros_like(value) if "layers.1" in key else np.ones_like(value)
-    assert len(draw(inspect_shield(plan_shield(scores, PlanOptions(), method="ssu"), scores), tmp_path)) == 2
+    assert len(draw_all(inspect_shield(plan_shield(scores, PlanOptions(), method="ssu"), scores), tmp_path)) == 2
 
 
 def test_element_shields_show_without_scores(tmp_path, scores):
     shield = plan_shield(scores, PlanOptions(score="random", granularity="element"), method="ssu")
     inspection = inspect_shield(shield, scores)
     assert all(v.scores is None for v in inspection.views)
-    assert [p.name for p in draw(inspection, tmp_path)] == ["frozen_share.png"]
+    assert [p.name for p in draw_all(inspection, tmp_path)] == ["frozen_share.png"]
     assert "element" in text_of(inspection)
+
+
+@pytest.mark.parametrize("score", ["snr", "change", "fisher"])
+@pytest.mark.parametrize("freeze", ["highest", "lowest"])
+def test_shields_by_matrix_and_layer_show_the_cut_of_what_is_ranked(scores, tmp_path, score, freeze):
+    weights = weights_of(scores.matrices)
+    further_scores(scores, weights, weights_of(scores.matrices, seed=1))
+    rules = [ProtectRule("layers:3", "frozen")]
+    for granularity in ("matrix", "layer"):
+        options = PlanOptions(score=score, granularity=granularity, freeze=freeze, protect=rules)
+        inspection = inspect_shield(plan_shield(scores, options, method="ssu"), scores)
+        views = [v for v in inspection.views if v.matrix.scored]
+        assert all(v.scores is None for v in views if v.matrix.layer == 3)
+        ranked = [v for v in views if v.matrix.layer != 3]
+        assert all(v.scores.margin > 0 and v.scores.values.size == 1 for v in ranked)
+        cuts = {v.scores.last_frozen for v in ranked}
+        assert len(cuts) == (7 if granularity == "matrix" else 1)
+        for view in ranked:
+            above = (view.scores.values[0] >= view.scores.last_frozen) == (freeze == "highest")
+            assert above == view.scores.frozen[0] or view.scores.values[0] == view.scores.last_frozen
+        text = text_of(inspection)
+        assert f"by {granularity}" in text and "nan" not in text
+        assert [p.name for p in draw_all(inspection, tmp_path)] == ["frozen_share.png", "scores.png"]
+
+
+def test_lowest_shows_the_cut_from_below(scores):
+    shield = plan_shield(scores, PlanOptions(ratio=0.4, freeze="lowest"), method="ssu")
+    (view,) = [v for v in inspect_shield(shield, scores).views if v.matrix.name == Q1]
+    values = np.sort(scores.column("wanda", Q1))
+    assert view.scores.last_frozen == values[7] and view.scores.first_trainable == values[8]
+    assert view.scores.margin == pytest.approx(1 - values[7] / values[8])
 
 
 def test_what_does_not_fit_is_refused(scores):

@@ -16,9 +16,11 @@ from megatron_ssu.models.matrix import Matrix
 from megatron_ssu.scoring.scores_file import Scores
 from megatron_ssu.shield.budget import layerwise_counts, units_of_ratio
 from megatron_ssu.shield.compose import compose
-from megatron_ssu.shield.plan import TIE, PlanOptions, ProtectRule, freeze_top, plan_shield, select
+from megatron_ssu.shield.plan import PlanOptions, plan_shield
+from megatron_ssu.shield.ranking import TIE, freeze_units
+from megatron_ssu.shield.select import ProtectRule, select
 from megatron_ssu.shield.shield_file import Shield, load_shield
-from tests.unit.samples import matrices, scores_of, weights_of
+from tests.unit.samples import further_scores, matrices, scores_of, weights_of
 
 UP0 = "model.layers.0.mlp.up_proj.weight"
 
@@ -33,9 +35,15 @@ def scores(weights) -> Scores:
     return scores_of(matrices(), weights)
 
 
-def plan(scores: Scores, weights=None, **options) -> Shield:
-    lookup = None if weights is None else weights.__getitem__
-    return plan_shield(scores, PlanOptions(**options), method="ssu", weights=lookup)
+@pytest.fixture(scope="module")
+def before(weights) -> dict[str, torch.Tensor]:
+    return weights_of(matrices(), seed=1)
+
+
+def plan(scores: Scores, weights=None, before=None, **options) -> Shield:
+    given = {"weights": weights, "before": before}
+    lookups = {key: values.__getitem__ for key, values in given.items() if values is not None}
+    return plan_shield(scores, PlanOptions(**options), method="ssu", **lookups)
 
 
 def top(values: np.ndarray, count: int) -> np.ndarray:
@@ -67,37 +75,50 @@ def test_uniform_freezes_the_top_floor_of_every_matrix(scores, ratio, granularit
         np.testing.assert_array_equal(mask.bits(), top(values, math.floor(ratio * values.size)), err_msg=name)
 
 
-@pytest.mark.parametrize("score", ["wanda", "wanda-released", "magnitude", "sparsegpt-diagonal", "fisher"])
-def test_element_scores(scores, weights, score):
-    shield = plan(scores, weights, score=score, granularity="element", ratio=0.3)
+@pytest.mark.parametrize(
+    "score",
+    [
+        "wanda",
+        "wanda-released",
+        "magnitude",
+        "magnitude-released",
+        "sparsegpt-diagonal",
+        "sparsegpt-diagonal-released",
+        "fisher",
+        "change",
+        "target-contrast",
+    ],
+)
+def test_element_scores(scores, weights, before, score):
+    further_scores(scores, weights, before)
+    shield = plan(scores, weights, before, score=score, granularity="element", ratio=0.3)
     for name, mask in shield.masks.items():
         weight = weights[name].double().abs().numpy()
         tensors = {k.rsplit("/", 1)[0]: v for k, v in scores.tensors.items() if k.endswith(name)}
+        source, target = (weight * tensors[f"{which}input_norm/column"] for which in ("", "target_"))
         expected = {
             "wanda": weight * tensors["input_norm/column"],
-            "wanda-released": weight * tensors["input_mean_square/column"],
+            "wanda-released": weight * (1 + tensors["input_mean_square/column"]),
             "magnitude": weight,
+            "magnitude-released": weight,
             "sparsegpt-diagonal": np.ones_like(weight) * tensors["sparsegpt-diagonal/column"],
+            "sparsegpt-diagonal-released": np.ones_like(weight) * tensors["sparsegpt-diagonal/column"],
+            "change": (weights[name].double() - before[name].double()).abs().numpy(),
+            "target-contrast": (source / source.mean() + 0.01) / (target / target.mean() + 0.01),
             "fisher": np.outer(tensors["fisher/row"], tensors["fisher/column"]),
         }[score]
         count = math.floor(0.3 * weight.size)
         got, want = mask.elements().reshape(-1), top(expected, count)
         assert got.sum() == count
-        if score in ("magnitude", "sparsegpt-diagonal"):
+        if score.removesuffix("-released") in ("magnitude", "sparsegpt-diagonal"):
             np.testing.assert_array_equal(got, want)  # exact in float32
         else:
             assert (got != want).sum() <= 2, name  # float32 products may order two near ties otherwise
 
 
-def test_released_element_scores_add_up_to_its_column_score(scores, weights):
-    """Its column score is the L2 norm over rows of its element score."""
-    norm = np.sqrt(((weights[UP0].double().numpy() * scores.column("input_mean_square", UP0)) ** 2).sum(0))
-    np.testing.assert_allclose(norm, scores.column("wanda-released", UP0), rtol=1e-12)
-
-
 def test_random_needs_nothing_but_names_and_seed(scores):
     empty = replace(scores, tensors={}, scores=[])
-    for granularity in ("column", "row", "element"):
+    for granularity in ("column", "row", "element", "matrix", "layer"):
         one, two = (plan(s, score="random", granularity=granularity, seed=5) for s in (scores, empty))
         other = plan(scores, score="random", granularity=granularity, seed=6)
         assert one.digest() == two.digest() != other.digest()
@@ -127,20 +148,23 @@ def test_ties_survive_the_rounding_noise_of_a_mesh(scores):
         assert one.digest() == two.digest()
 
 
-def test_freeze_top_equals_sorting():
+def test_freeze_units_equals_sorting():
     rng = np.random.default_rng(1)
     for size in (1, 2, 17, 200):
         values = rng.integers(0, 6, size).astype(np.float64) * 0.37
         for count in {0, 1, size // 3, size // 2, size - 1, size}:
-            np.testing.assert_array_equal(freeze_top(values, count), top(values, count))
+            np.testing.assert_array_equal(freeze_units(values, count), top(values, count))
+            np.testing.assert_array_equal(freeze_units(values, count, "lowest"), top(2.0 - values, count))
 
 
 def test_values_within_the_tolerance_of_the_cut_are_one_tie():
     values = np.array(
         [1.0, 2.0 * (1 - TIE / 2), 3.0, 2.0, 2.0 * (1 + TIE / 2), 2.0 * (1 + 3 * TIE), 2.0 * (1 - 3 * TIE)]
     )
-    assert freeze_top(values, 4).tolist() == [False, True, True, True, False, True, False]
-    assert freeze_top(values, 5).tolist() == [False, True, True, True, True, True, False]
+    assert freeze_units(values, 4).tolist() == [False, True, True, True, False, True, False]
+    assert freeze_units(values, 5).tolist() == [False, True, True, True, True, True, False]
+    assert freeze_units(values, 3, "lowest").tolist() == [True, True, False, False, False, False, True]
+    assert freeze_units(values, 4, "lowest").tolist() == [True, True, False, True, False, False, True]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -167,10 +191,23 @@ def test_ratio_outside_0_to_1(scores, ratio):
         ({"granularity": "block"}, "shield.granularity: 'block' is unknown; choose one of column, row, element"),
         ({"budget": "global"}, "shield.budget: 'global' is unknown"),
         ({"norms": "some"}, "shield.norms: 'some' is unknown"),
-        ({"score": "hessian"}, "no hessian by column for .*; it has"),
+        ({"granularity": "block"}, "column, row, element, matrix, layer"),
+        ({"freeze": "both"}, "shield.freeze: 'both' is unknown; choose one of highest, lowest"),
+        ({"score": "hessian"}, "shield.score: 'hessian' is unknown; choose from wanda, .*snr"),
+        ({"score": "snr"}, "'snr' has no column scores, only matrix, layer; choose one of wanda, .*random, or another"),
+        ({"score": "snr", "granularity": "matrix"}, "no snr by matrix for .*; it has"),
+        ({"score": "change", "granularity": "element"}, "the header lacks change_from|needs the weights"),
+        (
+            {"granularity": "matrix", "budget": "layerwise"},
+            "shield.budget: must be uniform or per-kind with .* matrix, got",
+        ),
+        (
+            {"granularity": "layer", "budget": "per-kind"},
+            "shield.budget: must be uniform with shield.granularity layer, got",
+        ),
+        ({"budget": "layerwise", "freeze": "lowest"}, "shield.freeze: must be highest with shield.budget layerwise"),
         ({"score": "sparsegpt-diagonal", "granularity": "row"}, "no sparsegpt-diagonal by row"),
         ({"granularity": "element"}, "element needs the weights"),
-        ({"granularity": "element", "score": "hessian"}, "'hessian' has no element scores; choose one of wanda"),
         ({"norms": "half"}, "half needs the norms' weights"),
         ({"kinds": {"mlp": 0.1}}, "has a meaning with shield.budget per-kind alone"),
         ({"budget": "per-kind", "kinds": {"mpl": 0.1}}, "shield.kinds.mpl: no such kind .* attention, mlp, down_proj"),
@@ -296,9 +333,126 @@ def test_half_norms(scores, weights, caplog):
     for name in norms:
         values = weights[name].double().abs().numpy() * (1 + (np.linspace(1, 3, 20) / 3) ** 2)
         np.testing.assert_array_equal(shield.masks[name].elements(), top(values, 10))
+    with pytest.raises(
+        UserError, match=r"half-released: the scores file has input_mean_square of no norm; score again"
+    ):
+        plan(scores, weights, norms="half-released")
+    for name in norms:
+        scores.tensors[f"input_mean_square/column/{name}"] = np.linspace(1, 3, 20)
+    shield = plan(scores, weights, norms="half-released")
+    assert shield.plan["norm_importance"] == "input_mean_square"
+    for name in norms:
+        values = weights[name].double().abs().numpy() * (1 + np.linspace(1, 3, 20))
+        np.testing.assert_array_equal(shield.masks[name].elements(), top(values, 10))
     del scores.tensors[f"input_norm/column/{norms[1]}"]
     with pytest.raises(UserError, match=f"not of {norms[1]}"):
         plan(scores, weights, norms="half")
+
+
+@pytest.fixture
+def deep():
+    """Scores of a model with eleven layers, whose names do not sort as their numbers do; its weights and those before."""
+    members = matrices(layers=11)
+    weights, before = weights_of(members), weights_of(members, seed=1)
+    scores = scores_of(members, weights)
+    further_scores(scores, weights, before)
+    return scores
+
+
+def value_of(scores: Scores, score: str, name: str) -> float:
+    if score in ("snr", "change"):
+        return scores.tensors[f"{score}/matrix/{name}"][0]
+    return scores.tensors[f"{score}/column/{name}"].sum() / scores.matrices[name].elements
+
+
+@pytest.mark.parametrize("score", ["snr", "change", "wanda", "fisher", "target-contrast"])
+@pytest.mark.parametrize("freeze", ["highest", "lowest"])
+def test_by_matrix_each_kind_freezes_its_own(deep, score, freeze):
+    shield = plan(deep, score=score, granularity="matrix", ratio=0.4, freeze=freeze)
+    assert shield.granularity == "matrix" and shield.budget == "uniform"
+    for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        members = sorted((m for m in shield.matrices.values() if m.kind == kind), key=lambda m: m.layer)
+        ranked = sorted(members, key=lambda m: value_of(deep, score, m.name), reverse=freeze == "highest")
+        frozen = {m.name for m in members if shield.masks[m.name].frozen_units}
+        assert frozen == {m.name for m in ranked[:4]}  # floor(0.4 * 11)
+    for mask in shield.masks.values():
+        assert mask.granularity == "column" and mask.frozen_units in (0, mask.units)
+
+
+def test_by_matrix_of_equal_scores_the_first_layers_are_frozen(deep):
+    for key in deep.tensors:
+        deep.tensors[key] = np.ones_like(deep.tensors[key])
+    for granularity in ("matrix", "layer"):
+        shield = plan(deep, score="snr", granularity=granularity)
+        assert {m.layer for n, m in shield.matrices.items() if shield.masks[n].frozen_units} == {0, 1, 2, 3, 4}
+
+
+def test_per_kind_by_matrix(deep):
+    kinds = {"attention": 0.2, "k_proj": 1.0, "mlp": 0.0}
+    shield = plan(deep, score="change", granularity="matrix", budget="per-kind", kinds=kinds, ratio=0.3)
+    for kind, count in (("q_proj", 2), ("k_proj", 11), ("o_proj", 2), ("up_proj", 0)):
+        members = [n for n, m in shield.matrices.items() if m.kind == kind]
+        assert sum(shield.masks[n].frozen_units > 0 for n in members) == count
+
+
+@pytest.mark.parametrize("norms", ["trainable", "frozen"])
+@pytest.mark.parametrize("freeze", ["highest", "lowest"])
+def test_by_layer_whole_layers_are_frozen(deep, freeze, norms):
+    for name, m in deep.matrices.items():  # one kind's scale must not decide alone
+        if m.kind == "v_proj":
+            deep.tensors[f"change/matrix/{name}"] *= 1e6
+    shield = plan(deep, score="change", granularity="layer", ratio=0.3, freeze=freeze, norms=norms)
+    members = [m for m in deep.matrices.values() if m.scored]
+    average = {
+        k: np.mean([value_of(deep, "change", m.name) for m in members if m.kind == k])
+        for k in {m.kind for m in members}
+    }
+    values = {
+        layer: np.mean([value_of(deep, "change", m.name) / average[m.kind] for m in members if m.layer == layer])
+        for layer in range(11)
+    }
+    chosen = sorted(values, key=values.__getitem__, reverse=freeze == "highest")[:3]
+    for name, m in deep.matrices.items():
+        if m.layer is not None and (m.scored or m.layer in chosen):
+            assert shield.ratio_of(name) == (m.layer in chosen), name
+    norm_masks = {n for n in shield.masks if shield.matrices[n].kind == "norm"}
+    assert len(norm_masks) == (3 if norms == "trainable" else 12)
+    assert shield.plan["norms"] == norms
+    assert sum(m.packed.nbytes for m in shield.masks.values()) < 400
+
+
+def test_protected_matrices_are_outside_the_ranking_of_matrices_and_layers(deep):
+    rules = [
+        ProtectRule("layers:0-1", "trainable"),
+        ProtectRule("layers:10", "frozen"),
+        ProtectRule("norms", "trainable"),
+    ]
+    by_layer = plan(deep, score="change", granularity="layer", ratio=0.5, protect=rules)
+    frozen = {m.layer for n, m in by_layer.matrices.items() if by_layer.masks[n].frozen_units}
+    assert len(frozen) == 5 and 10 in frozen and not frozen & {0, 1}  # floor(0.5 * 8), and layer 10
+    assert not any(m.kind == "norm" for m in by_layer.matrices.values())
+    by_matrix = plan(deep, score="snr", granularity="matrix", ratio=0.5, protect=rules)
+    for kind in ("q_proj", "down_proj"):
+        assert sum(by_matrix.counts[n] > 0 for n, m in by_matrix.matrices.items() if m.kind == kind) == 5
+
+
+def test_lowest_is_the_other_end_and_stands_in_the_header_alone_where_it_is_chosen(scores):
+    for granularity in ("column", "row"):
+        low = plan(scores, granularity=granularity, ratio=0.3, freeze="lowest")
+        high = plan(scores, granularity=granularity, ratio=0.7)
+        assert low.plan["freeze"] == "lowest" and "freeze" not in high.plan
+        for name, mask in low.masks.items():
+            count = math.floor(0.3 * mask.units)
+            values = scores.get("wanda", granularity, name)
+            np.testing.assert_array_equal(mask.bits(), top(values.max() + 1 - values, count))
+
+
+def test_the_header_names_what_else_scores_were_made_of(deep):
+    assert plan(deep, score="change", granularity="matrix").plan["change_from"] == "ef" * 32
+    assert plan(deep, score="target-contrast").plan["target_calibration"] == "d" * 64
+    deep.settings = {}
+    with pytest.raises(UserError, match="the header lacks change_from; make the scores again"):
+        plan(deep, score="change")
 
 
 def test_options_that_decide_nothing_change_no_byte(scores):

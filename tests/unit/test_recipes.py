@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_ssu.commands.start import check_settings
-from megatron_ssu.config.validate import validate_mesh
+from megatron_ssu.config.checks.mesh import validate_mesh
 from megatron_ssu.methods.registry import method_of, read_run
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "slurm"

@@ -22,7 +22,7 @@ def test_optimizer_state_of_an_earlier_version(
     (tmp_path / "checkpoints" / "latest").write_text("4\n")
     run.train.iterations = 8
     common = {"progress": vars(Progress(iteration=4)), **optimizer}
-    monkeypatch.setattr(resume_check, "read_common", lambda path: common)
+    monkeypatch.setattr(Checkpoints, "read_common", lambda self, iteration: common)
     if "steps" in optimizer.get("optimizer", {}):
         assert resume_check.newest(run, Checkpoints(tmp_path)) == 4
         return

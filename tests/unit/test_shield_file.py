@@ -15,7 +15,7 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.scoring.scores_file import Scores, random_bits, random_scores
 from megatron_ssu.shield.mask import Mask, unit_count
 from megatron_ssu.shield.plan import PlanOptions, plan_shield
-from megatron_ssu.shield.shield_file import Shield, check_model, load_shield, save_shield
+from megatron_ssu.shield.shield_file import Shield, check_model, load_shield
 from tests.unit.samples import matrices, scores_of, weights_of
 
 
@@ -78,7 +78,7 @@ def test_mask_refuses_wrong_bytes():
 
 
 def test_shield_file_round_trip(tmp_path, shield):
-    save_shield(shield, tmp_path / "s.safetensors")
+    shield.save(tmp_path / "s.safetensors")
     loaded = load_shield(tmp_path / "s.safetensors", check=True)
     assert loaded.header() == shield.header()
     assert loaded.digest() == shield.digest()

@@ -203,7 +203,7 @@ def work(options, console):
         run_lock._end("no")
     return 75
 
-cli._train = work
+cli._call = work
 cli.main(["train", "run.yaml"])
 """
 
@@ -228,7 +228,7 @@ def test_output_that_nobody_can_read_changes_no_status(how, status):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_command_that_only_prints_fails_where_it_cannot():
     """But not where its reader has seen enough; and without standard output and error it keeps its status."""
-    code = ON_A_FULL_DISK.replace("cli._train", "cli._estimate").replace('"train"', '"estimate"')
+    code = ON_A_FULL_DISK.replace('"train"', '"estimate"')
     command = [sys.executable, "-c", code, "stopped"]
     work = [part.replace("return 75", "return 0") for part in command]
     with open("/dev/full", "w") as full:

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 
 from megatron_ssu.commands.start import check_settings
-from megatron_ssu.config import validate
+from megatron_ssu.config.checks import machine
+from megatron_ssu.config.checks.mesh import validate_mesh
+from megatron_ssu.config.checks.model import validate_model
+from megatron_ssu.config.checks.precision import validate_precision
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.units import parse_size, parse_split
-from megatron_ssu.config.validate import validate_mesh, validate_model
-from megatron_ssu.config.validate_train import validate_shield
 from megatron_ssu.errors import UserError
 from megatron_ssu.methods.registry import method_of, read_run
+from megatron_ssu.methods.shield_checks import validate_shield
 from megatron_ssu.models.hf_config import read_hf_config
 
 LLAMA: dict[str, Any] = {
@@ -63,6 +65,8 @@ GOOD: list[tuple[int, list[str], int]] = [
     (2, [f"{PP}=2", f"{VPP}=2", "parallel.microbatch_group_size_per_vp_stage=3", f"{BATCH}=5"], 1),
     (2, ["train.micro_batch_size=4", f"{BATCH}=8"], 2),
     (1, ["shield.calibration.path=", "shield.score=magnitude", "shield.also_score=[random]"], 1),
+    (1, ["shield.calibration.path=", "shield.score=snr", "shield.granularity=matrix", "shield.freeze=lowest"], 1),
+    (1, ["shield.score=target-contrast", "shield.target_calibration.path=a.jsonl", "shield.granularity=layer"], 1),
     (1, ["shield.calibration.path=", "method.name=none"], 1),
     (1, ["shield.calibration.path=[a.jsonl, chat.jsonl]"], 1),
     (1, ["data.train=[p, {path: b.jsonl.gz, weight: 3}]", "data.source_valid=c.json.zst", "data.target_valid=p"], 1),
@@ -170,10 +174,19 @@ BAD: list[tuple[int, list[str], dict[str, Any], list[str]]] = [
     (1, ["shield.budget=per-kind", "shield.kinds={mpl: 0.5}"], {}, ["shield.kinds.mpl", "attention, mlp", "down_proj"]),
     (1, ["shield.protect=[{pattern: '*.qkv.weight', action: frozen}]"], {}, ["'*.qkv.weight' fits no weight of the model"]),
     (1, ["shield.protect=[{pattern: 'layers:0-8', action: frozen}]"], {}, ["layers:0-8", "outside layers 0-7"]),
-    (1, ["shield.score=magnitude", "shield.norms=half", "shield.calibration.path="], {}, ["calibration.path", "norms half"]),
+    (1, ["shield.score=magnitude", "shield.norms=half", "shield.calibration.path="], {}, ["calibration.path", "norms: half"]),
     (1, ["shield.seed=-1"], {}, ["shield.seed", "-1", "from 0"]),
     (1, ["shield.calibration.samples=0"], {}, ["shield.calibration.samples", "at least 1"]),
-    (1, ["shield.calibration.path="], {}, ["shield.calibration.path", "'wanda'", "magnitude, random"]),
+    (1, ["shield.calibration.path="], {}, ["shield.calibration.path", "'wanda'", "magnitude, magnitude-released, snr, random"]),
+    (1, ["shield.score=target-contrast"], {}, ["shield.target_calibration.path: missing", "'target-contrast'", "target text"]),
+    (1, ["shield.also_score=[target-contrast]", "shield.target_calibration.path=gone.jsonl"], {}, ["shield.target_calibration.path", "gone.jsonl"]),
+    (1, ["shield.target_calibration.samples=0"], {}, ["shield.target_calibration.samples", "at least 1"]),
+    (1, ["shield.score=change"], {}, ["shield.change_from: missing", "'change'", "Hugging Face directory"]),
+    (1, ["shield.score=change", "shield.change_from=gone"], {}, ["shield.change_from: must be a directory", "'gone'"]),
+    (1, ["shield.score=snr"], {}, ["shield.score: 'snr' has no column scores", "matrix, layer", "wanda"]),
+    (1, ["shield.freeze=middle"], {}, ["shield.freeze", "highest", "lowest"]),
+    (1, ["shield.granularity=layer", "shield.budget=layerwise"], {}, ["shield.budget: must be uniform", "granularity layer"]),
+    (1, ["shield.calibration.path=", "shield.score=snr", "shield.granularity=matrix", "shield.norms=half-released"], {}, ["calibration.path", "norms: half-released"]),
     (1, ["shield.calibration.path=gone.jsonl"], {}, ["shield.calibration.path", "gone.jsonl", "does not exist"]),
     (1, ["shield.calibration.path=[chat.jsonl, notes.txt]"], {}, ["shield.calibration.path.1", "notes.txt", "JSONL"]),
     (1, ["shield.file=gone.safetensors"], {}, ["shield.file", "gone.safetensors", "does not exist"]),
@@ -249,8 +262,8 @@ def test_scoring_needs_no_training_data(world: Path) -> None:
 
 
 def with_gpu(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    monkeypatch.setattr(validate, "_cuda", lambda: True)
-    monkeypatch.setattr(validate, "_transformer_engine", lambda: True)
+    monkeypatch.setattr(machine, "cuda", lambda: True)
+    monkeypatch.setattr(machine, "transformer_engine", lambda: True)
     return run
 
 
@@ -258,7 +271,7 @@ def test_what_a_gpu_allows(world: Path, monkeypatch: pytest.MonkeyPatch) -> None
     overrides = ["precision.fp8=hybrid", "parallel.context_parallel_size=2", "model.attention_backend=fused"]
     run = with_gpu(read_run("run.yaml", overrides), monkeypatch)
     assert validate_mesh(run, 4) == 2
-    validate.validate_precision(run)
+    validate_precision(run)
     run = read_run("run.yaml", [*overrides, "data.sequence_length=34"])
     with pytest.raises(UserError, match="34 is no multiple of 4"):
         validate_model(run, LLAMA)
@@ -267,7 +280,7 @@ def test_what_a_gpu_allows(world: Path, monkeypatch: pytest.MonkeyPatch) -> None
         validate_model(run, LLAMA)
     run = read_run("run.yaml", ["precision.fp8=hybrid", "precision.dtype=fp32"])
     with pytest.raises(UserError, match=r"precision\.fp8: 'hybrid' needs precision\.dtype: bf16"):
-        validate.validate_precision(run)
+        validate_precision(run)
     run = read_run("run.yaml", ["parallel.ddp.fp8_param_gather=true"])
     with pytest.raises(UserError, match=r"parallel\.ddp\.fp8_param_gather: true does not go with method ssu"):
         validate_mesh(run, 1)

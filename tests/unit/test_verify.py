@@ -17,7 +17,7 @@ import megatron_ssu.shield.verify as verify_module
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.hf_config import difference
-from megatron_ssu.models.hf_files import HFCheckpoint, open_checkpoint
+from megatron_ssu.models.hf_files import HFCheckpoint
 from megatron_ssu.shield.mask import Mask
 from megatron_ssu.shield.plan import PlanOptions, plan_shield
 from megatron_ssu.shield.verify import VerifyReport, verify
@@ -285,14 +285,15 @@ def test_checkpoint_reads_slices_and_raw_bits(tmp_path):
 def test_broken_directories(tmp_path):
     weights = {"a": torch.randn(6, 4), "b": torch.randn(3)}
     with pytest.raises(UserError, match="no such directory"):
-        open_checkpoint(tmp_path / "none")
+        HFCheckpoint(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"neither .* nor"):
-        open_checkpoint(tmp_path / "empty")
+        HFCheckpoint(tmp_path / "empty")
 
     directory = write_hf(tmp_path / "m", weights, 2)
     first, second = sorted(directory.glob("*.safetensors"))
-    assert open_checkpoint(directory) == {"a": first, "b": second}
+    checkpoint = HFCheckpoint(directory)
+    assert {name: checkpoint.entry(name).file for name in checkpoint.names()} == {"a": first, "b": second}
     good = second.read_bytes()
     second.unlink()
     with pytest.raises(UserError, match=rf"{second.name}: missing"):
@@ -313,5 +314,5 @@ def test_broken_directories(tmp_path):
     for text in ("{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../m/x"}}', '{"weight_map": {"a": 3}}'):
         index.write_text(text)
         with pytest.raises(UserError, match="broken index") as caught:
-            open_checkpoint(directory)
+            HFCheckpoint(directory)
         assert "\n" not in str(caught.value)

@@ -13,13 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ssu.engine.optimizer import MAIN
 from megatron_ssu.errors import UserError
-from megatron_ssu.estimate.flops import flops_per_token, peak_flops
+from megatron_ssu.estimate.flops import flops_per_token
+from megatron_ssu.estimate.hardware import peak_flops
 from megatron_ssu.models.families import family_of
 from megatron_ssu.models.family import Dims
 from megatron_ssu.train import update_norms as updates
 from megatron_ssu.train import watchdog
+from megatron_ssu.train.callbacks.loss_spikes import SpikeWatch
 from megatron_ssu.train.identity import Identity
-from megatron_ssu.train.loss_spikes import SpikeWatch
 from megatron_ssu.train.watchdog import Heartbeat, Watchdog, describe
 from tests.models import make_model
 

@@ -1,0 +1,71 @@
+"""The list of scores, and what is asked of it by name. Imports no torch: run files are checked by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megatron_ssu.errors import UserError
+from megatron_ssu.scoring.base import Score
+from megatron_ssu.scoring.change import CHANGE
+from megatron_ssu.scoring.drawn import RANDOM
+from megatron_ssu.scoring.fisher import FISHER
+from megatron_ssu.scoring.magnitude import MAGNITUDE, MAGNITUDE_RELEASED
+from megatron_ssu.scoring.snr import SNR
+from megatron_ssu.scoring.sparsegpt import SPARSEGPT_DIAGONAL, SPARSEGPT_DIAGONAL_RELEASED
+from megatron_ssu.scoring.target_contrast import TARGET_CONTRAST
+from megatron_ssu.scoring.wanda import WANDA, WANDA_RELEASED
+
+SCORES: dict[str, Score] = {
+    score.name: score
+    for score in (
+        WANDA,
+        WANDA_RELEASED,
+        TARGET_CONTRAST,
+        MAGNITUDE,
+        MAGNITUDE_RELEASED,
+        SPARSEGPT_DIAGONAL,
+        SPARSEGPT_DIAGONAL_RELEASED,
+        FISHER,
+        CHANGE,
+        SNR,
+        RANDOM,
+    )
+}
+
+
+def score_named(name: str, key: str = "shield.score") -> Score:
+    """Raises UserError, listing what there is, for an unknown score; `key` is the run file's that names it."""
+    if name not in SCORES:
+        raise UserError(f"{key}: {name!r} is unknown; choose from {', '.join(SCORES)}")
+    return SCORES[name]
+
+
+def check_granularity(name: str, granularity: str) -> None:
+    """Raises UserError, listing the scores that have it, for a score that does not rank by `granularity`."""
+    score = score_named(name)
+    if granularity not in score.granularities:
+        having = ", ".join(other for other, entry in SCORES.items() if granularity in entry.granularities)
+        raise UserError(
+            f"shield.score: {name!r} has no {granularity} scores, only {', '.join(score.granularities)}; choose one of "
+            f"{having}, or another shield.granularity"
+        )
+
+
+def made_by_score(names: Iterable[str]) -> list[str]:
+    """The scores of `names` that a `score` run computes, sorted: all but those that are drawn when a shield is planned."""
+    return sorted({name for name in names if score_named(name).needs != "seed"})
+
+
+def needing_calibration(names: Iterable[str]) -> list[str]:
+    """Those that need a pass over calibration data."""
+    return [name for name in names if score_named(name).needs_calibration]
+
+
+def needing_target(names: Iterable[str]) -> list[str]:
+    """Those that need a pass over target text too."""
+    return [name for name in names if score_named(name).needs_target]
+
+
+def needing_change(names: Iterable[str]) -> list[str]:
+    """Those that compare with another checkpoint."""
+    return [name for name in names if score_named(name).needs == "change"]
