@@ -12,7 +12,7 @@ name; the compact parameters are in no state dict. They are written into W whene
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class CompactParameters:
         self.pinned: dict[torch.nn.Module, PinnedWeight] = {}
         self._matrices: dict[torch.nn.Parameter, tuple[CompactMatrix, LocalParam]] = {}
         self._stale: set[torch.nn.Module] = set()
+        self._listeners: list[Callable[[], None]] = []
         self._hooks: list[Any] = []
         self._stores: list[Any] = []
         self._workspace = Workspace()
@@ -125,6 +126,7 @@ class CompactParameters:
     def updated(self, *, gathered: bool) -> None:
         """The optimizer has taken a step; `gathered`: and every rank has all of the new parameters."""
         self._stale.update(self.compact, self.pinned)
+        self._tell()
         if gathered:
             self.write()
 
@@ -141,6 +143,15 @@ class CompactParameters:
         for pinned in self.pinned.values():
             pinned.read()
         self._stale.clear()
+        self._tell()
+
+    def when_changed(self, listener: Callable[[], None]) -> None:
+        """Call `listener` whenever parameters have been updated or loaded, on all ranks alike."""
+        self._listeners.append(listener)
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener()
 
     def drop_gradients(self) -> None:
         """Zero the reduced gradients of pinned elements, before their norm is taken."""
