@@ -14,7 +14,6 @@ import argparse
 import os
 import tempfile
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -153,7 +152,7 @@ def main() -> None:
             frozen, free = report.totals("column"), report.totals("none")
             print(
                 f"{report.verdict}: {frozen['moved_frozen']} of {frozen['frozen']} frozen columns moved, "
-                f"{frozen['moved_trainable']} of {frozen['trainable']} trainable ones, and {free['moved_trainable']} other weights"
+                f"{frozen['moved_trainable']} of {frozen['trainable']} trainable ones, {free['moved_trainable']} other weights"
             )
         dist.barrier()
         dist.destroy_process_group()

@@ -84,6 +84,7 @@ class CompactParameters:
             self._matrices[found.param] = found, local
             matrices.append(found)
         module.register_state_dict_post_hook(_leave_out)
+        module.register_load_state_dict_post_hook(_not_missing)
         return CompactWeight(local.param, tuple(matrices), self._workspace)
 
     def _share_embedding(self, chunk: Any) -> None:
@@ -162,6 +163,10 @@ def _leave_out(module: torch.nn.Module, state: dict[str, Any], prefix: str, meta
     for name, _ in module.named_parameters(recurse=False):
         if name.startswith(_PREFIX):
             state.pop(prefix + name, None)
+
+
+def _not_missing(module: torch.nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.rpartition(".")[2].startswith(_PREFIX)]
 
 
 def _keep_graph(chunk: Any) -> None:
