@@ -316,7 +316,9 @@ def _model(run: RunConfig, source: Source, chunks: Any) -> Iterator[ParallelMode
     from megatron_ssu.engine.mesh import current_mesh
     from megatron_ssu.engine.ranks import on_all_ranks
     from megatron_ssu.models.borrowed import scoring_model
-    from megatron_ssu.models.parallel_model import check_loadable, model_on_mesh
+    from megatron_ssu.models.build import DTYPES
+    from megatron_ssu.models.hf_import import check_checkpoint
+    from megatron_ssu.models.parallel_model import build_model
 
     with cpu_backend(), _own_mesh():
         if chunks is not None:
@@ -335,15 +337,17 @@ def _model(run: RunConfig, source: Source, chunks: Any) -> Iterator[ParallelMode
             "virtual_pipeline_model_parallel_size": mesh.virtual,
             "context_parallel_size": mesh.context,
         }
-        on_all_ranks(lambda: check_loadable(run, source))
-        yield model_on_mesh(run, source, mesh)
+        dtype = DTYPES[run.precision.dtype]
+        on_all_ranks(lambda: check_checkpoint(source.checkpoint, source.family, source.dims, dtype))
+        yield build_model(run, source, mesh)
 
 
 @contextmanager
 def _own_mesh() -> Iterator[None]:
-    """Process groups of one for the time being, unless the caller has initialized megatron's."""
+    """Process groups of one while it lasts, unless the caller has initialized megatron's; random numbers go on as before."""
+    import torch
     import torch.distributed as dist
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state, tensor_parallel
 
     from megatron_ssu.engine.mesh import start_mesh, start_processes, stop_processes
 
@@ -355,9 +359,13 @@ def _own_mesh() -> Iterator[None]:
             "score: with several processes megatron's parallel_state must be initialized; call "
             "parallel_state.initialize_model_parallel before, or score in one process"
         )
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    states = tracker.get_states()
     start_processes()
     try:
-        start_mesh()
-        yield
+        with torch.random.fork_rng():
+            start_mesh()
+            yield
     finally:
         stop_processes()
+        tracker.set_states(states)

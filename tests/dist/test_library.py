@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import megatron_ssu as ssu
 from megatron_ssu.models.families import family_of
 from megatron_ssu.models.family import Dims
 from megatron_ssu.models.fingerprint import model_fingerprint
@@ -22,6 +23,7 @@ from tests.dist import library_work, work
 from tests.dist.test_shielded_training import OVERLAP
 from tests.dist.work import mesh
 from tests.models import make_model
+from tests.unit.data_makers import make_instruct_tokenizer
 
 STEPS = 8
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,6 +124,20 @@ def test_bad_input_is_refused_in_a_line(ranks, model, tmp_path):
     assert set(first) == set(expected)
     for case, part in expected.items():
         assert part in first[case] and "\n" not in first[case], (case, first[case])
+
+
+def test_a_mesh_that_is_there_is_scored_on(ranks, tmp_path):
+    model = make_model("llama", tmp_path / "model", vocab_size=384, num_hidden_layers=2)
+    make_instruct_tokenizer(model, "llama-3")
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"text": f"Line {i} says what {i * i} is."}) + "\n" for i in range(8)))
+    names = ["wanda", "magnitude", "fisher"]
+    alone = ssu.score(model, calibration=chats, scores=names, samples=8, sequence_length=32).tensors
+    for found in ranks.run(library_work.score, 2, str(model), 2, str(chats), names):
+        for tensors in found:
+            assert set(tensors) == set(alone)
+            for key, values in tensors.items():
+                np.testing.assert_allclose(values, alone[key], rtol=1e-3 if "fisher" in key else 1e-5, err_msg=key)
 
 
 @pytest.mark.process
