@@ -129,7 +129,8 @@ def train(
     """Losses and gradient norms of a stock loop under a shield; the model is exported to `target`.
 
     attach: the loop finalizes gradients by itself, and the optimizer is named to the handle. evaluations: the model is
-    evaluated after each step and, without overlap, between the gradients and the step.
+    evaluated after each step and between the gradients and the step; with overlap after every second step, so that forward
+    passes follow in which DDP's renewed hooks gather.
     """
     start(**mesh)
     virtual = mesh.get("virtual")
@@ -160,7 +161,7 @@ def train(
         config.no_sync_func = [part.no_sync for part in parts] if virtual else parts[0].no_sync
     iterator = batches(len(parts))
     history, watched = [], []
-    for lr in lrs:
+    for step, lr in enumerate(lrs):
         for group in optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr, 0.1 * group["wd_mult"]  # as megatron's scheduler does
         for part in parts:
@@ -172,7 +173,7 @@ def train(
         if evaluations and not ddp_config.overlap_param_gather:  # DDP would gather parameters too early, and not again
             watched.append(_watch(parts, virtual))
         _, norm, _ = optimizer.step()
-        if evaluations:
+        if evaluations and not (ddp_config.overlap_param_gather and step % 2):
             watched.append(_watch(parts, virtual))
         history.append((loss, float(norm)))
     handle.write(parts)

@@ -32,7 +32,7 @@ CASES = {
     "TP2": (2, {"tensor": 2}, {}),
     "DP2": (2, {}, {"evaluations": True}),
     "DP2, attached": (2, {}, {"attach": True, "evaluations": True}),
-    "DP2, overlap": (2, {}, {"ddp": OVERLAP, "evaluations": True}),
+    "DP2, overlap": (2, {}, {"ddp": {**OVERLAP, "bucket_size": 20000}, "evaluations": True}),
     "DP2, overlap, attached": (2, {}, {"ddp": OVERLAP, "attach": True}),
     "PP2xVPP2": (2, {"pipeline": 2, "virtual": 2}, {}),
     "TP1, bf16": (1, {}, {"dtype": "bf16"}),
@@ -60,7 +60,16 @@ def model(tmp_path_factory):
     return make_model("llama", tmp_path_factory.mktemp("model") / "model")
 
 
-@pytest.mark.parametrize("granularity,case", [("column", case) for case in CASES] + [("element", "TP2")])
+@pytest.mark.parametrize(
+    "granularity,case",
+    [
+        *(("column", case) for case in CASES if case != "DP2, overlap, attached"),
+        *(
+            pytest.param(*more, marks=pytest.mark.slow)
+            for more in (("column", "DP2, overlap, attached"), ("element", "TP2"))
+        ),
+    ],
+)
 def test_a_stock_loop_is_the_trainer(granularity, case, ranks, model, tmp_path):
     world, parallel, options = CASES[case]
     dtype = options.get("dtype", "fp32")
@@ -141,7 +150,11 @@ def test_a_mesh_that_is_there_is_scored_on(ranks, tmp_path):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("world,options", [(1, []), (2, ["--tensor", "2"]), (2, [])], ids=["one", "TP2", "DP2"])
+@pytest.mark.parametrize(
+    "world,options",
+    [(1, []), (2, ["--tensor", "2"]), pytest.param(2, [], marks=pytest.mark.slow)],
+    ids=["one", "TP2", "DP2"],
+)
 def test_the_example(world, options, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     script = [str(ROOT / "examples/library/stock_loop.py"), "--steps", "2", *options]
