@@ -58,6 +58,7 @@ class LowRankAdaptation(Method):
     summary: ClassVar[str] = "low-rank adapters"
     Options: ClassVar[type] = LoraOptions
     adapts: ClassVar[bool] = True
+    trains_weights: ClassVar[bool] = False
     shields: ClassVar[bool] = True
 
     def __init__(self, options: LoraOptions | None = None) -> None:
@@ -71,8 +72,8 @@ class LowRankAdaptation(Method):
         if not self.options.shielded:
             refuse_given_files(run)
             return
-        from megatron_ssu.config.validate_train import validate_shield
         from megatron_ssu.methods.options import check_rules
+        from megatron_ssu.methods.shield_checks import validate_shield
 
         if self.options.dora:
             raise UserError(
@@ -192,7 +193,7 @@ class LowRankAdaptation(Method):
 
 
 def _check_options(options: LoraOptions) -> None:
-    from megatron_ssu.config.validate_train import at_least
+    from megatron_ssu.config.checks.values import at_least
 
     at_least("method.lora.rank", options.rank, 1)
     at_least("method.lora.seed", options.seed, 0)
