@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,7 @@ from megatron_ssu.models.family import Dims, Family
 if TYPE_CHECKING:
     from megatron_ssu.compact.applied import AppliedShield
     from megatron_ssu.config.schema import RunConfig
-    from megatron_ssu.data.chat import Calibration
+    from megatron_ssu.data.calibration import Calibration
     from megatron_ssu.models.parallel_model import ParallelModel
     from megatron_ssu.models.source import Source
     from megatron_ssu.scoring.scores_file import Scores
@@ -81,6 +82,8 @@ def score(
     dtype: Literal["bf16", "fp32"] | None = None,
     trust_remote_code: bool = False,
     chunks: Any = None,
+    target: PathLike | Sequence[PathLike] | None = None,
+    change_from: PathLike | None = None,
 ) -> Scores:
     """Score the weights of a Hugging Face model; the same scores on every rank. Formulas: docs/shields.md.
 
@@ -98,49 +101,63 @@ def score(
         trust_remote_code: let the tokenizer run code out of `model_dir`.
         chunks: this rank's GPTModel or list of virtual stages with the weights of `model_dir` in them, before DDP wraps
             them; None: the model is built and loaded from `model_dir`, and freed afterwards.
+        target: JSONL file or files of target text, for the score target-contrast.
+        change_from: the Hugging Face directory that the score change compares with.
 
     Raises:
         UserError: an unknown score, missing or bad calibration data, NaN or infinite weights or activations, a model that is
             not supported, chunks that do not fit it; on all ranks alike.
     """
-    from megatron_ssu.data.chat import Calibration
+    from megatron_ssu.data.calibration import Calibration
     from megatron_ssu.engine.ranks import on_all_ranks, on_rank_zero
-    from megatron_ssu.methods.scored import load_samples
+    from megatron_ssu.methods.scored import Samples, load_samples
     from megatron_ssu.models.fingerprint import model_fingerprint
     from megatron_ssu.models.source import open_source
-    from megatron_ssu.scoring import base
-    from megatron_ssu.scoring.calibration_pass import score_model
+    from megatron_ssu.scoring import registry
+    from megatron_ssu.scoring.score_model import score_model
 
     names = [scores] if isinstance(scores, str) else list(scores)
-    base.check_names(names, "scores")
+    for name in names:
+        registry.score_named(name, "scores")
     if not names:
-        raise UserError(f"scores: must name at least one of {', '.join(base.NAMES)}, got none")
+        raise UserError(f"scores: must name at least one of {', '.join(registry.SCORES)}, got none")
+    for given, key, needing in (
+        (calibration, "calibration", registry.needing_calibration(names)),
+        (target, "target", registry.needing_target(names)),
+        (change_from, "change_from", registry.needing_change(names)),
+    ):
+        if given is None and needing:
+            raise UserError(f"{key}: must be given for the score {needing[0]}, got None")
     source = open_source(model_dir)
-    wanted = [name for name in names if name not in base.DRAWN]
     run = _run(model_dir, dtype or _stored_dtype(source), trust_remote_code)
     run.shield.score, run.shield.also_score, run.shield.norms = names[0], names[1:], "half" if norms else "trainable"
     section = run.shield.calibration
     section.samples, section.sequence_length, section.seed = samples, sequence_length, seed
     section.micro_batch_size = micro_batch_size
-    if isinstance(calibration, str | Path):
-        section.path = str(calibration)
-    elif isinstance(calibration, Sequence):
-        section.path = [str(path) for path in calibration]
+    section.path = _paths(None if isinstance(calibration, Calibration) else calibration)
+    run.shield.target_calibration = replace(section, path=_paths(target))
+    run.shield.change_from = None if change_from is None else str(change_from)
     with _model(run, source, chunks) as model:
-        rows = (
-            calibration
-            if isinstance(calibration, Calibration)
-            else on_all_ranks(lambda: load_samples(run, source.dims))
-        )
+        given = calibration if isinstance(calibration, Calibration) else None
+        read: Samples = on_all_ranks(lambda: load_samples(run, source, given))
         fingerprint = on_rank_zero(lambda: model_fingerprint(model_dir, "model_dir"))
-        found = score_model(model, wanted, rows, fingerprint)
+        found = score_model(
+            model, registry.made_by_score(names), read.source, fingerprint, target=read.target, before=read.before
+        )
         return on_rank_zero(lambda: found)  # type: ignore[return-value]
+
+
+def _paths(given: PathLike | Sequence[PathLike] | None) -> str | list[str] | None:
+    """As a run file names files."""
+    if given is None or isinstance(given, str | Path):
+        return None if given is None else str(given)
+    return [str(path) for path in given]
 
 
 def plan(
     scores: Scores | PathLike,
     ratio: float = 0.5,
-    granularity: Literal["column", "row", "element"] = "column",
+    granularity: Literal["column", "row", "element", "matrix", "layer"] = "column",
     *,
     score: str | None = None,
     budget: str = "uniform",
@@ -148,7 +165,8 @@ def plan(
     floor: float = 0.0,
     ceiling: float = 1.0,
     protect: Sequence[tuple[str, Literal["frozen", "trainable"]]] = (),
-    norms: Literal["trainable", "frozen", "half"] = "trainable",
+    norms: Literal["trainable", "frozen", "half", "half-released"] = "trainable",
+    freeze: Literal["highest", "lowest"] = "highest",
     special_tokens: bool = True,
     model_dir: PathLike | None = None,
     seed: int = 1234,
@@ -160,7 +178,7 @@ def plan(
         scores: of `score`, or a scores file.
         ratio: fraction that is frozen of every matrix (budget uniform), or of all of them (layerwise).
         score: which of the scores; None: `wanda` where it is there, else the only one.
-        budget, kinds, floor, ceiling, norms: see docs/shields.md.
+        budget, kinds, floor, ceiling, norms, freeze: see docs/shields.md.
         protect: (pattern, "frozen" or "trainable"): weights that are so whatever their scores; a later rule goes first.
         special_tokens: freeze the rows of embedding and head that the chat template's special tokens use; needs `model_dir`.
         model_dir: the scored model's directory; needed by special tokens, by granularity element and by norms half.
@@ -170,7 +188,8 @@ def plan(
     Raises:
         UserError: impossible options, scores that are missing or of another model than `model_dir`, a rule that fits nothing.
     """
-    from megatron_ssu.shield.plan import PlanOptions, ProtectRule, plan_shield
+    from megatron_ssu.shield.plan import PlanOptions, plan_shield
+    from megatron_ssu.shield.select import ProtectRule
 
     scores = _scores(scores)
     options = PlanOptions(
@@ -179,6 +198,7 @@ def plan(
         budget=budget,
         ratio=ratio,
         kinds=dict(kinds or {}),
+        freeze=freeze,
         floor=floor,
         ceiling=ceiling,
         seed=seed,

@@ -89,7 +89,7 @@ def as_engine_layers(stack: ExitStack, gemm: Any) -> None:
     )
     stack.enter_context(mock.patch.object(linear, "is_engine_linear", _in_a_layer))
     stack.enter_context(mock.patch.object(linear, "give_weight_gradients_to", _give))
-    stack.enter_context(mock.patch.object(loop, "tried_gemm", lambda config: gemm))
+    stack.enter_context(mock.patch.object(trainer_module, "tried_gemm", lambda config: gemm))
 
 
 def _local(module: Any) -> bool:

@@ -240,7 +240,8 @@ def test_score_refuses_in_a_line(model):
     for options, told in (
         ({"scores": ["wonder"]}, "scores: 'wonder' is unknown"),
         ({"scores": []}, "must name at least one"),
-        ({}, "needed for the score wanda"),
+        ({}, "calibration: must be given for the score wanda"),
+        ({"scores": "change"}, "change_from: must be given"),
         ({"calibration": "none.jsonl"}, "none.jsonl"),
         ({"scores": "magnitude", "dtype": "bf16"}, "would be rounded to bf16"),
     ):
