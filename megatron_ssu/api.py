@@ -18,7 +18,7 @@ from megatron_ssu.models.family import Dims, Family
 if TYPE_CHECKING:
     from megatron_ssu.compact.applied import AppliedShield
     from megatron_ssu.config.schema import RunConfig
-    from megatron_ssu.data.chat import Calibration
+    from megatron_ssu.data.calibration import Calibration
     from megatron_ssu.models.parallel_model import ParallelModel
     from megatron_ssu.models.source import Source
     from megatron_ssu.scoring.scores_file import Scores
@@ -72,6 +72,8 @@ def score(
     model_dir: PathLike,
     *,
     calibration: PathLike | Sequence[PathLike] | Calibration | None = None,
+    target_calibration: PathLike | Sequence[PathLike] | None = None,
+    change_from: PathLike | None = None,
     scores: Sequence[str] = ("wanda",),
     samples: int = 500,
     sequence_length: int = 2048,
@@ -91,9 +93,11 @@ def score(
         model_dir: the model's Hugging Face directory: weights, config.json, and a tokenizer where calibration needs one.
         calibration: JSONL file or files of source chats (.gz, .zst too), of which `samples` lines drawn by `seed` are packed
             into rows of `sequence_length` tokens; or packed rows. None: for scores of the weights alone.
+        target_calibration: JSONL file or files of target text, for `target-contrast`; drawn and packed alike.
+        change_from: Hugging Face directory of the checkpoint that `change` compares with.
         scores: names; docs/shields.md lists them.
         micro_batch_size: rows of one forward pass on each data-parallel rank.
-        norms: also measure the norms' inputs, for `plan(norms="half")`.
+        norms: also measure the norms' inputs, for `plan(norms="half")` and `"half-released"`.
         dtype: of weights and activations; None: bf16 for a model that is stored in it, else fp32.
         trust_remote_code: let the tokenizer run code out of `model_dir`.
         chunks: this rank's GPTModel or list of virtual stages with the weights of `model_dir` in them, before DDP wraps
@@ -103,54 +107,58 @@ def score(
         UserError: an unknown score, missing or bad calibration data, NaN or infinite weights or activations, a model that is
             not supported, chunks that do not fit it; on all ranks alike.
     """
-    from megatron_ssu.data.chat import Calibration
+    from megatron_ssu.data.calibration import Calibration
     from megatron_ssu.engine.ranks import on_all_ranks, on_rank_zero
-    from megatron_ssu.methods.scored import load_samples
+    from megatron_ssu.methods.scored import Samples, load_samples
     from megatron_ssu.models.fingerprint import model_fingerprint
     from megatron_ssu.models.source import open_source
-    from megatron_ssu.scoring import base
-    from megatron_ssu.scoring.calibration_pass import score_model
+    from megatron_ssu.scoring import registry
+    from megatron_ssu.scoring.score_model import score_model
 
     names = [scores] if isinstance(scores, str) else list(scores)
-    base.check_names(names, "scores")
+    for name in names:
+        registry.score_named(name, "scores")
     if not names:
-        raise UserError(f"scores: must name at least one of {', '.join(base.NAMES)}, got none")
+        raise UserError(f"scores: must name at least one of {', '.join(registry.SCORES)}, got none")
     source = open_source(model_dir)
-    wanted = [name for name in names if name not in base.DRAWN]
+    wanted = registry.made_by_score(names)
     run = _run(model_dir, dtype or _stored_dtype(source), trust_remote_code)
     run.shield.score, run.shield.also_score, run.shield.norms = names[0], names[1:], "half" if norms else "trainable"
-    section = run.shield.calibration
-    section.samples, section.sequence_length, section.seed = samples, sequence_length, seed
-    section.micro_batch_size = micro_batch_size
-    if isinstance(calibration, str | Path):
-        section.path = str(calibration)
-    elif isinstance(calibration, Sequence):
-        section.path = [str(path) for path in calibration]
+    run.shield.change_from = None if change_from is None else str(change_from)
+    for section, given in (
+        (run.shield.calibration, calibration),
+        (run.shield.target_calibration, target_calibration),
+    ):
+        section.samples, section.sequence_length, section.seed = samples, sequence_length, seed
+        section.micro_batch_size = micro_batch_size
+        if isinstance(given, str | Path):
+            section.path = str(given)
+        elif isinstance(given, Sequence):
+            section.path = [str(path) for path in given]
+    packed = calibration if isinstance(calibration, Calibration) else None
     with _model(run, source, chunks) as model:
-        rows = (
-            calibration
-            if isinstance(calibration, Calibration)
-            else on_all_ranks(lambda: load_samples(run, source.dims))
-        )
+        read: Samples = on_all_ranks(lambda: load_samples(run, source, packed))
         fingerprint = on_rank_zero(lambda: model_fingerprint(model_dir, "model_dir"))
-        found = score_model(model, wanted, rows, fingerprint)
+        found = score_model(model, wanted, read.source, fingerprint, target=read.target, before=read.before)
         return on_rank_zero(lambda: found)  # type: ignore[return-value]
 
 
 def plan(
     scores: Scores | PathLike,
     ratio: float = 0.5,
-    granularity: Literal["column", "row", "element"] = "column",
+    granularity: Literal["column", "row", "element", "matrix", "layer"] = "column",
     *,
     score: str | None = None,
     budget: str = "uniform",
     kinds: Mapping[str, float] | None = None,
     floor: float = 0.0,
     ceiling: float = 1.0,
+    freeze: Literal["highest", "lowest"] = "highest",
     protect: Sequence[tuple[str, Literal["frozen", "trainable"]]] = (),
-    norms: Literal["trainable", "frozen", "half"] = "trainable",
+    norms: Literal["trainable", "frozen", "half", "half-released"] = "trainable",
     special_tokens: bool = True,
     model_dir: PathLike | None = None,
+    change_from: PathLike | None = None,
     seed: int = 1234,
     trust_remote_code: bool = False,
 ) -> Shield:
@@ -160,17 +168,19 @@ def plan(
         scores: of `score`, or a scores file.
         ratio: fraction that is frozen of every matrix (budget uniform), or of all of them (layerwise).
         score: which of the scores; None: `wanda` where it is there, else the only one.
-        budget, kinds, floor, ceiling, norms: see docs/shields.md.
+        budget, kinds, floor, ceiling, freeze, norms: see docs/shields.md.
         protect: (pattern, "frozen" or "trainable"): weights that are so whatever their scores; a later rule goes first.
         special_tokens: freeze the rows of embedding and head that the chat template's special tokens use; needs `model_dir`.
         model_dir: the scored model's directory; needed by special tokens, by granularity element and by norms half.
+        change_from: as for `score`; needed by granularity element of the score `change`.
         seed: of the score `random`.
         trust_remote_code: let the tokenizer run code out of `model_dir`.
 
     Raises:
         UserError: impossible options, scores that are missing or of another model than `model_dir`, a rule that fits nothing.
     """
-    from megatron_ssu.shield.plan import PlanOptions, ProtectRule, plan_shield
+    from megatron_ssu.shield.plan import PlanOptions, plan_shield
+    from megatron_ssu.shield.select import ProtectRule
 
     scores = _scores(scores)
     options = PlanOptions(
@@ -181,6 +191,7 @@ def plan(
         kinds=dict(kinds or {}),
         floor=floor,
         ceiling=ceiling,
+        freeze=freeze,
         seed=seed,
         protect=[ProtectRule(pattern, action) for pattern, action in protect],
         norms=norms,
@@ -192,7 +203,7 @@ def plan(
                 "special_tokens=False"
             )
         return plan_shield(scores, options, method="ssu")
-    from megatron_ssu.methods.planned import special_token_rows
+    from megatron_ssu.methods.planned import special_token_rows, weights_before
     from megatron_ssu.models.source import open_source
 
     source = open_source(model_dir)
@@ -200,7 +211,11 @@ def plan(
     run = _run(model_dir, "fp32", trust_remote_code)
     run.shield.special_tokens = special_tokens
     rows = special_token_rows(run, source)
-    return plan_shield(scores, options, method="ssu", frozen_rows=rows, weights=source.checkpoint.get)
+    before = None
+    if change_from is not None:
+        run.shield.score, run.shield.granularity, run.shield.change_from = options.score, granularity, str(change_from)
+        before = weights_before(run, source, scores)
+    return plan_shield(scores, options, method="ssu", frozen_rows=rows, weights=source.checkpoint.get, before=before)
 
 
 def apply(chunks: Any, shield: Shield | PathLike, hf_config_or_dir: Any) -> AppliedShield:

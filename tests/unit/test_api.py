@@ -240,7 +240,7 @@ def test_score_refuses_in_a_line(model):
     for options, told in (
         ({"scores": ["wonder"]}, "scores: 'wonder' is unknown"),
         ({"scores": []}, "must name at least one"),
-        ({}, "needed for the score wanda"),
+        ({}, "the score 'wanda' reads source chat samples"),
         ({"calibration": "none.jsonl"}, "none.jsonl"),
         ({"scores": "magnitude", "dtype": "bf16"}, "would be rounded to bf16"),
     ):
