@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,6 +72,8 @@ def score(
     model_dir: PathLike,
     *,
     calibration: PathLike | Sequence[PathLike] | Calibration | None = None,
+    target_calibration: PathLike | Sequence[PathLike] | None = None,
+    change_from: PathLike | None = None,
     scores: Sequence[str] = ("wanda",),
     samples: int = 500,
     sequence_length: int = 2048,
@@ -82,8 +83,6 @@ def score(
     dtype: Literal["bf16", "fp32"] | None = None,
     trust_remote_code: bool = False,
     chunks: Any = None,
-    target: PathLike | Sequence[PathLike] | None = None,
-    change_from: PathLike | None = None,
 ) -> Scores:
     """Score the weights of a Hugging Face model; the same scores on every rank. Formulas: docs/shields.md.
 
@@ -94,15 +93,15 @@ def score(
         model_dir: the model's Hugging Face directory: weights, config.json, and a tokenizer where calibration needs one.
         calibration: JSONL file or files of source chats (.gz, .zst too), of which `samples` lines drawn by `seed` are packed
             into rows of `sequence_length` tokens; or packed rows. None: for scores of the weights alone.
+        target_calibration: JSONL file or files of target text, for `target-contrast`; drawn and packed alike.
+        change_from: Hugging Face directory of the checkpoint that `change` compares with.
         scores: names; docs/shields.md lists them.
         micro_batch_size: rows of one forward pass on each data-parallel rank.
-        norms: also measure the norms' inputs, for `plan(norms="half")`.
+        norms: also measure the norms' inputs, for `plan(norms="half")` and `"half-released"`.
         dtype: of weights and activations; None: bf16 for a model that is stored in it, else fp32.
         trust_remote_code: let the tokenizer run code out of `model_dir`.
         chunks: this rank's GPTModel or list of virtual stages with the weights of `model_dir` in them, before DDP wraps
             them; None: the model is built and loaded from `model_dir`, and freed afterwards.
-        target: JSONL file or files of target text, for the score target-contrast.
-        change_from: the Hugging Face directory that the score change compares with.
 
     Raises:
         UserError: an unknown score, missing or bad calibration data, NaN or infinite weights or activations, a model that is
@@ -121,37 +120,34 @@ def score(
         registry.score_named(name, "scores")
     if not names:
         raise UserError(f"scores: must name at least one of {', '.join(registry.SCORES)}, got none")
-    for given, key, needing in (
+    for value, key, needing in (
         (calibration, "calibration", registry.needing_calibration(names)),
-        (target, "target", registry.needing_target(names)),
+        (target_calibration, "target_calibration", registry.needing_target(names)),
         (change_from, "change_from", registry.needing_change(names)),
     ):
-        if given is None and needing:
+        if value is None and needing:
             raise UserError(f"{key}: must be given for the score {needing[0]}, got None")
     source = open_source(model_dir)
+    wanted = registry.made_by_score(names)
     run = _run(model_dir, dtype or _stored_dtype(source), trust_remote_code)
     run.shield.score, run.shield.also_score, run.shield.norms = names[0], names[1:], "half" if norms else "trainable"
-    section = run.shield.calibration
-    section.samples, section.sequence_length, section.seed = samples, sequence_length, seed
-    section.micro_batch_size = micro_batch_size
-    section.path = _paths(None if isinstance(calibration, Calibration) else calibration)
-    run.shield.target_calibration = replace(section, path=_paths(target))
     run.shield.change_from = None if change_from is None else str(change_from)
+    for section, given in (
+        (run.shield.calibration, calibration),
+        (run.shield.target_calibration, target_calibration),
+    ):
+        section.samples, section.sequence_length, section.seed = samples, sequence_length, seed
+        section.micro_batch_size = micro_batch_size
+        if isinstance(given, str | Path):
+            section.path = str(given)
+        elif isinstance(given, Sequence):
+            section.path = [str(path) for path in given]
+    packed = calibration if isinstance(calibration, Calibration) else None
     with _model(run, source, chunks) as model:
-        given = calibration if isinstance(calibration, Calibration) else None
-        read: Samples = on_all_ranks(lambda: load_samples(run, source, given))
+        read: Samples = on_all_ranks(lambda: load_samples(run, source, packed))
         fingerprint = on_rank_zero(lambda: model_fingerprint(model_dir, "model_dir"))
-        found = score_model(
-            model, registry.made_by_score(names), read.source, fingerprint, target=read.target, before=read.before
-        )
+        found = score_model(model, wanted, read.source, fingerprint, target=read.target, before=read.before)
         return on_rank_zero(lambda: found)  # type: ignore[return-value]
-
-
-def _paths(given: PathLike | Sequence[PathLike] | None) -> str | list[str] | None:
-    """As a run file names files."""
-    if given is None or isinstance(given, str | Path):
-        return None if given is None else str(given)
-    return [str(path) for path in given]
 
 
 def plan(
@@ -164,11 +160,12 @@ def plan(
     kinds: Mapping[str, float] | None = None,
     floor: float = 0.0,
     ceiling: float = 1.0,
+    freeze: Literal["highest", "lowest"] = "highest",
     protect: Sequence[tuple[str, Literal["frozen", "trainable"]]] = (),
     norms: Literal["trainable", "frozen", "half", "half-released"] = "trainable",
-    freeze: Literal["highest", "lowest"] = "highest",
     special_tokens: bool = True,
     model_dir: PathLike | None = None,
+    change_from: PathLike | None = None,
     seed: int = 1234,
     trust_remote_code: bool = False,
 ) -> Shield:
@@ -178,10 +175,11 @@ def plan(
         scores: of `score`, or a scores file.
         ratio: fraction that is frozen of every matrix (budget uniform), or of all of them (layerwise).
         score: which of the scores; None: `wanda` where it is there, else the only one.
-        budget, kinds, floor, ceiling, norms, freeze: see docs/shields.md.
+        budget, kinds, floor, ceiling, freeze, norms: see docs/shields.md.
         protect: (pattern, "frozen" or "trainable"): weights that are so whatever their scores; a later rule goes first.
         special_tokens: freeze the rows of embedding and head that the chat template's special tokens use; needs `model_dir`.
         model_dir: the scored model's directory; needed by special tokens, by granularity element and by norms half.
+        change_from: as for `score`; needed by granularity element of the score `change`.
         seed: of the score `random`.
         trust_remote_code: let the tokenizer run code out of `model_dir`.
 
@@ -198,9 +196,9 @@ def plan(
         budget=budget,
         ratio=ratio,
         kinds=dict(kinds or {}),
-        freeze=freeze,
         floor=floor,
         ceiling=ceiling,
+        freeze=freeze,
         seed=seed,
         protect=[ProtectRule(pattern, action) for pattern, action in protect],
         norms=norms,
@@ -212,7 +210,7 @@ def plan(
                 "special_tokens=False"
             )
         return plan_shield(scores, options, method="ssu")
-    from megatron_ssu.methods.planned import special_token_rows
+    from megatron_ssu.methods.planned import special_token_rows, weights_before
     from megatron_ssu.models.source import open_source
 
     source = open_source(model_dir)
@@ -220,7 +218,11 @@ def plan(
     run = _run(model_dir, "fp32", trust_remote_code)
     run.shield.special_tokens = special_tokens
     rows = special_token_rows(run, source)
-    return plan_shield(scores, options, method="ssu", frozen_rows=rows, weights=source.checkpoint.get)
+    before = None
+    if change_from is not None:
+        run.shield.score, run.shield.granularity, run.shield.change_from = options.score, granularity, str(change_from)
+        before = weights_before(run, source, scores)
+    return plan_shield(scores, options, method="ssu", frozen_rows=rows, weights=source.checkpoint.get, before=before)
 
 
 def apply(chunks: Any, shield: Shield | PathLike, hf_config_or_dir: Any) -> AppliedShield:

@@ -48,14 +48,14 @@ class Samples:
         return [c.note for c in (self.source, self.target) if c is not None and c.note]
 
 
-def load_samples(run: RunConfig, source: Source, given: Calibration | None = None) -> Samples:
-    """What the scores of a run file read; `given`: source samples that are packed already.
+def load_samples(run: RunConfig, source: Source, packed: Calibration | None = None) -> Samples:
+    """What the scores of a run file read; `packed` source samples in place of those of shield.calibration.
 
     Raises UserError where the run file does not name what is needed, or it is bad.
     """
     why = reads_calibration(run), reads_target(run), reads_change(run)
     return Samples(
-        source=given or load_source_samples(run, source.dims),
+        source=packed or (load_source_samples(run, source.dims) if why[0] else None),
         target=_load_target(run, source.dims, why[1]) if why[1] else None,
         before=_load_before(run, source, why[2]) if why[2] else None,
     )
