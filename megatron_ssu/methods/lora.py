@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_ssu.adapters.settings import TARGETS, AdapterSettings
+from megatron_ssu.config.checks.values import at_least
 from megatron_ssu.errors import UserError
 from megatron_ssu.methods.base import Job, Method
 from megatron_ssu.methods.shield_place import NAME, check_same, kept_shield, own_shield, refuse_given_files
@@ -71,8 +72,8 @@ class LowRankAdaptation(Method):
         if not self.options.shielded:
             refuse_given_files(run)
             return
-        from megatron_ssu.config.validate_train import validate_shield
         from megatron_ssu.methods.options import check_rules
+        from megatron_ssu.methods.shield_checks import validate_shield
 
         if self.options.dora:
             raise UserError(
@@ -192,7 +193,6 @@ class LowRankAdaptation(Method):
 
 
 def _check_options(options: LoraOptions) -> None:
-    from megatron_ssu.config.validate_train import at_least
 
     at_least("method.lora.rank", options.rank, 1)
     at_least("method.lora.seed", options.seed, 0)
