@@ -30,6 +30,18 @@ class Owned:
         return self.member.optimizer.param_groups[self.member.model_param_group_index_map[self.param][0]]
 
     @property
+    def main(self) -> Tensor:
+        """[stop - start]: the main weight, fp32; a copy where the optimizer keeps it in another dtype."""
+        group, place = self.member.model_param_group_index_map[self.param]
+        inner = self.member.optimizer
+        held = inner.param_groups[group]["params"][place]
+        if not self.member.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
+            return held
+        if isinstance(inner, HybridDeviceOptimizer):
+            return inner.state[held]["master_param"]
+        return inner.get_unscaled_state(held, "master_param")
+
+    @property
     def gradient(self) -> Tensor | None:
         """fp32 [stop - start]: the reduced gradient that the optimizer will read; None before it is there."""
         group, place = self.member.model_param_group_index_map[self.param]

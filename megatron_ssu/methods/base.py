@@ -73,6 +73,7 @@ class Method:
         False  # whether adapters train, and the weights below them do not, whatever the shield says
     )
     shields: ClassVar[bool] = False  # whether weights may be frozen in part, and have compact parameters then
+    trains_weights: ClassVar[bool] = True  # whether what trains are weights of the source, not adapters beside them
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options

@@ -65,7 +65,9 @@ class LayerFreezing(SourceShieldedUpdates):
         options = self.options
         check_ratio(options.fraction, "method.layers.fraction")
         if options.choose == "changed" and options.before is None:
-            raise UserError("method.layers.before: must name a Hugging Face directory where choose is changed, got null")
+            raise UserError(
+                "method.layers.before: must name a Hugging Face directory where choose is changed, got null"
+            )
         if options.choose != "changed" and options.before is not None:
             raise UserError(f"method.layers.before: does not go with choose: {options.choose}; leave it out")
         super().validate(run, matrices)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_ssu.adapters.settings import TARGETS, AdapterSettings
-from megatron_ssu.config.checks.values import at_least
 from megatron_ssu.errors import UserError
 from megatron_ssu.methods.base import Job, Method
 from megatron_ssu.methods.shield_place import NAME, check_same, kept_shield, own_shield, refuse_given_files
@@ -59,6 +58,7 @@ class LowRankAdaptation(Method):
     summary: ClassVar[str] = "low-rank adapters"
     Options: ClassVar[type] = LoraOptions
     adapts: ClassVar[bool] = True
+    trains_weights: ClassVar[bool] = False
     shields: ClassVar[bool] = True
 
     def __init__(self, options: LoraOptions | None = None) -> None:
@@ -193,6 +193,7 @@ class LowRankAdaptation(Method):
 
 
 def _check_options(options: LoraOptions) -> None:
+    from megatron_ssu.config.checks.values import at_least
 
     at_least("method.lora.rank", options.rank, 1)
     at_least("method.lora.seed", options.seed, 0)

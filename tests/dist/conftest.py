@@ -33,6 +33,8 @@ SLOW = [
     r"test_adapters::test_merging.*\[(?!column-bf16|row-fp32)",
     r"test_adapters::test_a_run_trains.*\[(?!shielded)",
     r"test_optimizers::.*\[(offloaded|precision-aware, fp16)",
+    r"test_regularize::test_training_equals.*\[llama-tied",
+    r"test_regularize::(test_one_alone|.*\[(TP2\+SP|fp32-TP2)\])",
     r"test_wholly_frozen::test_training_equals.*\[(?!layers-\]|first-stage-recompute|tied-embedding-TP2xPP2-\])",
     r"test_wholly_frozen::test_a_tensor_parallel.*\[(?!olmo2-\])",
     r"test_wholly_frozen::test_nothing_trains.*\[(?!PP2-recompute)",

@@ -32,8 +32,11 @@ def test_the_examples_are_new_files():
 
 def test_a_score(ranks, world):
     """Against the definition, from the statistics of the inputs, which other tests check."""
-    overrides = [f"model.path={world / 'hf' / 'source'}", f"shield.calibration.path={world / 'world' / 'chat.jsonl'}",
-                 "shield.score=energy", "shield.calibration.samples=20", f"checkpoint.directory={world / 'scored'}"]  # fmt: skip
+    overrides = [
+        f"model.path={world / 'hf' / 'source'}",
+        f"shield.calibration.path={world / 'world' / 'chat.jsonl'}",
+        *("shield.score=energy", "shield.calibration.samples=20", f"checkpoint.directory={world / 'scored'}"),
+    ]
     found = ranks.run(work.score, 1, BLOCKS, str(ROOT / "examples" / "methods" / "ssu.yaml"), overrides)[0]
     weights = load_file(world / "hf" / "source" / "model.safetensors")
     name = "model.layers.1.self_attn.k_proj.weight"

@@ -15,7 +15,7 @@ from tests.dist import methods_work as work
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples" / "methods").glob("*.yaml"))
-UNSHIELDED = ("none", "gmt", "gmt-released")
+UNSHIELDED = ("none", "gmt", "gmt-released", "l2", "kl")
 NEAR_THE_CUT = ("gmt", "lota")  # rounding decides which of the elements nearest to a threshold trains
 SMALLER = {
     "lota": ["method.lota.iterations=4"],
