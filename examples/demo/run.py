@@ -1,4 +1,4 @@
-"""The whole demo: a world, a source model, two adaptations, a proof, a table and a plot. See README.md beside it.
+"""The whole demo: a world, a source model, two adaptations, a proof, a table and a plot.
 
 Every step is a command that you could type yourself in the output folder; it is shown before it runs.
 

@@ -273,7 +273,7 @@ class LogSection:
     """What is told while it runs."""
 
     interval: int = 10  # iterations between console lines
-    tensorboard: bool = True
+    tensorboard: bool = True  # event files, where tensorboard is installed; else one warning
     wandb_project: str | None = None  # Weights & Biases project, where wandb is installed
     peak_tflops: float | None = None  # of one GPU, for MFU; null: known GPUs' dense peak
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,8 @@ def _sum_by_norms(x: Tensor) -> Tensor:
     blocks = x.shape[0] // _BLOCK
     head, tail = x[: blocks * _BLOCK], x[blocks * _BLOCK :]
     norms = torch.linalg.vector_norm(head.reshape(blocks, _BLOCK, x.shape[1]), dim=1, dtype=torch.float32)
-    return norms.double().square().sum(0) + tail.double().square().sum(0)
+    total: Tensor = norms.double().square().sum(0) + tail.double().square().sum(0)
+    return total
 
 
 @dataclass
@@ -90,11 +92,11 @@ class InputStatistics:
         number = next(i for i, c in enumerate(self.session.chunks) if c is chunk)
         self._pending |= {name for name, watched in self.watched.items() if watched.chunk == number}
 
-    def _hook(self, name: str) -> Callable[[torch.nn.Module, tuple], None]:
+    def _hook(self, name: str) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
         sums, scattered = self.sums[name], self.watched[name].scattered
 
         @torch.no_grad()
-        def hook(module: torch.nn.Module, args: tuple) -> None:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
             if name not in self._pending:
                 return
             self._pending.discard(name)

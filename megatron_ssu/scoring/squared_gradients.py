@@ -8,6 +8,7 @@ time, adds the squares up and drops the block.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,7 +55,7 @@ class SquaredGradients(GradientPass):
             self.sums[piece.matrix.name] = (columns, columns.new_zeros(piece.rows))
         inputs: list[Tensor] = []  # of the forward call that runs; a cell that two hooks share
 
-        def before(_: torch.nn.Module, args: tuple) -> None:
+        def before(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
             inputs[:] = [args[0].detach()]
 
         def after(output: Tensor) -> None:

@@ -121,7 +121,8 @@ def _fill(
     """float64 [matrices]: units by matrix at the level of importance that spends `budget`, by bisection."""
 
     def at(level: float) -> np.ndarray:
-        return np.clip(level * importance * units, least, most)
+        units_at: np.ndarray = np.clip(level * importance * units, least, most)
+        return units_at
 
     low, high = 0.0, 1.0 / float(importance.min())
     for _ in range(200):

@@ -94,7 +94,8 @@ class Shield:
         """sha256 (hex) of header and bits: the same as that of the file."""
         if isinstance(self.masks, FileMasks):
             return self.masks.file.digest
-        return seal(self.header(), {name: mask.packed for name, mask in self.masks.items()})["sha256"]
+        sealed = seal(self.header(), {name: mask.packed for name, mask in self.masks.items()})
+        return str(sealed["sha256"])
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the shield file; UserError when `path` is taken."""
@@ -124,7 +125,7 @@ class FileMasks(Mapping[str, Mask]):
 
     def granularity_of(self, name: str) -> str:
         """Without reading the mask."""
-        return self._entries[name]["granularity"]
+        return str(self._entries[name]["granularity"])
 
     def __getitem__(self, name: str) -> Mask:
         entry = self._entries[name]

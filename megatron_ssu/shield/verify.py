@@ -186,7 +186,7 @@ def _same_content(one: Path, other: Path) -> bool:
     if a == b or one.suffix != ".json":
         return a == b
     try:
-        return json.loads(a) == json.loads(b)
+        return bool(json.loads(a) == json.loads(b))
     except ValueError:
         return False
 

@@ -76,6 +76,13 @@ def test_inspect_prints_draws_and_writes(files, capsys):
     assert len(table["matrices"]) == 14 and table["realised"]["linear"]["ratio"] == 0.5
 
 
+def test_pictures_without_matplotlib_are_refused_before_the_work(files, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    message = refused(capsys, "inspect", files / "absent", "--output", files / "pictures")
+    assert "--output: needs matplotlib" in message and 'pip install "megatron-ssu[plots]"' in message
+    assert run("inspect", files / "a") == 0
+
+
 def test_compose_writes_a_shield(files, capsys):
     for operation in ("union", "intersection", "difference"):
         assert run("compose", operation, files / "a", files / "b", "--output", files / operation) == 0
