@@ -30,7 +30,7 @@ def connect(module: torch.nn.Module, compact: CompactWeight, gemm: Gemm | None) 
     if is_engine_linear(module):
         store = CompactStore(compact, gemm)
         give_weight_gradients_to(module, store)
-        _register_behind(module, compact)
+        _register_after(module, compact)
         return store
     _look_through(module, compact)
     return None
@@ -111,7 +111,7 @@ def _forward_of(compact: CompactWeight) -> Any:
     return forward
 
 
-class _Behind(torch.autograd.Function):
+class _BeforeLayer(torch.autograd.Function):
     """Identity on a layer's input: in the backward pass it comes after the layer, whose gradients are added by then."""
 
     @staticmethod
@@ -124,13 +124,13 @@ class _Behind(torch.autograd.Function):
         return grad_x, None, *ctx.compact.placeholders()
 
 
-def _register_behind(module: Any, compact: CompactWeight) -> None:
+def _register_after(module: Any, compact: CompactWeight) -> None:
     # Without the norm that may follow: its input gradient must not wait for the layer's.
     name = "linear_output" if hasattr(module, "linear_output") else "forward"
     layer = getattr(module, name)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        x = _Behind.apply(x, compact, *compact.params)  # type: ignore[no-untyped-call]
+        x = _BeforeLayer.apply(x, compact, *compact.params)  # type: ignore[no-untyped-call]
         return layer(x, *args, **kwargs)
 
     setattr(module, name, forward)

@@ -17,7 +17,7 @@ from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.ops import kernels
 from megatron_ssu.scoring.scores_file import INPUT_MEAN_SQUARE, INPUT_NORM
 
-_BLOCK = 64  # tokens that are added up in float32 before they go on in float64
+_BLOCK = 64  # tokens that are added up in float32 before they continue in float64
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class InputStatistics:
     """Collects the squares, by column, of the input of every linear layer of the session's chunks; with `norms`, of the
     norms too.
 
-    The hooks see the tensor that multiplies the weight: norms are modules of their own in front of the linear layers. Under
+    The hooks see the tensor that multiplies the weight: norms are modules of their own before the linear layers. Under
     sequence parallelism a column-parallel layer and the norms show this rank's part of the sequence. `begin` is called
     before each forward step of a chunk; what runs again for recomputation is not counted again.
     """
@@ -141,5 +141,5 @@ class InputStatistics:
             if not torch.isfinite(statistics[INPUT_NORM]).all():
                 raise UserError(
                     f"calibration: the input of {name} holds NaN or infinite values; "
-                    "look at the weights of the layers in front of it, or score in fp32"
+                    "look at the weights of the layers before it, or score in fp32"
                 )

@@ -64,11 +64,11 @@ class SquaredGradients(GradientPass):
                 output.register_hook(self._backward(local, x))
 
         self._handles.append(module.register_forward_pre_hook(before))
-        behind = getattr(module, "post_norm", None)
-        if behind is None:
+        norm = getattr(module, "post_norm", None)
+        if norm is None:
             self._handles.append(module.register_forward_hook(lambda _, args, output: after(output[0])))
-        else:  # the module's output lies behind a norm, the weight's in front of it
-            self._handles.append(behind.register_forward_pre_hook(lambda _, args: after(args[0])))
+        else:  # the module's output comes after a norm, the weight's before it
+            self._handles.append(norm.register_forward_pre_hook(lambda _, args: after(args[0])))
 
     def _backward(self, local: LocalParam, x: Tensor) -> Callable[[Tensor], None]:
         """A hook for the gradient of the weight's output [s, b, O]; x [s, b, I] is the weight's input."""

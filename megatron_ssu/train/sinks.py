@@ -67,11 +67,11 @@ class Guarded:
     def _lost(self, what: str, error: Exception) -> None:
         reason = getattr(error, "strerror", None) or one_line(error)
         with suppress(Exception):  # whatever `warn` does
-            self._warn(f"{self._name} {what}: {reason}; training goes on without it until the next start")
+            self._warn(f"{self._name} {what}: {reason}; training continues without it until the next start")
 
 
 class MetricsFile:
-    """metrics.jsonl: one strict JSON object a line, null where a number is NaN or infinite."""
+    """metrics.jsonl: one strict JSON object per line, null where a number is NaN or infinite."""
 
     def __init__(self, path: Path, start: int) -> None:
         """Keeps the records up to iteration `start`: later steps are done again."""
@@ -118,7 +118,7 @@ class _ThreadErrors:
 
 
 class WeightsAndBiases:
-    """A run of the project log.wandb_project, gone on with by later starts in the same directory."""
+    """A run of the project log.wandb_project, resumed by later starts in the same directory."""
 
     def __init__(self, run: RunConfig) -> None:
         import wandb

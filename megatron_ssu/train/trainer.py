@@ -47,7 +47,7 @@ Batch = dict[str, Tensor]
 def language_model_loss(loss: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean over the real tokens of a micro-batch: loss [b, s] fp32, mask [b, s]; and [sum, tokens] to report.
 
-    Under context parallelism it is this rank's share of that mean: the ranks' shares add up to it.
+    Under context parallelism it is this rank's part of that mean: the ranks' parts add up to it.
     """
     total, tokens = (loss.float() * mask).sum(), mask.sum()
     report = torch.stack([total.detach().double(), tokens.double()])
@@ -121,7 +121,7 @@ class Trainer:
         self._follows_backward = type(self.method).after_backward is not Method.after_backward
         self.compact.start()
         self.phases = Phases()
-        self.mark: Callable[[str], None] = lambda doing: None  # told what the loop begins
+        self.mark: Callable[[str], None] = lambda doing: None  # called with what the loop begins
         self.waits: Callable[[], AbstractContextManager] = nullcontext  # around what reads numbers of all ranks
         self.schedule = build_schedule(run, self.optimizer)
         self.micro_batches = run.train.global_batch_size // (run.train.micro_batch_size * self.mesh.data)
@@ -139,7 +139,7 @@ class Trainer:
         )
 
     def _connect(self) -> None:
-        """Tell megatron's schedules how gradients are scaled, kept back and synchronised."""
+        """Set in megatron's config how gradients are scaled, kept back and synchronised."""
         config, chunks = self.session.config, self.chunks
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads

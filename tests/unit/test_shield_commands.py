@@ -69,7 +69,7 @@ def test_inspect_prints_draws_and_writes(files, capsys):
     assert run("inspect", files / "a", *options) == 0
     lines = capsys.readouterr().out.splitlines()
     (head,) = [line for line in lines if "layer" in line and "matrix" in line]
-    assert all(word in head for word in ("frozen", "share", "cut", "margin", "Jaccard", "shared"))
+    assert all(word in head for word in ("frozen", "fraction", "cut", "margin", "Jaccard", "shared"))
     assert sum("down_proj" in line and "column" in line for line in lines) == 2
     assert sorted(p.name for p in out.iterdir()) == ["frozen_share.png", "overlap.png", "scores.png"]
     table = json.loads((files / "table.json").read_text())
