@@ -1,4 +1,4 @@
-# make demo, make test: everything is set up first, into .venv, once.
+# make demo, make test: everything is set up first, into .venv, once, with the extras that demo and tests need.
 #
 #   make test-fast   unit tests, a minute
 #   make test        lint, types, unit tests and the distributed tests that guard the promises, some five minutes on two cores

@@ -1,4 +1,4 @@
-"""Import and export of a Hugging Face directory: bytes a second, and memory beside the rank's own shard.
+"""Import and export of a Hugging Face directory: bytes per second, and memory beside the rank's own shard.
 
 python benchmarks/convert.py [--gb 3] [--tensor 1 2] [--rounds 3] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""Gather, scatter, columns of activations, column sums: bytes a second against a memory copy in the same run.
+"""Gather, scatter, columns of activations, column sums: bytes per second against a memory copy in the same run.
 
     python benchmarks/kernels.py --mib 64 256 --ratio 0.5 --json runs/kernels.json
 

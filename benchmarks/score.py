@@ -15,7 +15,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--length", type=int, default=512, help="tokens a row")
+    parser.add_argument("--length", type=int, default=512, help="tokens per row")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")

@@ -31,7 +31,7 @@ exit status: 0 done; 1 verify found a frozen weight that moved or another model 
   3 too many steps skipped; 4 a rank was lost or hangs; 75, 130, 143 training was stopped, with a checkpoint, by SIGUSR1 or
   train.exit_after, SIGINT, SIGTERM: start again
 """
-OVERRIDES = "section.key=value: goes before what the run file says, such as shield.ratio=0.25"
+OVERRIDES = "section.key=value: overrides the run file, such as shield.ratio=0.25"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -89,7 +89,7 @@ def _call(options: argparse.Namespace, console: Console) -> int:
 
 
 def _joined() -> bool:
-    """Is this rank in the job's process group? Before, all ranks read the same arguments and meet the same errors."""
+    """Whether this rank is in the job's process group. Before, all ranks read the same arguments and meet the same errors."""
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_initialized()
 
@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--world-size", type=int, metavar="N", help="ranks (default: one replica's)")
     command.add_argument("--gpu", metavar="NAME", help="a100, h100, h200, b200: does it fit, and how long is a step")
-    command.add_argument("--efficiency", type=float, default=0.6, help="share of the peak that products reach (0.6)")
+    command.add_argument("--efficiency", type=float, default=0.6, help="fraction of the peak that GEMMs reach (0.6)")
     command.add_argument(
         "--local-layers", action="store_true", help="count megatron-core's own layers, not Transformer Engine's"
     )

@@ -10,7 +10,7 @@ class UserError(Exception):
     The message is one line that names the file, key or tensor, says what is wrong and what to do. The command line
     prints it without a traceback and exits with status 2. Anything else that is raised is a bug and keeps its traceback.
 
-    `agreed` is set where all ranks raise the same error; then rank 0 alone tells it.
+    `agreed` is set where all ranks raise the same error; then rank 0 alone prints it.
     """
 
     agreed = False
@@ -24,7 +24,7 @@ def agreed_error(message: str) -> UserError:
 
 
 class TrainingStopped(Exception):
-    """The run ends before its last iteration, for a reason it tells in one line; `status` is the exit status."""
+    """The run ends before its last iteration, for a reason that its one line gives; `status` is the exit status."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)

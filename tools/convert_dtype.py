@@ -1,4 +1,4 @@
-"""Write a Hugging Face model directory in another number format, file by file.
+"""Write a Hugging Face model directory in another precision, file by file.
 
   python tools/convert_dtype.py --source models/Llama-2-13b-chat --target models/Llama-2-13b-chat-bf16 --dtype bf16
 
@@ -27,7 +27,7 @@ def convert(source: Path, target: Path, dtype: str) -> None:
     """Cast every floating-point tensor of `source`; files, names and index stay.
 
     Raises:
-        UserError: `source` is no model directory, or `target` exists or cannot be written; nothing is left behind then.
+        UserError: `source` is not a model directory, or `target` exists or cannot be written; nothing is left behind then.
     """
     from megatron_ssu.models.hf_export import check_target
 

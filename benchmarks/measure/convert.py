@@ -1,4 +1,4 @@
-"""Import and export of a Hugging Face directory: bytes a second, and memory beside the rank's own shard."""
+"""Import and export of a Hugging Face directory: bytes per second, and memory beside the rank's own shard."""
 
 from __future__ import annotations
 

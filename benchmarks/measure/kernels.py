@@ -1,4 +1,4 @@
-"""Gather, scatter, columns of activations, column sums: bytes a second against a memory copy in the same run."""
+"""Gather, scatter, columns of activations, column sums: bytes per second against a memory copy in the same run."""
 
 from __future__ import annotations
 

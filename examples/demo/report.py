@@ -25,7 +25,7 @@ LOSSES = {"source_valid_loss": "Source loss while adapting", "target_valid_loss"
 
 
 def results_table(results: dict[str, dict[str, Any]]) -> Table:
-    """One row a model: losses, chat accuracy in all and for each task."""
+    """One row per model: losses, chat accuracy in all and for each task."""
     tasks = list(next(iter(results.values()))["chat_tasks"])
     table = Table(title="The source model before and after it was adapted to the target language")
     table.add_column("model", style="bold")
@@ -45,7 +45,7 @@ def read_curve(metrics: Path, key: str) -> tuple[list[int], list[float]]:
     for line in metrics.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row.get(key) is not None:
-            points[row["iteration"]] = row[key]  # a resumed run tells an iteration twice: the later one counts
+            points[row["iteration"]] = row[key]  # a resumed run logs an iteration twice: the later one counts
     return sorted(points), [points[iteration] for iteration in sorted(points)]
 
 

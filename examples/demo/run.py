@@ -1,4 +1,4 @@
-"""The whole demo: a world, a source model, two adaptations, a proof, a table and a plot. See README.md beside it.
+"""The whole demo: a world, a source model, two adaptations, a proof, a table and a plot.
 
 Every step is a command that you could type yourself in the output folder; it is shown before it runs.
 
@@ -110,7 +110,7 @@ def make_output(output: Path) -> None:
 
 
 def environment(console: Console) -> dict[str, str]:
-    """One thread a rank; and the CPU where there are not enough GPUs for every rank to have its own."""
+    """One thread per rank; and the CPU where there are not enough GPUs for every rank to have its own."""
     variables = {
         **os.environ,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),

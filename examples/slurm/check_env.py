@@ -1,4 +1,4 @@
-"""Is this job going to start? Looked at before any rank is: one line a problem, exit status 2.
+"""Checks that a job can start, made before any rank starts: one line per problem, exit status 2.
 
     check_env.py run WORLD RUN.yaml [KEY=VALUE ...]    the run file on a mesh of WORLD ranks, once; prints the run's directory
     check_env.py node FOLDER --nodes N --ranks R       on every node: its GPUs, its packages, the shared FOLDER
@@ -40,7 +40,7 @@ def _options() -> argparse.Namespace:
     node = parts.add_parser("node", help="check the node that this runs on")
     node.add_argument("folder", type=Path, help="a folder that all nodes share")
     node.add_argument("--nodes", type=int, required=True, help="nodes of the job")
-    node.add_argument("--ranks", type=int, required=True, help="ranks a node, one a GPU")
+    node.add_argument("--ranks", type=int, required=True, help="ranks per node, one per GPU")
     node.add_argument("--cpu", action="store_true", help="ranks on CPUs, gloo between them: GPUs are not looked at")
     node.add_argument("--wait", type=float, default=60.0, help="seconds until a file of another node must be seen")
     return parser.parse_args()
@@ -136,7 +136,7 @@ def _compare(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _seen(file: Path, seconds: float) -> bool:
-    """Is the file there, or within some seconds? Network file systems show new files late."""
+    """Whether the file is there, at once or within some seconds. Network file systems show new files late."""
     deadline = time.monotonic() + seconds
     while not file.is_file():
         if time.monotonic() >= deadline:

@@ -14,7 +14,7 @@ from megatron_ssu import cli
 STOPPED = (
     75,
     143,
-)  # all ranks stop together, with a checkpoint: for torchrun no failure that it must tell and clean up
+)  # all ranks stop together, with a checkpoint: for torchrun no failure that it must report and clean up
 
 
 def main() -> None:

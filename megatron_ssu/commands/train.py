@@ -123,7 +123,7 @@ def _begin_directory(run: RunConfig) -> None:
     directory = Path(run.checkpoint.directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if not (directory / "run.yaml").exists():  # else once the checkpoint is compared with it
+        if not (directory / "run.yaml").exists():  # an existing one is rewritten only after the resume check
             save_run(run, directory / "run.yaml")
     except OSError as error:
         raise UserError(f"checkpoint.directory: {directory} cannot be written: {error.strerror}") from error
@@ -229,4 +229,4 @@ def _announce(telemetry: Telemetry, session: ParallelModel, method: Method, shie
         f"{session.source.name} on {session.mesh}, {session.run.precision.dtype}: {frozen} ({method.name}: {method.summary})"
     )
     if progress.iteration:
-        telemetry.say(f"going on after iteration {progress.iteration}")
+        telemetry.say(f"resuming after iteration {progress.iteration}")

@@ -30,7 +30,7 @@ def connect(module: torch.nn.Module, compact: CompactWeight, gemm: Gemm | None) 
     if is_engine_linear(module):
         store = CompactStore(compact, gemm)
         give_weight_gradients_to(module, store)
-        _register_behind(module, compact)
+        _register_after(module, compact)
         return store
     _look_through(module, compact)
     return None
@@ -40,7 +40,7 @@ class _CompactLinear(torch.autograd.Function):
     """Y = X W^T with megatron's tensor-parallel communication; the weight gradient goes to the compact parameters."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -57,7 +57,7 @@ class _CompactLinear(torch.autograd.Function):
         return total.matmul(weight.t())
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         gathering = reducing = None
         if ctx.sequence_parallel:
@@ -103,33 +103,35 @@ def _forward_of(compact: CompactWeight) -> Any:
     ) -> Tensor:
         if bias is not None:
             raise RuntimeError("layers with a bias are not supported")
-        return _CompactLinear.apply(
+        output: Tensor = _CompactLinear.apply(  # type: ignore[no-untyped-call]
             input, weight, compact, allreduce_dgrad, sequence_parallel, tp_group, *compact.params
         )
+        return output
 
     return forward
 
 
-class _Behind(torch.autograd.Function):
+class _BeforeLayer(torch.autograd.Function):
     """Identity on a layer's input: in the backward pass it comes after the layer, whose gradients are added by then."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, compact: CompactWeight, *params: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, compact: CompactWeight, *params: Tensor) -> Tensor:
         ctx.compact = compact
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad_x: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
         return grad_x, None, *ctx.compact.placeholders()
 
 
-def _register_behind(module: Any, compact: CompactWeight) -> None:
+def _register_after(module: Any, compact: CompactWeight) -> None:
     # Without the norm that may follow: its input gradient must not wait for the layer's.
     name = "linear_output" if hasattr(module, "linear_output") else "forward"
     layer = getattr(module, name)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return layer(_Behind.apply(x, compact, *compact.params), *args, **kwargs)
+        x = _BeforeLayer.apply(x, compact, *compact.params)  # type: ignore[no-untyped-call]
+        return layer(x, *args, **kwargs)
 
     setattr(module, name, forward)
 
@@ -138,12 +140,12 @@ class _Through(torch.autograd.Function):
     """The weight itself, whose gradient [O, I] is picked from for the compact parameters."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, compact: CompactWeight, *params: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, weight: Tensor, compact: CompactWeight, *params: Tensor) -> Tensor:
         ctx.compact = compact
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         ctx.compact.add_dense(gradient)
         ctx.compact.added()
         return None, None, *ctx.compact.placeholders()
@@ -154,7 +156,8 @@ def _look_through(module: Any, compact: CompactWeight) -> None:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         # An attribute of the instance hides the parameter of that name.
-        vars(module)["weight"] = _Through.apply(compact.weight, compact, *compact.params)
+        weight = _Through.apply(compact.weight, compact, *compact.params)  # type: ignore[no-untyped-call]
+        vars(module)["weight"] = weight
         try:
             return layer(*args, **kwargs)
         finally:

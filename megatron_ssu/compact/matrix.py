@@ -8,7 +8,7 @@
 
 O rows and I columns are those of the matrix on a tensor-parallel rank, K, R and n count what trains of them on the rank where
 that is most: P has one shape on all of them. megatron-core sums some gradients over tensor-parallel ranks after the data-
-parallel reduction, and takes for granted that all of them share their gradient buffers out alike. The counts are padded to a
+parallel reduction, and takes for granted that all of them divide their gradient buffers alike. The counts are padded to a
 multiple of 16, so that rows of 16-bit elements start where fast GEMM kernels and FP8 want them. Padding is zero and so is its
 gradient: Adam and weight decay leave it so.
 """
@@ -75,7 +75,7 @@ class Part:
     matrix: Matrix
     piece: Piece | None  # None where the rank has no row of the matrix
     shape: tuple[int, int]  # of P, on all ranks
-    real: tuple[int, int]  # rows and columns of P that are no padding
+    real: tuple[int, int]  # rows and columns of P without padding
     whole: tuple[int, int]  # shape of the trainable part over all ranks; [O, I] for elements
     offset: tuple[int, int]  # of this rank's in it
     index: np.ndarray | None = None  # int64: trainable columns, or rows, of the weight on this rank

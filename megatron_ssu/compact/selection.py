@@ -81,7 +81,8 @@ class Blocks:
     def _of(self, x: Tensor, dim: int) -> Tensor:
         if self.groups == 1:
             return x.narrow(dim, self.first, self.count)
-        return x.unflatten(dim, (self.groups, self.block)).narrow(dim + 1, self.first, self.count).flatten(dim, dim + 1)
+        blocks: Tensor = x.unflatten(dim, (self.groups, self.block))
+        return blocks.narrow(dim + 1, self.first, self.count).flatten(dim, dim + 1)
 
 
 class Workspace:

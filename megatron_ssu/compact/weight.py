@@ -74,7 +74,8 @@ class CompactWeight:
 
 def main_grad(param: torch.nn.Parameter) -> Tensor:
     """The gradient in DDP's buffer."""
-    return param.main_grad  # type: ignore[attr-defined]
+    gradient: Tensor = param.main_grad  # type: ignore[attr-defined]
+    return gradient
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Plain YAML values to typed ones: what a field's annotation accepts, and in one line what it does not.
 
-Works on the annotations of our own sections and on those of megatron-core's dataclasses. A bool is no number; 3 is a
-number too, but 3.0 is no whole number; NaN and infinity are refused; text is never made from a number.
+Works on the annotations of our own sections and on those of megatron-core's dataclasses. A bool is not a number; 3 is a
+number too, but 3.0 is not a whole number; NaN and infinity are refused; text is never made from a number.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def is_union(hint: Any) -> bool:
 
 
 def settable(hint: Any) -> bool:
-    """Can a run file hold a value of this type? Callables and foreign classes cannot be written down."""
+    """Whether a run file can hold a value of this type; callables and foreign classes cannot be written down."""
     if is_union(hint):
         return any(settable(arm) for arm in get_args(hint) if arm is not types.NoneType)
     if get_origin(hint) in (list, tuple, dict):
@@ -250,7 +250,7 @@ class Reader:
 
 
 def _same_kind(arm: Any, value: Any) -> bool:
-    """Is `arm` the member of a union that a value of this YAML kind is meant for?"""
+    """Whether `arm` is the member of a union that a value of this YAML kind is meant for."""
     origin = get_origin(arm)
     if isinstance(value, dict):
         return origin is dict or (isinstance(arm, type) and dataclasses.is_dataclass(arm))
@@ -277,7 +277,7 @@ def _dtype(name: str) -> Any:
 
 
 def _advice(hint: Any, value: Any) -> str:
-    """What to write instead, where that can be told."""
+    """What to write instead, where that is known."""
     if hint is str and isinstance(value, bool | int | float | datetime.date):
         return "put it in quotes"
     if hint is bool and isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "on", "off"):

@@ -170,7 +170,9 @@ class _Source:
                 raise UserError(f"{path}: no such run file; relative paths start at {Path.cwd()}")
             size = path.stat().st_size
             if size > MAX_BYTES:
-                raise UserError(f"{path}: {size} bytes are no run file (at most {MAX_BYTES}); give the YAML file")
+                raise UserError(
+                    f"{path}: a run file must have at most {MAX_BYTES} bytes, got {size}; give the YAML file"
+                )
             return path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the run file as UTF-8") from error

@@ -155,10 +155,10 @@ class ShieldSection:
     granularity: str = "column"  # column, row, element, matrix, layer
     also_score: list[str] = field(default_factory=list)  # further scores that one `score` run writes beside
     budget: str = "uniform"  # uniform, layerwise, per-kind
-    ratio: float = 0.5  # frozen share
+    ratio: float = 0.5  # frozen fraction
     freeze: Literal["highest", "lowest"] = "highest"  # which end of the ranking is frozen
     kinds: dict[str, float] = field(default_factory=dict)  # budget per-kind: attention, mlp or a kind -> ratio
-    floor: float = 0.0  # budget layerwise: least and greatest frozen share of a matrix
+    floor: float = 0.0  # budget layerwise: least and greatest frozen fraction of a matrix
     ceiling: float = 1.0
     seed: int = 1234  # of the score random
     protect: list[ProtectSection] = field(default_factory=list)  # always frozen, always trainable; the last that fits
@@ -193,13 +193,15 @@ class DataSection:
     train: str | list[str | DataSource] = field(default_factory=list)
     source_valid: str | dict[str, str] | None = None  # watched for forgetting; or several, name: path
     target_valid: str | dict[str, str] | None = None  # null: the valid part of `split`
-    split: str | None = None  # train,valid,test shares of the train documents; null: see `used_split`
+    split: str | None = None  # train,valid,test fractions of the train documents; null: see `used_split`
     sequence_length: int = 512
     text_key: str = "text"
     document_end: str | None = None  # the token that ends a plain document; null: the tokenizer's end-of-text token
     seed: int = 1234
     workers: int = 2  # tokenizer processes of `prepare`
-    loader_workers: int = 2  # data loader processes a rank; shared by its virtual stages, at least one each; 0: none
+    loader_workers: int = (
+        2  # data loader processes per rank; divided over its virtual stages, at least one each; 0: none
+    )
 
     @property
     def used_split(self) -> str:
@@ -215,7 +217,7 @@ class ScheduleSection:
 
     decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
     warmup_fraction: float = 0.05
-    wsd_decay_fraction: float = 0.1  # WSD: share of the run in which the rate comes down
+    wsd_decay_fraction: float = 0.1  # WSD: fraction of the run in which the rate decays
     wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "linear"
 
 
@@ -248,11 +250,11 @@ class TrainSection:
     eval_interval: int = 100  # iterations between evaluations; 0: at start and end only
     eval_batches: int = 8  # global batches an evaluation reads at most
     exit_after: str | float | None = None  # wall-clock budget, minutes or HH:MM:SS: then save and exit with status 75
-    max_skipped: int = 10  # steps in a row with a NaN or infinite loss or gradient: skipped; so many end the run
+    max_skipped: int = 10  # stop after this many skipped steps in a row (loss or gradient not finite)
     fused_adam: bool = (
         True  # torch's fused AdamW where neither Transformer Engine's nor Apex's is there; false: its default
     )
-    spike_sigma: float = 6.0  # a loss that far above the mean of the last 128 is told; 0: none is
+    spike_sigma: float = 6.0  # warn when the loss is this many std above the mean of the last 128; 0: never
     phase: PhaseSection = field(default_factory=PhaseSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     regularize: RegularizeSection = field(default_factory=RegularizeSection)
@@ -272,18 +274,18 @@ class CheckpointSection:
     directory: str  # scores, shield, checkpoints, logs, the resolved run file
     interval: int = 500  # iterations between checkpoints; 0: at the end only
     keep: int | None = None  # newest checkpoints kept; null: all
-    async_save: bool = False  # write in the background while training goes on; takes memory for a copy of the state
-    resume: bool = True  # go on from the newest checkpoint in `directory`; false: refuse a directory that has one
+    async_save: bool = False  # write in the background while training continues; takes memory for a copy of the state
+    resume: bool = True  # from the newest checkpoint in `directory`; false: refuse a directory that has one
     export: str | None = None  # write a Hugging Face directory here when the run ends
     max_shard_size: str | int = "5GB"  # of an exported safetensors file; KB, MB, GB, KiB, MiB, GiB or bytes
 
 
 @dataclass
 class LogSection:
-    """What is told while it runs."""
+    """What is logged while it runs."""
 
     interval: int = 10  # iterations between console lines
-    tensorboard: bool = True
+    tensorboard: bool = True  # event files, where tensorboard is installed; else one warning
     wandb_project: str | None = None  # Weights & Biases project, where wandb is installed
     peak_tflops: float | None = None  # of one GPU, for MFU; null: known GPUs' dense peak
 

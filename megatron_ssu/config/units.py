@@ -38,7 +38,7 @@ def parse_size(size: str | int, key: str = "checkpoint.max_shard_size") -> int:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", str(size).strip().upper())
         unit = UNITS.get(match[2] or "B") if match else None
         if match is None or unit is None:
-            raise UserError(f"{key}: {show(size)} is no size; write for example 5GB, 512MiB or a number of bytes")
+            raise UserError(f"{key}: must be a size such as 5GB, 512MiB or a number of bytes, got {show(size)}")
         parsed = float(match[1]) * unit
     if parsed < 1:
         raise UserError(f"{key}: {show(size)} is less than one byte; write for example 5GB")
@@ -60,5 +60,5 @@ def seconds(budget: str | float | None, key: str = "train.exit_after") -> float 
     elif not isinstance(budget, bool):
         found = float(budget) * 60
     if found is None or not 0 < found < float("inf"):
-        raise UserError(f"{key}: {budget!r} is no time; write minutes, such as 110, or '01:50:00'")
+        raise UserError(f"{key}: must be minutes, such as 110, or '01:50:00', got {budget!r}")
     return found

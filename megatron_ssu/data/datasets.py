@@ -80,7 +80,7 @@ def build_train_valid(
     span documents. More `train_samples` begin with the same samples in the same order.
     Call it on all ranks: rank 0 builds the sample indices under `cache_dir`, the others read them.
     Ids of at least `vocab_size` (default: the tokenizer's) end the run when read.
-    Raises UserError for damaged or too small datasets, wrong weights or shares, a `cache_dir` that cannot be written.
+    Raises UserError for damaged or too small datasets, wrong weights or fractions, a `cache_dir` that cannot be written.
     """
     if not sources:
         raise UserError("data.train: empty; name at least one JSONL file or indexed dataset")
@@ -104,7 +104,7 @@ def build_train_valid(
         split=split,
         path_to_cache=str(_cache_folder(Path(cache_dir), infos)),
         tokenizer=facts,
-        # megatron asks every part for ceil(share) samples, which for few samples of many parts is less than it draws
+        # megatron asks every part for its fraction, rounded up: for few samples of many parts less than it draws
         mid_level_dataset_surplus=max(0.005, 2 * (len(sources) + 1) / train_samples),
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -112,7 +112,7 @@ def build_train_valid(
         create_attention_mask=False,
     )
     train_share, valid_share, _ = config.split_matrix
-    # Parts that nobody reads are not built: megatron loops for ever over a part without documents.
+    # Parts that nobody reads are not built: megatron loops forever over a part without documents.
     config.split_matrix = [train_share, valid_share if valid_samples > 0 else None, None]
     train, valid, _ = _Builder(_CheckedGPTDataset, [train_samples, valid_samples, 0], lambda: True, config).build()
     return train, valid
@@ -121,7 +121,7 @@ def build_train_valid(
 def _check_size(
     info: PrefixInfo, split: str, shares: tuple[float, float, float], sequence_length: int, *, with_valid: bool
 ) -> None:
-    """Both parts in use must hold one sample, lest megatron repeat documents within it or loop for ever."""
+    """Both parts in use must hold one sample; otherwise megatron repeats documents within a sample or loops forever."""
     index = CheckedIndexedDataset(str(info.prefix), vocab_size=1 << 62).index
     n = info.sequences
     first = round(shares[0] * n)
@@ -129,7 +129,7 @@ def _check_size(
     for name, begin, end in parts:
         tokens = int(index.sequence_lengths[begin:end].sum(dtype=np.int64))
         if tokens < sequence_length + 1:
-            advice = "" if name == "train" else "data.target_valid, a larger valid share, "
+            advice = "" if name == "train" else "data.target_valid, a larger valid fraction, "
             raise UserError(
                 f"{info.prefix}: the {name} part of data.split '{split}' has {end - begin} of {n} documents, "
                 f"{tokens} tokens; one sample takes {sequence_length + 1}: give {advice}more text or "

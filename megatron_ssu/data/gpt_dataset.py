@@ -3,7 +3,7 @@
 megatron-core's GPTDataset shuffles all epochs together, and the last one apart when it is short: another number of
 samples gives another order from the first sample on. Here every epoch's documents are shuffled by (seed, epoch), samples
 are cut from the stream of epochs, and the samples that end in one epoch are shuffled among themselves. A longer run
-reads what the shorter one read, and goes on.
+reads what the shorter one read, and continues.
 """
 
 from __future__ import annotations

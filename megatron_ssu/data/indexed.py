@@ -50,7 +50,7 @@ def meta_path(prefix: str | Path) -> Path:
 
 
 def source_kind(path: str | Path) -> Literal["jsonl", "indexed"]:
-    """Is `path` a JSONL file or the prefix of an indexed dataset? Raises UserError when it is neither."""
+    """Whether `path` is a JSONL file rather than the prefix of an indexed dataset. Raises UserError when it is neither."""
     if idx_path(path).exists() or bin_path(path).exists():
         return "indexed"
     if Path(path).is_file():
@@ -130,7 +130,7 @@ def _parse_index(index: Path, raw: bytes) -> tuple[type, np.ndarray, np.ndarray,
     except ValueError:
         dtype = None
     if dtype not in _TOKEN_TYPES:
-        raise UserError(f"{index}: offset 17: token type {code} is no integer type")
+        raise UserError(f"{index}: offset 17: token type {code} must be an integer type")
     expected = _HEADER.size + 12 * sequences + 8 * boundaries
     if len(raw) not in (expected, expected + sequences):  # the latter with a byte of mode per sequence
         raise UserError(f"{index}: {len(raw)} bytes long, its header asks for {expected}; cut off or altered")
@@ -169,7 +169,7 @@ def content_digest(prefix: str | Path) -> str:
         if begin or (eos is not _ABSENT and end != eos):  # other plain documents begin with nothing and end with eos
             sources.append(json.dumps([begin, end]))
     except (KeyError, TypeError) as error:
-        raise UserError(f"{note}: not a note that `prepare` wrote ({one_line(error)})") from error
+        raise UserError(f"{note}: not metadata that `prepare` wrote ({one_line(error)})") from error
     return hashlib.sha256(json.dumps([index, *sources]).encode()).hexdigest()
 
 
@@ -185,7 +185,7 @@ def _noted(note: Path, key: str, default: Any = _REQUIRED) -> Any:
         found = json.loads(note.read_text(encoding="utf-8"))
         return found[key] if default is _REQUIRED else found.get(key, default)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{note}: not a note that `prepare` wrote ({one_line(error)})") from error
+        raise UserError(f"{note}: not metadata that `prepare` wrote ({one_line(error)})") from error
 
 
 def _check_note(note: Path, tokenizer: Tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""Samples to batches: which rank reads which sample when, the same for every mesh, from any point on."""
+"""Samples to batches: an order of samples that does not depend on the mesh and resumes at any sample."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def iterate(
         raise ValueError(f"{dp_rank=} {dp_size=} {micro_batch_size=} {consumed_samples=}")
     if pad_to is not None and pad_to % step:
         raise ValueError(
-            f"pad_to {pad_to} is no multiple of {micro_batch_size} (micro batch) x {dp_size} (data parallel)"
+            f"pad_to must be a multiple of {micro_batch_size} (micro batch) x {dp_size} (data parallel), got {pad_to}"
         )
     end = len(dataset) if stop is None else min(stop, len(dataset))
     loader = DataLoader(

@@ -1,4 +1,4 @@
-"""From a run file's data section to indexed datasets: which there are, which `prepare` has still to make."""
+"""From a run file's data section to indexed datasets: which exist and which `prepare` must still make."""
 
 from __future__ import annotations
 

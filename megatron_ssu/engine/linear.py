@@ -16,12 +16,12 @@ Gemm = Callable[[Sequence[Tensor], Any, Any, Any, Sequence[Any]], None]
 
 
 def is_local_linear(module: torch.nn.Module) -> bool:
-    """Is it a linear layer of megatron-core's own?"""
+    """Whether it is a linear layer of megatron-core's own."""
     return isinstance(module, ColumnParallelLinear | RowParallelLinear)
 
 
 def is_engine_linear(module: torch.nn.Module) -> bool:
-    """Is it a linear layer of Transformer Engine, with a norm fused into it or without?"""
+    """Whether it is a linear layer of Transformer Engine, with a norm fused into it or without?"""
     return extension.HAVE_TE and isinstance(module, extension.TELinear | extension.TELayerNormColumnParallelLinear)
 
 

@@ -29,7 +29,7 @@ class MicroBatch:
     """A micro-batch on a rank."""
 
     sequences: int
-    length: int  # tokens of a sequence on this rank: context-parallel ranks share them out
+    length: int  # tokens of a sequence on this rank: context-parallel ranks divide them
     tensor: int
     sequence_parallel: bool
     itemsize: int  # bytes per element
@@ -40,7 +40,7 @@ class MicroBatch:
 
     @property
     def split(self) -> int:
-        """Ranks that share out what tensor parallelism alone replicates."""
+        """Ranks that divide what tensor parallelism alone replicates."""
         return self.tensor if self.sequence_parallel else 1
 
 

@@ -2,7 +2,7 @@
 
 A compact parameter P has, per logical matrix, the trainable columns [rows, K], the trainable rows [R, I] or the trainable
 elements [1, n]. K, R and n are those of the rank with most of them, padded to a multiple of 16: P has one shape on all ranks.
-Rows that pad the vocabulary are no part of a matrix, and not counted.
+Rows that pad the vocabulary do not belong to a matrix and are not counted.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def compact(shield: MatrixShield | None, shape: Sequence[int], split: int | None
     """A matrix [O, I] of a compact parameter.
 
     Args:
-        split: dimension that `tensor` ranks share out; None: replicated.
+        split: dimension that `tensor` ranks divide; None: replicated.
         length: of this dimension on one rank; with a padded vocabulary more than its part of `shape`.
     """
     ranks = tensor if split is not None else 1

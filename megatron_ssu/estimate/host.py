@@ -18,7 +18,7 @@ class HostBytes:
     ranks: int  # on a node
     saving: int  # copies that are being written
     loading: int  # stored state, before it is copied to the device
-    background: bool  # training goes on while `saving` is held
+    background: bool  # training continues while `saving` is held
     stored: int  # a checkpoint on disk
 
 

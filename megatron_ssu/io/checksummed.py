@@ -78,7 +78,9 @@ class SealedFile:
         if found != format:
             raise UserError(f"{path}: not a {what} file of this version: its format is {found!r}, needed {format!r}")
         if not intact:
-            raise UserError(f"{path}: the {what} file was altered: its header does not fit its seal; make it again")
+            raise UserError(
+                f"{path}: the {what} file was altered: its header does not match its checksum; make it again"
+            )
 
     @property
     def digest(self) -> str:

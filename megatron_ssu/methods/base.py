@@ -3,7 +3,7 @@
 A method is one class in one file, listed in registry.py. The class here is full fine-tuning with a stock trainer; every method
 overrides what it changes. A run calls, in this order:
 
-    validate    on every rank, before anything: what can be told from the run file and the model's config.json
+    validate    on every rank, before anything: what follows from the run file and the model's config.json
     check       on rank 0, before data is tokenized and the model loaded: what is there already
     prepare     collective, with the model loaded: the run's shield, which is in a file when this returns
     attach      before DDP wraps the model: compact parameters, frozen flags, adapters

@@ -142,7 +142,7 @@ def rope_frequencies(hf: dict[str, Any], path: str) -> torch.Tensor:
     """Inverse frequencies [head / 2] fp32 as transformers computes them (default, linear, llama3).
 
     Raises:
-        UserError: settings that are no numbers or incomplete; a rope that changes with the sequence or scales attention.
+        UserError: settings that are incomplete or not numbers; a rope that changes with the sequence or scales attention.
     """
     file = f"{path}/config.json"
     kind = _check_rope(hf, file)

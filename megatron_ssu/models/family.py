@@ -115,7 +115,7 @@ class Family:
     settings: Callable[[dict[str, Any], Dims], dict[str, Any]]  # TransformerConfig fields that config.json decides
     layer_spec: Callable[[Dims, bool], ModuleSpec]  # (dims, with Transformer Engine)
     check: Callable[[dict[str, Any]], None]  # raises UserError for settings that the family's code does not carry
-    ignored: tuple[str, ...] = field(default=())  # patterns of tensors in checkpoints that are no weights
+    ignored: tuple[str, ...] = field(default=())  # patterns of tensors in checkpoints that are not weights
 
     def matrices(self, dims: Dims) -> Iterator[Matrix]:
         """All tensors of a checkpoint of this family in the order of the model; a tied head is left out."""

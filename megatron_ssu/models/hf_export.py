@@ -45,7 +45,7 @@ class Tensor:
 
 
 def plan_files(tensors: list[Tensor], max_shard_size: int) -> dict[str, list[Tensor]]:
-    """Share tensors out to files of at most `max_shard_size` bytes (a larger tensor has a file of its own), in order."""
+    """Divide tensors over files of at most `max_shard_size` bytes (a larger tensor has a file of its own), in order."""
     files: list[list[Tensor]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -164,7 +164,7 @@ def _finish(
 
 
 class _Writer:
-    """Streams safetensors files. A failed write is kept in `error`, so that the other ranks can go on to the end."""
+    """Streams safetensors files. A failed write is kept in `error`, so that the other ranks can continue to the end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

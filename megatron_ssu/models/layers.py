@@ -1,4 +1,4 @@
-"""Layers that megatron-core lacks: norms that know tensor and sequence parallelism, and linear layers with a norm behind."""
+"""Layers that megatron-core lacks: norms that know tensor and sequence parallelism, and linear layers followed by a norm."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Matrix:
 
     @property
     def scored(self) -> bool:
-        """Is it one of the seven linear weights of a layer, over which a budget is spent?"""
+        """Whether it is one of the seven linear weights of a layer, over which a budget is spent."""
         return self.kind in ATTENTION_KINDS or self.kind in MLP_KINDS
 
 

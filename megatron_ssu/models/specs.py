@@ -27,7 +27,7 @@ class Backend:
 
 
 def backend(transformer_engine: bool) -> Backend:
-    """Norms stay apart from the linear layers behind them, so that parameters have one name and scores see true inputs."""
+    """Norms stay apart from the linear layers after them, so that parameters have one name and scores see true inputs."""
     if transformer_engine:
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 

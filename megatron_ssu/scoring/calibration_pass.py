@@ -34,7 +34,7 @@ class MicroBatch:
 
 
 def micro_batches(calibration: Calibration, session: ParallelModel, size: int) -> list[MicroBatch]:
-    """This data-parallel rank's share, in micro-batches of `size` rows, filled up with masked rows.
+    """This data-parallel rank's part, in micro-batches of `size` rows, filled up with masked rows.
 
     All ranks of a pipeline get as many; the interleaved schedule needs a multiple of the pipeline's length. Sequence
     parallelism needs rows that divide over its ranks: masked tokens are appended.
@@ -43,9 +43,9 @@ def micro_batches(calibration: Calibration, session: ParallelModel, size: int) -
     tokens, mask = calibration.tokens[mesh.data_rank :: mesh.data], calibration.mask[mesh.data_rank :: mesh.data]
     unit = size * (mesh.pipeline if mesh.virtual else 1)
     missing = -tokens.shape[0] % unit if tokens.shape[0] else unit
-    behind = -tokens.shape[1] % mesh.tensor if session.config.sequence_parallel else 0
-    tokens = torch.nn.functional.pad(tokens, (0, behind, 0, missing))
-    mask = torch.nn.functional.pad(mask, (0, behind, 0, missing))
+    after = -tokens.shape[1] % mesh.tensor if session.config.sequence_parallel else 0
+    tokens = torch.nn.functional.pad(tokens, (0, after, 0, missing))
+    mask = torch.nn.functional.pad(mask, (0, after, 0, missing))
     positions = torch.arange(tokens.shape[1], device=where).expand(size, -1)
     batches = []
     for first in range(0, tokens.shape[0], size):
@@ -70,7 +70,7 @@ def _unquantized(config: Any) -> Iterator[None]:
 def calibration_pass(
     session: ParallelModel, batches: list[MicroBatch], statistics: InputStatistics | None, *, backward: bool = False
 ) -> None:
-    """Run all micro-batches forward through the pipeline, with `backward` also back; `statistics` are told each one's mask.
+    """Run all micro-batches forward through the pipeline, and backward if `backward`; `statistics` get each one's mask.
 
     Runs in the model's own dtype even where precision.fp8 or fp4 is set: scores must not depend on quantisation, and with
     delayed scaling the first micro-batches would be quantised with scales that fit nothing. Backward starts at each

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.ops import kernels
 from megatron_ssu.scoring.scores_file import INPUT_MEAN_SQUARE, INPUT_NORM
 
-_BLOCK = 64  # tokens that are added up in float32 before they go on in float64
+_BLOCK = 64  # tokens that are added up in float32 before they continue in float64
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
@@ -34,7 +35,8 @@ def _sum_by_norms(x: Tensor) -> Tensor:
     blocks = x.shape[0] // _BLOCK
     head, tail = x[: blocks * _BLOCK], x[blocks * _BLOCK :]
     norms = torch.linalg.vector_norm(head.reshape(blocks, _BLOCK, x.shape[1]), dim=1, dtype=torch.float32)
-    return norms.double().square().sum(0) + tail.double().square().sum(0)
+    total: Tensor = norms.double().square().sum(0) + tail.double().square().sum(0)
+    return total
 
 
 @dataclass
@@ -58,7 +60,7 @@ class InputStatistics:
     """Collects the squares, by column, of the input of every linear layer of the session's chunks; with `norms`, of the
     norms too.
 
-    The hooks see the tensor that multiplies the weight: norms are modules of their own in front of the linear layers. Under
+    The hooks see the tensor that multiplies the weight: norms are modules of their own before the linear layers. Under
     sequence parallelism a column-parallel layer and the norms show this rank's part of the sequence. `begin` is called
     before each forward step of a chunk; what runs again for recomputation is not counted again.
     """
@@ -90,11 +92,11 @@ class InputStatistics:
         number = next(i for i, c in enumerate(self.session.chunks) if c is chunk)
         self._pending |= {name for name, watched in self.watched.items() if watched.chunk == number}
 
-    def _hook(self, name: str) -> Callable[[torch.nn.Module, tuple], None]:
+    def _hook(self, name: str) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
         sums, scattered = self.sums[name], self.watched[name].scattered
 
         @torch.no_grad()
-        def hook(module: torch.nn.Module, args: tuple) -> None:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
             if name not in self._pending:
                 return
             self._pending.discard(name)
@@ -139,5 +141,5 @@ class InputStatistics:
             if not torch.isfinite(statistics[INPUT_NORM]).all():
                 raise UserError(
                     f"calibration: the input of {name} holds NaN or infinite values; "
-                    "look at the weights of the layers in front of it, or score in fp32"
+                    "look at the weights of the layers before it, or score in fp32"
                 )

@@ -36,7 +36,8 @@ def _singular_values(matrix: Tensor) -> Tensor:
     import torch
 
     wide = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()).double()
-    return torch.linalg.eigvalsh(wide @ wide.t()).clamp(min=0).sqrt()
+    eigenvalues: Tensor = torch.linalg.eigvalsh(wide @ wide.t())
+    return eigenvalues.clamp(min=0).sqrt()
 
 
 SNR = Score("snr", needs="weights", matrix=Whole(signal_to_noise))

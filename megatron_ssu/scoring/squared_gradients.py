@@ -8,6 +8,7 @@ time, adds the squares up and drops the block.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,7 +55,7 @@ class SquaredGradients(GradientPass):
             self.sums[piece.matrix.name] = (columns, columns.new_zeros(piece.rows))
         inputs: list[Tensor] = []  # of the forward call that runs; a cell that two hooks share
 
-        def before(_: torch.nn.Module, args: tuple) -> None:
+        def before(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
             inputs[:] = [args[0].detach()]
 
         def after(output: Tensor) -> None:
@@ -63,11 +64,11 @@ class SquaredGradients(GradientPass):
                 output.register_hook(self._backward(local, x))
 
         self._handles.append(module.register_forward_pre_hook(before))
-        behind = getattr(module, "post_norm", None)
-        if behind is None:
+        norm = getattr(module, "post_norm", None)
+        if norm is None:
             self._handles.append(module.register_forward_hook(lambda _, args, output: after(output[0])))
-        else:  # the module's output lies behind a norm, the weight's in front of it
-            self._handles.append(behind.register_forward_pre_hook(lambda _, args: after(args[0])))
+        else:  # the module's output comes after a norm, the weight's before it
+            self._handles.append(norm.register_forward_pre_hook(lambda _, args: after(args[0])))
 
     def _backward(self, local: LocalParam, x: Tensor) -> Callable[[Tensor], None]:
         """A hook for the gradient of the weight's output [s, b, O]; x [s, b, I] is the weight's input."""

@@ -22,14 +22,14 @@ from megatron_ssu.shield.mask import unit_count
 
 BUDGETS = ("uniform", "layerwise", "per-kind")
 GROUPS = {"attention": ATTENTION_KINDS, "mlp": MLP_KINDS}
-_LEAST_IMPORTANCE = 2.0**-20  # so that a matrix of zeros still takes a share when all others are at the ceiling
+_LEAST_IMPORTANCE = 2.0**-20  # so that a matrix of zeros still takes a part when all others are at the ceiling
 
 
 def check_ratio(value: float, key: str) -> None:
     """UserError unless `value` is a number in [0, 1]; `key` names it."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 <= value <= 1:  # NaN compares false
-        raise UserError(f"{key}: {value!r} is no share; give a number from 0 to 1")
+        raise UserError(f"{key}: must be a fraction from 0 to 1, got {value!r}")
 
 
 def units_of_ratio(ratio: float, units: int) -> int:
@@ -121,7 +121,8 @@ def _fill(
     """float64 [matrices]: units by matrix at the level of importance that spends `budget`, by bisection."""
 
     def at(level: float) -> np.ndarray:
-        return np.clip(level * importance * units, least, most)
+        units_at: np.ndarray = np.clip(level * importance * units, least, most)
+        return units_at
 
     low, high = 0.0, 1.0 / float(importance.min())
     for _ in range(200):

@@ -13,7 +13,7 @@ from megatron_ssu.models.matrix import Matrix
 from megatron_ssu.shield.mask import Mask
 from megatron_ssu.shield.shield_file import Shield, check_model
 
-# On packed bits; bits behind the last unit are zero in every operand and stay so.
+# On packed bits; bits after the last unit are zero in every operand and stay so.
 OPERATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "union": np.bitwise_or,
     "intersection": np.bitwise_and,
@@ -71,6 +71,6 @@ def _common(values: Sequence[str]) -> str:
 
 
 def _origin(shield: Shield) -> dict[str, Any]:
-    """What the header tells of a part."""
+    """What the header says of a part."""
     keys = ("method", "score", "granularity", "budget", "ratio", "calibration", "plan", "made")
     return {key: getattr(shield, key) for key in keys} | {"sha256": shield.digest()}

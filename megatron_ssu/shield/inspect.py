@@ -234,7 +234,7 @@ def _matrix_table(inspection: Inspection, views: Sequence[MatrixView]) -> Table:
     table = Table(header_style="bold", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("layer", justify="right", no_wrap=True)
     table.add_column("matrix", no_wrap=True)
-    for heading in ("frozen", "of", "share"):
+    for heading in ("frozen", "of", "fraction"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("by", no_wrap=True)
     if inspection.score:
@@ -270,7 +270,7 @@ def _score_cells(view: ScoreView | None) -> list[str]:
 
 
 def _kind_table(inspection: Inspection) -> Table:
-    """Per kind: the range of shares, margins and overlaps over the layers."""
+    """Per kind: the range of fractions, margins and overlaps over the layers."""
     table = Table(
         header_style="bold",
         box=SIMPLE,
@@ -280,7 +280,7 @@ def _kind_table(inspection: Inspection) -> Table:
         title_justify="left",
     )
     table.add_column("kind")
-    for heading in ("matrices", "frozen share", "least", "greatest"):
+    for heading in ("matrices", "frozen fraction", "least", "greatest"):
         table.add_column(heading, justify="right", no_wrap=True)
     if inspection.score:
         table.add_column("least margin", justify="right", no_wrap=True)

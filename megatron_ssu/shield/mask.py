@@ -28,7 +28,7 @@ class Mask:
         if self.packed.dtype != np.uint8 or self.packed.shape != ((self.units + 7) // 8,):
             raise ValueError(f"{self.units} units need {(self.units + 7) // 8} bytes, not {self.packed.shape}")
         if self.units % 8 and int(self.packed[-1]) >> (self.units % 8):
-            raise ValueError("bits behind the last unit are set")
+            raise ValueError("bits after the last unit are set")
 
     @classmethod
     def of(cls, granularity: Granularity, shape: tuple[int, ...], frozen: np.ndarray) -> Mask:

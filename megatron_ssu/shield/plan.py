@@ -55,10 +55,10 @@ class PlanOptions:
     score: str = "wanda"
     granularity: str = "column"  # column, row, element, matrix, layer
     budget: str = "uniform"
-    ratio: float = 0.5  # frozen share
+    ratio: float = 0.5  # frozen fraction
     freeze: str = "highest"  # which end of the ranking is frozen: highest, lowest
     kinds: Mapping[str, float] = field(default_factory=dict)  # budget per-kind: attention, mlp or a kind -> ratio
-    floor: float = 0.0  # budget layerwise: least and greatest frozen share of a matrix
+    floor: float = 0.0  # budget layerwise: least and greatest frozen fraction of a matrix
     ceiling: float = 1.0
     seed: int = 1234  # of the score random, where the scores file has none
     protect: Sequence[ProtectRule] = ()  # a later rule goes before an earlier one
@@ -66,7 +66,7 @@ class PlanOptions:
 
 
 def check_options(options: PlanOptions) -> None:
-    """UserError, naming the key, for what can be told without scores."""
+    """UserError, naming the key, for what is wrong whatever the scores are."""
     for key, value, known in (
         ("granularity", options.granularity, GRANULARITIES),
         ("budget", options.budget, BUDGETS),
@@ -85,7 +85,7 @@ def check_options(options: PlanOptions) -> None:
             f"{options.ceiling}; move one of them"
         )
     if options.kinds and options.budget != "per-kind":
-        raise UserError(f"shield.kinds: has a meaning with shield.budget per-kind alone, not {options.budget}")
+        raise UserError(f"shield.kinds: only applies to shield.budget: per-kind, not {options.budget}")
     budgets = {"matrix": ("uniform", "per-kind"), "layer": ("uniform",)}.get(options.granularity, BUDGETS)
     if options.budget not in budgets:
         raise UserError(
@@ -208,7 +208,7 @@ def _counts(scores: Scores, options: PlanOptions, planned: Mapping[str, Matrix])
         return uniform_counts(planned, options.granularity, options.ratio)
     if options.budget == "per-kind":
         return per_kind_counts(planned, options.granularity, options.ratio, options.kinds)
-    # Elements add up to the column scores, so those tell a matrix's importance at every granularity but row.
+    # Elements add up to the column scores, so those give a matrix's importance at every granularity but row.
     axis: Literal["column", "row"] = "row" if options.granularity == "row" else "column"
     means = {
         name: float(axis_scores(scores, options.score, axis, matrix, options.seed).sum()) / matrix.elements
@@ -220,7 +220,7 @@ def _counts(scores: Scores, options: PlanOptions, planned: Mapping[str, Matrix])
 def _plan_norms(
     scores: Scores, options: PlanOptions, weights: Weights | None, masks: dict[str, Mask]
 ) -> dict[str, str]:
-    """Add the norms' masks; returns what the header should tell of it.
+    """Add the norms' masks; returns what the header should record of it.
 
     half: the top half of each norm's elements by |w| (1 + importance). The importance of an element is the mean square
     of the norm's input feature over the greatest of that norm (from the statistic input_norm of the norm, when the

@@ -1,4 +1,4 @@
-"""Pictures of a shield, as PNG: frozen share, score distributions with the cut, overlap; sized by the layers."""
+"""Pictures of a shield, as PNG: frozen fraction, score distributions with the cut, overlap; sized by the layers."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def draw_all(inspection: Inspection, directory: Path) -> list[Path]:
         raise UserError(f"{directory}: cannot be made ({error.strerror or error})") from error
     paths = [directory / "frozen_share.png"]
     shield = inspection.shield
-    title = f"{shield.model}: frozen share ({shield.realised()['linear']['ratio']:.1%} of the linear weights)"
-    _save(heatmap(inspection, lambda v: v.ratio, title, "frozen share"), paths[0])
+    title = f"{shield.model}: frozen fraction ({shield.realised()['linear']['ratio']:.1%} of the linear weights)"
+    _save(heatmap(inspection, lambda v: v.ratio, title, "frozen fraction"), paths[0])
     if any(v.scores is not None for v in inspection.views):
         paths.append(directory / "scores.png")
         _save(score_figure(inspection), paths[-1])

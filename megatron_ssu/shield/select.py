@@ -46,7 +46,9 @@ def select(matrices: Mapping[str, Matrix], pattern: str) -> list[str]:
     elif pattern.startswith("layers:"):
         first, _, last = pattern.removeprefix("layers:").partition("-")
         if not first.isdecimal() or not (last or first).isdecimal():
-            raise UserError(f"shield.protect: {pattern!r} is no range of layers; write layers:3 or layers:0-3")
+            raise UserError(
+                f"shield.protect: must be a range of layers such as layers:3 or layers:0-3, got {pattern!r}"
+            )
         low, high = int(first), int(last or first)
         layers = [m.layer for m in matrices.values() if m.layer is not None]
         if not layers or low > high or high > max(layers):

@@ -36,7 +36,7 @@ class Shield:
     score: str = "none"
     granularity: str = "column"
     budget: str = "none"
-    ratio: float | None = None  # as asked for; `realised` tells what came out
+    ratio: float | None = None  # as asked for; `realised` says what came out
     calibration: str = "none"  # digest of the calibration samples
     plan: dict[str, Any] = field(default_factory=dict)  # the other choices, as JSON
     made: dict[str, Any] | None = None  # of a composed shield: the operation and what it was made of
@@ -54,7 +54,7 @@ class Shield:
         return str(self.masks.file.path) if isinstance(self.masks, FileMasks) else "the shield"
 
     def ratio_of(self, name: str) -> float:
-        """Frozen share of a matrix."""
+        """Frozen fraction of a matrix."""
         return self.counts[name] / max(1, self.matrices[name].elements)
 
     def realised(self) -> dict[str, dict[str, Any]]:
@@ -94,7 +94,8 @@ class Shield:
         """sha256 (hex) of header and bits: the same as that of the file."""
         if isinstance(self.masks, FileMasks):
             return self.masks.file.digest
-        return seal(self.header(), {name: mask.packed for name, mask in self.masks.items()})["sha256"]
+        sealed = seal(self.header(), {name: mask.packed for name, mask in self.masks.items()})
+        return str(sealed["sha256"])
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the shield file; UserError when `path` is taken."""
@@ -124,7 +125,7 @@ class FileMasks(Mapping[str, Mask]):
 
     def granularity_of(self, name: str) -> str:
         """Without reading the mask."""
-        return self._entries[name]["granularity"]
+        return str(self._entries[name]["granularity"])
 
     def __getitem__(self, name: str) -> Mask:
         entry = self._entries[name]

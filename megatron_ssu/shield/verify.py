@@ -1,4 +1,4 @@
-"""Did every frozen bit stay? Compares two Hugging Face directories under a shield, bit by bit.
+"""Check that every frozen bit stayed: two Hugging Face directories compared under a shield, bit by bit.
 
 The model's definition in config.json must be the same as well: equal weights under another definition are another model.
 Files that define no weight, such as the tokenizer's, are compared and reported.
@@ -186,7 +186,7 @@ def _same_content(one: Path, other: Path) -> bool:
     if a == b or one.suffix != ".json":
         return a == b
     try:
-        return json.loads(a) == json.loads(b)
+        return bool(json.loads(a) == json.loads(b))
     except ValueError:
         return False
 
@@ -262,7 +262,7 @@ def _show(value: Any) -> str:
 
 
 def _cells(values: dict[str, Any]) -> list[str]:
-    """Frozen, moved frozen, trainable, moved trainable with its share."""
+    """Frozen, moved frozen, trainable, moved trainable with its fraction."""
     share = f" {values['moved_trainable'] / values['trainable']:7.2%}" if values["trainable"] else ""
     wrong = f"[red]{values['moved_frozen']:,}[/]" if values["moved_frozen"] else "0"
     return [f"{values['frozen']:,}", wrong, f"{values['trainable']:,}", f"{values['moved_trainable']:,}{share}"]

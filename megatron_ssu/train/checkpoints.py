@@ -4,7 +4,7 @@
     <checkpoint.directory>/checkpoints/latest            the number of the newest complete one
 
 Beside its storage's files a checkpoint has `digests.json`. It is written under a `.part` name and renamed when every rank has
-finished; `latest` moves after that. Written in the background, the training goes on meanwhile: a thread writes a copy of the
+finished; `latest` moves after that. Written in the background, training continues meanwhile: a thread writes a copy of the
 state, taken at the time of the save.
 """
 

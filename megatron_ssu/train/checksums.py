@@ -41,7 +41,7 @@ def digest_of_all(folder: Path) -> str:
 
 
 def check_digests(folder: Path, rank: int, world: int) -> None:
-    """Compare this rank's share of the files with their digests.
+    """Compare this rank's part of the files with their digests.
 
     Raises:
         UserError: a file is missing, cut or altered.

@@ -39,7 +39,7 @@ SHIELD = "shield.file (its digest)"
 
 @dataclass(frozen=True)
 class Identity:
-    """Run-file key -> value of all that must not change between a checkpoint and the run that goes on from it."""
+    """Run-file key -> value of all that must not change between a checkpoint and the run that resumes from it."""
 
     facts: dict[str, Any]
 

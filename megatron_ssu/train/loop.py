@@ -91,7 +91,7 @@ class Loop:
         if self.stop and iteration < iterations:
             raise TrainingStopped(
                 f"stopped by {self.stop} after iteration {iteration} of {iterations}; the checkpoint "
-                f"{self.checkpoints.path(iteration)} is complete: start again to go on",
+                f"{self.checkpoints.path(iteration)} is complete: start again to resume",
                 STATUS[self.stop],
             )
 

@@ -116,7 +116,7 @@ class RunLock:
         on_lost: Callable[[str], None] | None = None,
         flock: Callable[[int, int], None] = fcntl.flock,
     ) -> None:
-        """`on_lost`: told the line when another job has taken the run over (default: say it and end the process with 2).
+        """`on_lost`: called with the line when another job has taken the run over (default: say it and end the process with 2).
 
         The others stand for the machine in tests.
         """
@@ -210,7 +210,7 @@ class RunLock:
             self.beat()
 
     def _is_mine(self, path: Path) -> bool:
-        """Is the file at `path` the one that this process made?"""
+        """Whether the file at `path` is the one that this process made."""
         try:
             there, mine = path.stat(), os.fstat(self._file)
         except OSError as error:
@@ -451,7 +451,7 @@ def _link(path: Path) -> str:
 
 
 def _end(line: str) -> None:
-    """Two jobs must not write to one run: tell it on standard error and end the process at once."""
+    """Two jobs must not write to one run: print it on standard error and end the process at once."""
     try:
         print_error(f"megatron-ssu: {line}; ended before it does harm")
     finally:

@@ -66,7 +66,7 @@ def scaling_room(session: ParallelModel, stored: dict[str, ShardedTensor]) -> di
 
 
 def restore_scaling(session: ParallelModel, loaded: dict[str, torch.Tensor], recipe: Any) -> None:
-    """Put loaded state into the modules, ready for `recipe`; a history of another length is cut or goes on with zeros."""
+    """Put loaded state into the modules, ready for `recipe`; a history of another length is cut or filled up with zeros."""
     for name, module in _modules(session):
         parts = {d: loaded[f"{PREFIX}{name}.{d}"] for d in _META if f"{PREFIX}{name}.{d}" in loaded}
         if not parts:

@@ -7,7 +7,6 @@ worth more than its records: `Guarded` warns once, drops that sink, and lets no 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import math
 import threading
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.errors import UserError, one_line
 from megatron_ssu.io.atomic import written_aside
+from megatron_ssu.io.extras import installed, require
 
 Record = dict[str, Any]
 
@@ -67,11 +67,11 @@ class Guarded:
     def _lost(self, what: str, error: Exception) -> None:
         reason = getattr(error, "strerror", None) or one_line(error)
         with suppress(Exception):  # whatever `warn` does
-            self._warn(f"{self._name} {what}: {reason}; training goes on without it until the next start")
+            self._warn(f"{self._name} {what}: {reason}; training continues without it until the next start")
 
 
 class MetricsFile:
-    """metrics.jsonl: one strict JSON object a line, null where a number is NaN or infinite."""
+    """metrics.jsonl: one strict JSON object per line, null where a number is NaN or infinite."""
 
     def __init__(self, path: Path, start: int) -> None:
         """Keeps the records up to iteration `start`: later steps are done again."""
@@ -118,7 +118,7 @@ class _ThreadErrors:
 
 
 class WeightsAndBiases:
-    """A run of the project log.wandb_project, gone on with by later starts in the same directory."""
+    """A run of the project log.wandb_project, resumed by later starts in the same directory."""
 
     def __init__(self, run: RunConfig) -> None:
         import wandb
@@ -144,7 +144,12 @@ def open_sinks(run: RunConfig, start: int, warn: Callable[[str], None]) -> list[
     """The sinks that a run file asks for, after iteration `start`."""
     directory = Path(run.checkpoint.directory)
     sinks = [Guarded("metrics.jsonl", lambda: MetricsFile(directory / "metrics.jsonl", start), warn)]
-    if run.log.tensorboard:
+    if run.log.tensorboard and not installed("tensorboard"):
+        warn(
+            "log.tensorboard: tensorboard is not installed, and metrics.jsonl alone has the numbers; "
+            'pip install "megatron-ssu[tensorboard]", or set log.tensorboard: false'
+        )
+    elif run.log.tensorboard:
         sinks.append(Guarded("TensorBoard", lambda: TensorBoard(directory / "tensorboard", start), warn))
     if run.log.wandb_project:
         sinks.append(Guarded("Weights & Biases", lambda: WeightsAndBiases(run), warn))
@@ -155,8 +160,7 @@ def check_wandb(run: RunConfig) -> None:
     """Raises UserError where the run asks for Weights & Biases and it cannot start: not installed, or not logged in."""
     if not run.log.wandb_project:
         return
-    if importlib.util.find_spec("wandb") is None:
-        raise UserError("log.wandb_project: the package wandb is not installed; install it, or leave it out")
+    require("log.wandb_project", "wandb", "wandb")
     import wandb
 
     try:

@@ -1,7 +1,7 @@
 """Asked to stop: signals and the wall-clock budget. The step is finished, a checkpoint saved, the status says why.
 
     status   why
-    75       SIGUSR1 or train.exit_after: start again to go on
+    75       SIGUSR1 or train.exit_after: start again to resume
     143      SIGTERM
     130      SIGINT
 

@@ -5,7 +5,7 @@ tensor: a partial first row, whole rows, a partial last row. No rank has to coll
 loading.
 
     a whole parameter            megatron's tensor of the model's weight, by megatron's key; in layers, where megatron stacks
-                                 them, a tensor per layer with its number behind the key: the same weight of another layer
+                                 them, a tensor per layer with its number after the key: the same weight of another layer
                                  may be compact or frozen
     columns or rows of a matrix  the trainable ones of the whole matrix, [O, K] or [R, I], by the matrix's name
     elements of a matrix         the matrix [O, I], zeros where it is frozen, by its name

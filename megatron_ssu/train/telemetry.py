@@ -1,4 +1,4 @@
-"""What a run tells: console lines or a progress bar, metrics.jsonl, TensorBoard, Weights & Biases. Rank 0 alone tells it."""
+"""Logs of a run: console lines or a progress bar, metrics.jsonl, TensorBoard, Weights & Biases. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Telemetry:
             self.say(f"warning: {text}")
 
     def measures(self, iteration: int) -> bool:
-        """Is this an iteration whose costlier numbers (update norms) are wanted?"""
+        """Whether the costlier numbers (update norms) of this iteration are wanted."""
         return iteration % self.run.log.interval == 0 or iteration == self.run.train.iterations
 
     def step(self, iteration: int, record: dict[str, Any], seconds: dict[str, float] | None = None) -> None:
@@ -119,8 +119,8 @@ class Telemetry:
         """After an evaluation: source_valid_loss, target_valid_loss, or source_valid_loss/NAME, ..."""
         if self.active and losses:
             self._write(iteration, losses)
-            told = " | ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in losses.items())
-            self.say(f"evaluation {iteration:>5} | {told}")
+            shown = " | ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in losses.items())
+            self.say(f"evaluation {iteration:>5} | {shown}")
 
     def _write(self, iteration: int, record: dict[str, Any]) -> None:
         for sink in self._sinks:

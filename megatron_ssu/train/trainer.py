@@ -46,7 +46,7 @@ from megatron_ssu.train.update_norms import update_norms
 def language_model_loss(loss: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean over the real tokens of a micro-batch: loss [b, s] fp32, mask [b, s]; and [sum, tokens] to report.
 
-    Under context parallelism it is this rank's share of that mean: the ranks' shares add up to it.
+    Under context parallelism it is this rank's part of that mean: the ranks' parts add up to it.
     """
     total, tokens = (loss.float() * mask).sum(), mask.sum()
     report = torch.stack([total.detach().double(), tokens.double()])
@@ -138,7 +138,7 @@ class Trainer:
         self.compact.start()
         self.regularizers = Regularizers(session, self.optimizer, self.compact)  # no checkpoint is loaded yet
         self.phases = Phases()
-        self.mark: Callable[[str], None] = lambda doing: None  # told what the loop begins
+        self.mark: Callable[[str], None] = lambda doing: None  # called with what the loop begins
         self.waits: Callable[[], AbstractContextManager] = nullcontext  # around what reads numbers of all ranks
         self.schedule = build_schedule(run, self.optimizer)
         self.micro_batches = run.train.global_batch_size // (run.train.micro_batch_size * self.mesh.data)
@@ -156,7 +156,7 @@ class Trainer:
         )
 
     def _connect(self) -> None:
-        """Tell megatron's schedules how gradients are scaled, kept back and synchronised."""
+        """Set in megatron's config how gradients are scaled, kept back and synchronised."""
         config, chunks = self.session.config, self.chunks
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads

@@ -57,8 +57,8 @@ class Watchdog:
     """Context around training. `mark` says that the main thread got further."""
 
     def __init__(self, limit: float, *, beat: float = 5.0, end: Callable[[str], None] | None = None) -> None:
-        """`limit`: seconds between two marks; `beat`: seconds between heartbeats; `end`: told the line (default: say it
-        and end the process with STATUS_RANK_LOST)."""
+        """`limit`: seconds between two marks; `beat`: seconds between heartbeats; `end`: called with the line (default:
+        print it and end the process with STATUS_RANK_LOST)."""
         self._limit, self._beat, self._end = limit, min(beat, limit / 4), end or _end
         self._marked, self._iteration, self._doing = time.monotonic(), 0, "start"
         self._waits = False  # said by the main thread
@@ -131,7 +131,7 @@ class Watchdog:
         return self._store.get(_VERDICT).decode()
 
     def _where(self) -> tuple[bool, str]:
-        """Does the main thread wait for other ranks, and where is it?"""
+        """Whether the main thread waits for other ranks, and where it is."""
         frame: Any = sys._current_frames().get(self._main)
         place, waiting, depth = "?", self._waits, 0
         while frame is not None and depth < 12:
@@ -143,7 +143,7 @@ class Watchdog:
         return waiting, place
 
     def suspects(self) -> str:
-        """Who holds the job up, in words; waits for three heartbeats to tell the dead from the living."""
+        """Who holds the job up, in words; waits for three heartbeats, by which dead ranks show."""
         before = self._read()
         for _ in range(3):
             self._pause(self._beat)
@@ -169,7 +169,7 @@ class Watchdog:
             self._publish()
 
     def lost(self, error: BaseException) -> str | None:
-        """Who broke the connection that `error` tells of, in words; None where all hearts beat: then it is a bug here."""
+        """Who broke the connection that `error` reports, in words; None if every rank is alive: then it is our bug."""
         if self._thread is None or not any(word in str(error) for word in _BROKEN):
             return None
         try:
@@ -192,15 +192,15 @@ def describe(before: dict[int, Heartbeat], after: dict[int, Heartbeat], world: i
         r for r in range(world) if r != me and (r not in after or (r in before and after[r].beat == before[r].beat))
     ]
     if silent:
-        told = [f"rank {r} is dead or stopped ({after.get(r, 'it never began')})" for r in silent]
-        return "; ".join(told[:4]) + (f"; and {len(told) - 4} more" if len(told) > 4 else "")
+        lines = [f"rank {r} is dead or stopped ({after.get(r, 'it never began')})" for r in silent]
+        return "; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
     least = min(beat.iteration for beat in after.values())
     late = [r for r, beat in after.items() if beat.iteration == least]
     busy = [r for r in late if not after[r].waiting] or late
     if len(busy) == world:
         return f"all ranks are in {after[me]}; none is behind the others"
-    told = [f"rank {r} hangs ({after[r]})" for r in sorted(busy)]
-    return "; ".join(told[:4]) + (f"; and {len(told) - 4} more" if len(told) > 4 else "")
+    lines = [f"rank {r} hangs ({after[r]})" for r in sorted(busy)]
+    return "; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
 
 
 def _short(error: BaseException) -> str:
@@ -231,7 +231,7 @@ def _own_store(rank: int) -> Any:
 
 
 def _end(line: str) -> None:
-    """Tell on standard error and in the rank's log, and end the process: its main thread cannot be reached."""
+    """Print on standard error and in the rank's log, and end the process: its main thread cannot be reached."""
     try:
         log.error(line)
         print_error(f"megatron-ssu: {line}")

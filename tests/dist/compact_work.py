@@ -15,6 +15,7 @@ from megatron_ssu.compact import linear
 from megatron_ssu.compact.parameters import CompactParameters
 from megatron_ssu.models.parallel_model import open_model
 from megatron_ssu.shield.shield_file import load_shield
+from megatron_ssu.train import trainer as trainer_module
 from megatron_ssu.train.trainer import Trainer
 from tests.dist import work
 

@@ -192,7 +192,7 @@ def test_time_limit_and_a_dead_rank_cost_no_bit(environment, world):
         "SIGUSR1: the ranks are asked to save and stop",
         f"stopped by SIGUSR1 after iteration {stopped} of {ITERATIONS}",
         f"checkpoint 0 -> {stopped}; putting the job back into the queue",
-        f"going on after iteration {stopped}",
+        f"resuming after iteration {stopped}",
         "the ranks died",
         f"finished at iteration {ITERATIONS}",
     ):

@@ -256,7 +256,7 @@ def test_padding_keeps_every_sample_and_adds_none_to_the_loss() -> None:
         assert sorted(total) == list(range(9)) and masked == 3 and len(steps) == 1
     assert numbers(iterate(Numbers(9), micro_batch_size=2, stop=5)) == [[0, 1], [2, 3]]
     assert numbers(iterate(Numbers(9), micro_batch_size=2, consumed_samples=20, pad_to=4)) == []
-    with pytest.raises(ValueError, match="no multiple"):
+    with pytest.raises(ValueError, match="must be a multiple"):
         iterate(Numbers(9), micro_batch_size=2, dp_size=2, pad_to=6)
 
 

@@ -438,7 +438,7 @@ def test_source_kind(tmp_path: Path, model: Path) -> None:
         ("out.idx", lambda b: b[:37] + b"\xff" + b[38:], r"out\.idx: offset 34: sequence 0 has length -"),
         ("out.idx", lambda b: b[:34] + b"\x01" + b[35:], r"out\.idx: offset \d+: sequence 1 starts at"),
         ("out.idx", lambda b: b[:-8] + b"\x01" + b[-7:], r"document boundaries"),
-        ("out.json", lambda b: b"{", r"out\.json: not a note"),
+        ("out.json", lambda b: b"{", r"out\.json: not metadata"),
         ("out.json", lambda b: b'{"tokenizer": "abc"}', r"out\.json: tokenized with another tokenizer"),
     ],
 )

@@ -211,13 +211,13 @@ def test_ratio_outside_0_to_1(scores, ratio):
         ({"norms": "half"}, "half needs the norms' weights"),
         ({"kinds": {"mlp": 0.1}}, "has a meaning with shield.budget per-kind alone"),
         ({"budget": "per-kind", "kinds": {"mpl": 0.1}}, "shield.kinds.mpl: no such kind .* attention, mlp, down_proj"),
-        ({"budget": "per-kind", "kinds": {"mlp": 1.1}}, "shield.kinds.mlp: 1.1 is no share"),
+        ({"budget": "per-kind", "kinds": {"mlp": 1.1}}, "shield.kinds.mlp: must be a fraction from 0 to 1, got 1.1"),
         ({"budget": "layerwise", "floor": 0.6}, "0.5 does not lie between shield.floor 0.6 and shield.ceiling 1.0"),
         ({"budget": "layerwise", "ceiling": 0.4}, "does not lie between"),
         ({"protect": [ProtectRule("embeddings", "half")]}, "must be frozen or trainable"),
         ({"protect": [ProtectRule("*.qkv.weight", "frozen")]}, r"'\*.qkv.weight' fits no weight"),
         ({"protect": [ProtectRule("layers:1-2", "frozen")]}, "outside layers 0-1"),
-        ({"protect": [ProtectRule("layers:x", "frozen")]}, "no range of layers"),
+        ({"protect": [ProtectRule("layers:x", "frozen")]}, "must be a range of layers"),
     ],
 )
 def test_impossible_options(scores, options, message):

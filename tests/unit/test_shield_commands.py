@@ -69,11 +69,18 @@ def test_inspect_prints_draws_and_writes(files, capsys):
     assert run("inspect", files / "a", *options) == 0
     lines = capsys.readouterr().out.splitlines()
     (head,) = [line for line in lines if "layer" in line and "matrix" in line]
-    assert all(word in head for word in ("frozen", "share", "cut", "margin", "Jaccard", "shared"))
+    assert all(word in head for word in ("frozen", "fraction", "cut", "margin", "Jaccard", "shared"))
     assert sum("down_proj" in line and "column" in line for line in lines) == 2
     assert sorted(p.name for p in out.iterdir()) == ["frozen_share.png", "overlap.png", "scores.png"]
     table = json.loads((files / "table.json").read_text())
     assert len(table["matrices"]) == 14 and table["realised"]["linear"]["ratio"] == 0.5
+
+
+def test_pictures_without_matplotlib_are_refused_before_the_work(files, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    message = refused(capsys, "inspect", files / "absent", "--output", files / "pictures")
+    assert "--output: needs matplotlib" in message and 'pip install "megatron-ssu[plots]"' in message
+    assert run("inspect", files / "a") == 0
 
 
 def test_compose_writes_a_shield(files, capsys):

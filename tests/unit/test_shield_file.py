@@ -67,7 +67,7 @@ def test_constant_masks_leave_spare_bits_zero(units):
 
 
 def test_mask_refuses_wrong_bytes():
-    with pytest.raises(ValueError, match="behind the last unit"):
+    with pytest.raises(ValueError, match="after the last unit"):
         Mask("column", (2, 5), np.array([0b100000], dtype=np.uint8))
     with pytest.raises(ValueError, match="bytes"):
         Mask("column", (2, 9), np.zeros(1, dtype=np.uint8))
@@ -155,7 +155,7 @@ def test_every_altered_byte_of_content_is_noticed(tmp_path, shield, scores, what
     (shield if what == "shield" else scores).save(path)
     good = path.read_bytes()
     header = int.from_bytes(good[:8], "little")
-    # Spaces behind the JSON are padding and hold nothing.
+    # Spaces after the JSON are padding and hold nothing.
     end = 8 + len(good[8 : 8 + header].rstrip(b" "))
     rng = np.random.default_rng(0)
     positions = {0, 8, 9, end - 1, 8 + header, len(good) - 1} | {int(p) for p in rng.integers(8, end, 60)}

@@ -68,8 +68,16 @@ def test_steps_that_are_done_again_are_told_once(tmp_path):
 def test_weights_and_biases_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     check_wandb(run_of(tmp_path))
-    with pytest.raises(UserError, match=r"log\.wandb_project: the package wandb is not installed"):
+    with pytest.raises(UserError, match=r"log\.wandb_project: needs wandb, .* pip install .*megatron-ssu\[wandb\]"):
         check_wandb(run_of(tmp_path, wandb_project="p"))
+
+
+def test_tensorboard_missing_is_one_warning(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    text = tell(run_of(tmp_path, tensorboard=True), range(1, 5))
+    (line,) = [line for line in text.splitlines() if "warning" in line]
+    assert "log.tensorboard" in line and "megatron-ssu[tensorboard]" in line
+    assert not (tmp_path / "tensorboard").exists() and (tmp_path / "metrics.jsonl").exists()
 
 
 def test_weights_and_biases_offline(tmp_path, monkeypatch):

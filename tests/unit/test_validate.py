@@ -117,7 +117,7 @@ BAD: list[tuple[int, list[str], dict[str, Any], list[str]]] = [
     (1, ["model.attention_backend=flash"], {}, ["model.attention_backend", "flash", "Transformer Engine"]),
     (1, ["parallel.ddp.overlap_param_gather=true"], {}, ["parallel.ddp.overlap_param_gather", "overlap_grad_reduce"]),
     (1, ["parallel.timeout_minutes=0"], {}, ["parallel.timeout_minutes", "above 0"]),
-    # number formats
+    # precision
     (1, ["precision.fp8=hybrid"], {}, ["precision.fp8", "'hybrid'", "CUDA and Transformer Engine"]),
     (1, ["precision.fp4=e2m1"], {}, ["precision.fp4", "CUDA and Transformer Engine"]),
     # model
@@ -277,10 +277,10 @@ def test_what_a_gpu_allows(world: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert validate_mesh(run, 4) == 2
     validate_precision(run)
     run = read_run("run.yaml", [*overrides, "data.sequence_length=34"])
-    with pytest.raises(UserError, match="34 is no multiple of 4"):
+    with pytest.raises(UserError, match=r"must be a multiple of 4 .* got 34"):
         validate_model(run, LLAMA)
     run = read_run("run.yaml", ["precision.fp8=hybrid", "data.sequence_length=24"])
-    with pytest.raises(UserError, match=r"precision\.fp8: .* no multiple of 16"):
+    with pytest.raises(UserError, match=r"precision\.fp8: .* must be a multiple of 16"):
         validate_model(run, LLAMA)
     run = read_run("run.yaml", ["precision.fp8=hybrid", "precision.dtype=fp32"])
     with pytest.raises(UserError, match=r"precision\.fp8: 'hybrid' needs precision\.dtype: bf16"):

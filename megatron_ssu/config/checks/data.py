@@ -32,7 +32,7 @@ def validate_data(run: RunConfig) -> None:
             data_path(f"data.train.{number}", source.path)
             if not (math.isfinite(source.weight) and source.weight > 0):
                 raise UserError(
-                    f"data.train.{number}.weight: {source.weight} must be above 0; leave the part out instead"
+                    f"data.train.{number}.weight: must be above 0, got {source.weight}; leave the part out instead"
                 )
     for name in ("source_valid", "target_valid"):
         given = getattr(data, name)

@@ -31,7 +31,7 @@ def data_path(key: str, path: str) -> None:
 
 
 def jsonl_file(key: str, path: str) -> None:
-    """Refuse a `path` that is no JSONL file by name, or is not there."""
+    """Refuse a `path` that is not named as JSONL, or does not exist."""
     if not _JSONL.fullmatch(path):
         raise UserError(
             f"{key}: {show(path)} is not named as JSONL (.jsonl or .json, also .gz or .zst); rename or convert it"

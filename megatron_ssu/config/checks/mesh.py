@@ -17,7 +17,7 @@ def validate_mesh(run: RunConfig, world_size: int, *, shields: bool = True) -> i
         at_least(f"parallel.{name}_parallel_size", size, 1)
     refuse_unsupported(run, shields)
     if not parallel.timeout_minutes > 0:
-        raise UserError(f"parallel.timeout_minutes: {parallel.timeout_minutes} must be above 0; 30 is usual")
+        raise UserError(f"parallel.timeout_minutes: must be above 0, got {parallel.timeout_minutes}; 30 is usual")
     model = tensor * pipeline * context
     if world_size % model:
         raise UserError(

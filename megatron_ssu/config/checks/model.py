@@ -61,8 +61,8 @@ def _tensor_parallel(run: RunConfig, sizes: dict[str, int]) -> None:
     at_least("model.make_vocab_size_divisible_by", padding, 1)
     if padding % tensor:
         raise UserError(
-            f"model.make_vocab_size_divisible_by: {padding} is no multiple of {tensor} (tensor), so the padded "
-            f"vocabulary would not split evenly; {math.lcm(padding, tensor)} would do"
+            f"model.make_vocab_size_divisible_by: must be a multiple of {tensor} (tensor), so that the padded "
+            f"vocabulary splits evenly, got {padding}; {math.lcm(padding, tensor)} would do"
         )
 
 
@@ -81,7 +81,7 @@ def _layers(run: RunConfig, layers: int) -> None:
         if stages < 2:
             raise UserError(f"model.{name}: {count} needs pipeline_model_parallel_size above 1; leave it out")
         if count % virtual:
-            raise UserError(f"model.{name}: {count} is no multiple of {virtual} (virtual pipeline); choose one that is")
+            raise UserError(f"model.{name}: must be a multiple of {virtual} (virtual pipeline), got {count}")
     middle, left = stages - len(given), layers + len(extra) - sum(given.values())
     if (left > 0) != (middle > 0) or left < 0 or (middle and left % (middle * virtual)):
         counted = f"{layers} layers"
@@ -93,7 +93,7 @@ def _layers(run: RunConfig, layers: int) -> None:
         fits = [str(n) for n in range(1, layers + 1) if layers % (n * virtual) == 0 and (n > 1 or virtual == 1)]
         would_do = f"pipeline_model_parallel_size could be {' or '.join(fits)}" if fits else "lower the virtual size"
         would_do = "change one of them" if given or extra else would_do
-        raise UserError(f"parallel.pipeline_model_parallel_size: {counted} cannot be shared out to {mesh}; {would_do}")
+        raise UserError(f"parallel.pipeline_model_parallel_size: {counted} cannot be divided over {mesh}; {would_do}")
 
 
 def _recompute(run: RunConfig, layers: int) -> None:
@@ -142,6 +142,6 @@ def _lengths(run: RunConfig, positions: int, training: bool) -> None:
     if length % step:
         what = f"sequence parallel over {tensor} (tensor)" if sequence else "context parallel"
         raise UserError(
-            f"data.sequence_length: {length} is no multiple of {step}, which {what} needs; "
+            f"data.sequence_length: must be a multiple of {step} for {what}, got {length}; "
             f"{max(length // step, 1) * step} would do"
         )

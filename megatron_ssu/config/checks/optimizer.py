@@ -26,7 +26,7 @@ def validate_optimizer(run: RunConfig) -> None:
     _decoupled_rates(key, values, min_lr)
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= values.get(name, 0.9) < 1:
-            raise UserError(f"{key}.{name}: {values[name]} must be in [0, 1)")
+            raise UserError(f"{key}.{name}: must be in [0, 1), got {values[name]}")
     validate_placement(run)
     accepted(key, OPTIMIZER.load(), {**values, "use_distributed_optimizer": True})
     accepted("parallel.ddp", DDP.load(), {**run.parallel.ddp, "use_distributed_optimizer": True})

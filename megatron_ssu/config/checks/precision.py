@@ -9,7 +9,7 @@ from megatron_ssu.errors import UserError
 
 
 def validate_precision(run: RunConfig) -> None:
-    """Check that the number formats asked for are to be had here."""
+    """Check that the requested precision is available on this machine."""
     values = run.precision.transformer
     for name in ("fp8", "fp4"):
         if values.get(name) is not None:
@@ -33,20 +33,20 @@ def validate_precision(run: RunConfig) -> None:
 
 
 def validate_fp8_shapes(run: RunConfig, sizes: dict[str, int]) -> None:
-    """FP8 products take multiples of 16 alone."""
+    """FP8 GEMM dimensions must be multiples of 16."""
     if not run.precision.transformer.get("fp8"):
         return
     tensor, context = run.parallel.tensor, run.parallel.context
     for name in ("hidden_size", "intermediate_size"):
         if sizes[name] // tensor % 16:
             raise UserError(
-                f"precision.fp8: {sizes[name]} ({name} in config.json) over {tensor} (tensor) is no multiple of 16, which FP8 "
-                "needs; lower parallel.tensor_model_parallel_size, or leave precision.fp8 out"
+                f"precision.fp8: {sizes[name]} ({name} in config.json) over {tensor} (tensor) must be a multiple of 16; "
+                "lower parallel.tensor_model_parallel_size, or leave precision.fp8 out"
             )
     parts = context * (tensor if run.parallel.sequence_parallel else 1)
     tokens = run.data.sequence_length * run.train.micro_batch_size // parts
     if tokens % 16:
         raise UserError(
-            f"precision.fp8: {tokens} tokens a rank and micro-batch are no multiple of 16, which FP8 needs; change "
+            f"precision.fp8: tokens per rank and micro-batch must be a multiple of 16, got {tokens}; change "
             "data.sequence_length or train.micro_batch_size"
         )

@@ -66,29 +66,24 @@ def validate_batches(run: RunConfig, dp: int) -> None:
     if group is None:
         if count % stages:
             raise UserError(
-                f"train.global_batch_size: {total} / ({micro} (micro batch) x {dp} (data)) = {count} micro-batches is "
-                f"no multiple of {stages} (pipeline), which virtual pipeline stages need; "
+                f"train.global_batch_size: {total} / ({micro} (micro batch) x {dp} (data)) = {count} micro-batches "
+                f"must be a multiple of {stages} (pipeline) with virtual pipeline stages; "
                 f"{-(-count // stages) * stages * step} would do"
             )
     elif not stages <= group <= count or 0 < count % group < stages:
         raise UserError(
             f"parallel.microbatch_group_size_per_vp_stage: {group} must be from {stages} (pipeline) to {count} (micro-"
-            f"batches a step), and {count} modulo it 0 or at least {stages}; leave it out for {stages}"
+            f"batches per step), and {count} modulo it 0 or at least {stages}; leave it out for {stages}"
         )
 
 
 def _schedule(run: RunConfig) -> None:
     schedule = run.train.schedule
     if not 0 <= schedule.warmup_fraction < 1:
-        raise UserError(
-            f"train.schedule.warmup_fraction: {schedule.warmup_fraction} is no share of the run; it must be in [0, 1)"
-        )
+        raise UserError(f"train.schedule.warmup_fraction: must be in [0, 1), got {schedule.warmup_fraction}")
     if schedule.decay_style == "WSD":
         if not 0 < schedule.wsd_decay_fraction <= 1:
-            raise UserError(
-                f"train.schedule.wsd_decay_fraction: {schedule.wsd_decay_fraction} is no share of the "
-                f"run; it must be in (0, 1]"
-            )
+            raise UserError(f"train.schedule.wsd_decay_fraction: must be in (0, 1], got {schedule.wsd_decay_fraction}")
         if schedule.warmup_fraction + schedule.wsd_decay_fraction > 1:
             raise UserError(
                 f"train.schedule.wsd_decay_fraction: {schedule.warmup_fraction} (warm-up) + "

@@ -1,4 +1,4 @@
-"""Llama 2 and 3: norms in front of attention and MLP."""
+"""Llama 2 and 3: norms before attention and MLP (pre-norm)."""
 
 from __future__ import annotations
 

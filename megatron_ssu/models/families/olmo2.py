@@ -1,4 +1,4 @@
-"""OLMo-2: norms behind attention and MLP, q and k normed over their whole projections."""
+"""OLMo-2: norms after attention and MLP (post-norm), q and k normed over their whole projections."""
 
 from __future__ import annotations
 
