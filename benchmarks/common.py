@@ -30,6 +30,7 @@ def begin() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for kind in (UserWarning, FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=kind)
+    import megatron_ssu  # noqa: F401  first: it keeps what needs CUDA from megatron-core where there is none
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
             rows = table(options, *measure_in_turns(options, model, names))
         else:
             rows = table(options, *measure_side_by_side(options, model, names))
-    kind = options.dtype + (f" with FP8 {options.fp8}" if options.fp8 else "")
+    kind = options.dtype + (f" with FP8 {options.fp8}, {options.fp8_recipe} scaling" if options.fp8 else "")
     kernels = f", {'fused' if options.fused else 'unfused'} kernels" if has_cuda() else ""
     tokens = options.batch * options.length
     title = f"{kind}{kernels}, hidden {options.hidden}, {options.layers} layers, {tokens} tokens per step; "

@@ -157,7 +157,8 @@ def test_a_checkpoint_of_the_cpu_resumes_on_the_gpu(shielded, tmp_path):
     def on_cpu(name, kick):
         order, answer = tmp_path / f"{name}.order", tmp_path / f"{name}.answer"
         order.write_bytes(pickle.dumps((make_run(model, tmp_path / name), shield, kick, str(answer))))
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        folders = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": folders}
         subprocess.run([sys.executable, "-c", ON_CPU, str(order)], check=True, env=environment, timeout=600)
         return pickle.loads(answer.read_bytes())
 
