@@ -7,6 +7,8 @@
 // them: 32 mask words, whose running counts come from a warp scan and from the block's entry in `counts`.
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "kernels.h"
 
 namespace {
@@ -27,11 +29,17 @@ struct ColumnSets {
   int n;
 };
 
+// Two elements as one word.
+__device__ inline uint32_t paired(uint16_t first, uint16_t second) { return first | static_cast<uint32_t>(second) << 16; }
+__device__ inline uint2 paired(uint32_t first, uint32_t second) { return make_uint2(first, second); }
+
 struct Piece {
   int64_t dense, src, rows, out, bit, width, count, stride, col, cost, tile;
 };
 
 struct Gather {
+  template <typename T>
+  __device__ static void expect(const T*) {}
   template <typename T>
   __device__ static const T* source(const T* full, const T*) {
     return full;
@@ -43,6 +51,12 @@ struct Gather {
 };
 
 struct Scatter {
+  // Bring a line of the shard into the L2 cache, of which some elements will be written: written without the others being
+  // there it would be read when it is evicted.
+  template <typename T>
+  __device__ static void expect(const T* full) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(full));
+  }
   template <typename T>
   __device__ static const T* source(const T*, const T* compact) {
     return compact;
@@ -103,7 +117,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row0 = local / across * SSU_TILE_ROWS;
   const int64_t column0 = local % across * SSU_TILE_COLUMNS + threadIdx.x;
   const int64_t rows = min(int64_t{SSU_TILE_ROWS}, p.rows - row0);
-  int64_t offset[kPerThread];
+  int32_t offset[kPerThread];
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
     const int64_t j = column0 + k * kThreads;
@@ -113,6 +127,13 @@ __global__ void __launch_bounds__(kThreads)
   T* compact_row = compact + p.out + row0 * p.stride + column0;
   for (int64_t r = 0; r < rows; r += kRows, full_row += kRows * p.width, compact_row += kRows * p.stride) {
     T value[kRows][kPerThread];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int k = 0; k < kPerThread; ++k) {
+        if (r + i < rows && offset[k] >= 0) Op::expect(full_row + i * p.width + offset[k]);
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
@@ -178,7 +199,7 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(const T* x, T* out, i
   const int64_t row0 = blockIdx.x / across * SSU_TILE_ROWS;
   const int64_t column0 = blockIdx.x % across * SSU_TILE_COLUMNS + threadIdx.x;
   const int64_t height = min(int64_t{SSU_TILE_ROWS}, rows - row0);
-  int64_t offset[kPerThread];
+  int32_t offset[kPerThread];
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
     const int64_t j = column0 + k * kThreads;
@@ -209,28 +230,54 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(const T* x, T* out, i
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     column_sets_kernel(const T* x, int64_t rows, int64_t width, int64_t across, ColumnSets sets) {
-  __shared__ T tile[kShared][SSU_TILE_COLUMNS];
+  __shared__ alignas(sizeof(uint4)) T tile[kShared][SSU_TILE_COLUMNS];
   const int64_t row0 = blockIdx.x / across * kShared;
   const int64_t segment = blockIdx.x % across, column0 = segment * SSU_TILE_COLUMNS;
   const int height = static_cast<int>(min(int64_t{kShared}, rows - row0));
   const int length = static_cast<int>(min(int64_t{SSU_TILE_COLUMNS}, width - column0));
   const T* from = x + row0 * width + column0;
-  for (int i = threadIdx.x; i < length; i += kThreads) {
+  constexpr int each = sizeof(uint4) / sizeof(T), vectors = SSU_TILE_COLUMNS / each;
+  if (width % each == 0 && reinterpret_cast<uintptr_t>(x) % sizeof(uint4) == 0) {
 #pragma unroll
-    for (int r = 0; r < kShared; ++r) {
-      if (r < height) tile[r][i] = from[r * width + i];
+    for (int k = 0; k < kShared * vectors / kThreads; ++k) {
+      const int v = threadIdx.x + k * kThreads, r = v / vectors, i = v % vectors * each;
+      if (r < height && i < length) {
+        *reinterpret_cast<uint4*>(&tile[r][i]) = *reinterpret_cast<const uint4*>(from + r * width + i);
+      }
+    }
+  } else {
+    for (int i = threadIdx.x; i < length; i += kThreads) {
+#pragma unroll
+      for (int r = 0; r < kShared; ++r) {
+        if (r < height) tile[r][i] = from[r * width + i];
+      }
     }
   }
   __syncthreads();
   for (int s = 0; s < sets.n; ++s) {
     const ssu_columns& set = sets.set[s];
-    const int last = set.starts[segment + 1];
-    for (int j = set.starts[segment] + threadIdx.x; j < last; j += kThreads) {
-      const int32_t column = set.columns[j];
-      T* to = static_cast<T*>(set.out) + row0 * set.stride + j;
+    const int first = set.starts[segment], last = set.starts[segment + 1];
+    T* const out = static_cast<T*>(set.out) + row0 * set.stride;
+    // Two elements per thread and store, where both are this segment's and every row begins at an even one.
+    const bool even = set.stride % 2 == 0 && reinterpret_cast<uintptr_t>(set.out) % (2 * sizeof(T)) == 0;
+    for (int j = (first & ~1) + 2 * static_cast<int>(threadIdx.x); j < last; j += 2 * kThreads) {
+      const bool a = j >= first, b = j + 1 < last;
+      const int32_t column = a ? set.columns[j] : -1, next = b ? set.columns[j + 1] : -1;
+      T* to = out + j;
+      const int64_t x0 = column - column0, x1 = next - column0;
+      if (a && b && even) {
 #pragma unroll
-      for (int r = 0; r < kShared; ++r) {
-        if (r < height) to[r * set.stride] = column >= 0 ? tile[r][column - column0] : T{0};
+        for (int r = 0; r < kShared; ++r) {
+          if (r < height) {
+            const auto pair = paired(column >= 0 ? tile[r][x0] : T{0}, next >= 0 ? tile[r][x1] : T{0});
+            *reinterpret_cast<std::remove_const_t<decltype(pair)>*>(to + r * set.stride) = pair;
+          }
+        }
+      } else {
+        for (int r = 0; r < height; ++r, to += set.stride) {
+          if (a) to[0] = column >= 0 ? tile[r][x0] : T{0};
+          if (b) to[1] = next >= 0 ? tile[r][x1] : T{0};
+        }
       }
     }
   }
