@@ -45,11 +45,9 @@ class Picked:
         return self.gather(x.contiguous())
 
     def rows(self, x: Tensor) -> Tensor:
-        picked = x.index_select(0, self.index)
-        if self.width == len(picked):
-            return picked
-        whole = x.new_zeros((self.width, x.shape[1]))
-        whole[: len(picked)] = picked
+        whole = x.new_empty((self.width, x.shape[1]))
+        torch.index_select(x, 0, self.index, out=whole[: len(self.index)])
+        whole[len(self.index) :] = 0
         return whole
 
 
