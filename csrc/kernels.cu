@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row0 = local / across * SSU_TILE_ROWS;
   const int64_t column0 = local % across * SSU_TILE_COLUMNS + threadIdx.x;
   const int64_t rows = min(int64_t{SSU_TILE_ROWS}, p.rows - row0);
-  int32_t offset[kPerThread];
+  int64_t offset[kPerThread];
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
     const int64_t j = column0 + k * kThreads;
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(const T* x, T* out, i
   const int64_t row0 = blockIdx.x / across * SSU_TILE_ROWS;
   const int64_t column0 = blockIdx.x % across * SSU_TILE_COLUMNS + threadIdx.x;
   const int64_t height = min(int64_t{SSU_TILE_ROWS}, rows - row0);
-  int32_t offset[kPerThread];
+  int64_t offset[kPerThread];
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
     const int64_t j = column0 + k * kThreads;
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(const T* x, T* out, i
 
 // Several sets of columns: kShared rows x SSU_TILE_COLUMNS columns of x are loaded once, for all sets.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     column_sets_kernel(const T* x, int64_t rows, int64_t width, int64_t across, ColumnSets sets) {
   __shared__ alignas(sizeof(uint4)) T tile[kShared][SSU_TILE_COLUMNS];
   const int64_t row0 = blockIdx.x / across * kShared;
