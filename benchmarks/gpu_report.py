@@ -66,6 +66,12 @@ def plan(output: Path, arch: str) -> list[Part]:
 
     fp8 = ("--fp8", "hybrid")
     tests = ["-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={output / 'tests.xml'}"]
+    tests += [
+        "-n",
+        str(min(10, os.cpu_count() or 1)),
+        "--dist",
+        "worksteal",
+    ]  # one by one they take a quarter of an hour
     build = [["setup.py", "-q", "build_ext", "--inplace", "--force"], ["-c", BUILT]]
     return [
         Part("build", build, 70, environment={"MEGATRON_SSU_BUILD": "1", "MEGATRON_SSU_CUDA_ARCHS": arch}),

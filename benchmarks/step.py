@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--fp8", choices=("hybrid", "e4m3"), help="Transformer Engine's FP8, on a GPU")
+    parser.add_argument("--fp8-recipe", choices=("delayed", "tensorwise", "blockwise"), default="delayed")
     kernels = parser.add_mutually_exclusive_group()
     kernels.add_argument(
         "--fused", action="store_true", default=True, help="megatron's fused kernels, on a GPU (default)"

@@ -7,6 +7,8 @@
 // them: 32 mask words, whose running counts come from a warp scan and from the block's entry in `counts`.
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "kernels.h"
 
 namespace {
@@ -16,6 +18,8 @@ constexpr int kPerThread = SSU_TILE_COLUMNS / kThreads;
 constexpr int64_t kTileElements = int64_t{SSU_TILE_ROWS} * SSU_TILE_COLUMNS;
 constexpr int64_t kBlock = 8192;
 constexpr int kWarps = kThreads / 32;
+constexpr int kRows = 4;   // rows, and
+constexpr int kAhead = 8;  // words that a thread reads before it writes the first: so many reads are under way at once
 static_assert(kBlock == int64_t{kWarps} * 1024, "a warp handles 32 words of 32 elements");
 constexpr int kShared = 8;  // rows that a thread block keeps in shared memory: 32 KiB of 4-byte elements
 constexpr int kSets = 4;    // sets of columns that one launch gathers
@@ -25,23 +29,68 @@ struct ColumnSets {
   int n;
 };
 
+// Two elements as one word.
+__device__ inline uint32_t paired(uint16_t first, uint16_t second) { return first | static_cast<uint32_t>(second) << 16; }
+__device__ inline uint2 paired(uint32_t first, uint32_t second) { return make_uint2(first, second); }
+
 struct Piece {
   int64_t dense, src, rows, out, bit, width, count, stride, col, cost, tile;
 };
 
 struct Gather {
   template <typename T>
-  __device__ static void move(const T* full, T* compact) {
-    *compact = *full;
+  __device__ static void expect(const T*) {}
+  template <typename T>
+  __device__ static const T* source(const T* full, const T*) {
+    return full;
+  }
+  template <typename T>
+  __device__ static T* target(T*, T* compact) {
+    return compact;
   }
 };
 
 struct Scatter {
+  // Bring a line of the shard into the L2 cache, of which some elements will be written: written without the others being
+  // there it would be read when it is evicted.
   template <typename T>
-  __device__ static void move(T* full, const T* compact) {
-    *full = *compact;
+  __device__ static void expect(const T* full) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(full));
+  }
+  template <typename T>
+  __device__ static const T* source(const T*, const T* compact) {
+    return compact;
+  }
+  template <typename T>
+  __device__ static T* target(T* full, T*) {
+    return full;
   }
 };
+
+// One thread block's copy of n words.
+template <typename W>
+__device__ void copy_words(const W* from, W* to, int64_t n) {
+  for (int64_t begin = threadIdx.x; begin < n; begin += kAhead * kThreads) {
+    W word[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (begin + i * kThreads < n) word[i] = from[begin + i * kThreads];
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (begin + i * kThreads < n) to[begin + i * kThreads] = word[i];
+    }
+  }
+}
+
+template <typename T>
+__device__ void copy_elements(const T* from, T* to, int64_t n) {
+  constexpr int64_t each = sizeof(uint4) / sizeof(T);
+  const bool aligned = (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) % sizeof(uint4) == 0;
+  const int64_t words = aligned ? n / each : 0;
+  copy_words(reinterpret_cast<const uint4*>(from), reinterpret_cast<uint4*>(to), words);
+  copy_words(from + words * each, to + words * each, n - words * each);
+}
 
 template <typename Op, typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -58,8 +107,9 @@ __global__ void __launch_bounds__(kThreads)
 
   if (p.dense) {
     const int64_t begin = local * kTileElements;
-    const int64_t end = min(begin + kTileElements, p.width);
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) Op::move(full + p.src + i, compact + p.out + i);
+    T* part = full + p.src + begin;
+    T* packed = compact + p.out + begin;
+    copy_elements<T>(Op::source(part, packed), Op::target(part, packed), min(kTileElements, p.width - begin));
     return;
   }
 
@@ -75,11 +125,32 @@ __global__ void __launch_bounds__(kThreads)
   }
   T* full_row = full + p.src + row0 * p.width;
   T* compact_row = compact + p.out + row0 * p.stride + column0;
-#pragma unroll 4
-  for (int64_t r = 0; r < rows; ++r, full_row += p.width, compact_row += p.stride) {
+  for (int64_t r = 0; r < rows; r += kRows, full_row += kRows * p.width, compact_row += kRows * p.stride) {
+    T value[kRows][kPerThread];
 #pragma unroll
-    for (int k = 0; k < kPerThread; ++k) {
-      if (offset[k] >= 0) Op::move(full_row + offset[k], compact_row + k * kThreads);
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int k = 0; k < kPerThread; ++k) {
+        if (r + i < rows && offset[k] >= 0) Op::expect(full_row + i * p.width + offset[k]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int k = 0; k < kPerThread; ++k) {
+        if (r + i < rows && offset[k] >= 0) {
+          value[i][k] = *Op::source(full_row + i * p.width + offset[k], compact_row + i * p.stride + k * kThreads);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int k = 0; k < kPerThread; ++k) {
+        if (r + i < rows && offset[k] >= 0) {
+          *Op::target(full_row + i * p.width + offset[k], compact_row + i * p.stride + k * kThreads) = value[i][k];
+        }
+      }
     }
   }
 }
@@ -103,13 +174,21 @@ __global__ void __launch_bounds__(kThreads)
   int64_t base = counts[blockIdx.x];
   for (int w = 0; w < warp; ++w) base += warp_total[w];
   const int exclusive = inclusive - __popc(word);
-#pragma unroll 8
-  for (int i = 0; i < 32; ++i) {
-    const uint32_t m = __shfl_sync(0xffffffffu, word, i);
-    const int before = __shfl_sync(0xffffffffu, exclusive, i);
-    if (m >> lane & 1u) {
-      const int rank = before + __popc(m & ((1u << lane) - 1u));
-      Op::move(full + begin + i * 32 + lane, compact + base + rank);
+  T* const part = full + begin + lane;
+  T* const packed = compact + base;
+  for (int i = 0; i < 32; i += kAhead) {
+    int rank[kAhead];  // among the warp's trainable elements; -1: frozen
+    T value[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const uint32_t m = __shfl_sync(0xffffffffu, word, i + j);
+      const int before = __shfl_sync(0xffffffffu, exclusive, i + j);
+      rank[j] = m >> lane & 1u ? before + __popc(m & ((1u << lane) - 1u)) : -1;
+      if (rank[j] >= 0) value[j] = *Op::source(part + (i + j) * 32, packed + rank[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      if (rank[j] >= 0) *Op::target(part + (i + j) * 32, packed + rank[j]) = value[j];
     }
   }
 }
@@ -128,41 +207,77 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(const T* x, T* out, i
   }
   const T* from = x + row0 * width;
   T* to = out + row0 * stride + column0;
-#pragma unroll 4
-  for (int64_t r = 0; r < height; ++r, from += width, to += stride) {
+  for (int64_t r = 0; r < height; r += kRows, from += kRows * width, to += kRows * stride) {
+    T value[kRows][kPerThread];
 #pragma unroll
-    for (int k = 0; k < kPerThread; ++k) {
-      if (column0 + k * kThreads < stride) to[k * kThreads] = offset[k] >= 0 ? from[offset[k]] : T{0};
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int k = 0; k < kPerThread; ++k) {
+        value[i][k] = r + i < height && offset[k] >= 0 ? from[i * width + offset[k]] : T{0};
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int k = 0; k < kPerThread; ++k) {
+        if (r + i < height && column0 + k * kThreads < stride) to[i * stride + k * kThreads] = value[i][k];
+      }
     }
   }
 }
 
 // Several sets of columns: kShared rows x SSU_TILE_COLUMNS columns of x are loaded once, for all sets.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     column_sets_kernel(const T* x, int64_t rows, int64_t width, int64_t across, ColumnSets sets) {
-  __shared__ T tile[kShared][SSU_TILE_COLUMNS];
+  __shared__ alignas(sizeof(uint4)) T tile[kShared][SSU_TILE_COLUMNS];
   const int64_t row0 = blockIdx.x / across * kShared;
   const int64_t segment = blockIdx.x % across, column0 = segment * SSU_TILE_COLUMNS;
   const int height = static_cast<int>(min(int64_t{kShared}, rows - row0));
   const int length = static_cast<int>(min(int64_t{SSU_TILE_COLUMNS}, width - column0));
   const T* from = x + row0 * width + column0;
-  for (int i = threadIdx.x; i < length; i += kThreads) {
+  constexpr int each = sizeof(uint4) / sizeof(T), vectors = SSU_TILE_COLUMNS / each;
+  if (width % each == 0 && reinterpret_cast<uintptr_t>(x) % sizeof(uint4) == 0) {
 #pragma unroll
-    for (int r = 0; r < kShared; ++r) {
-      if (r < height) tile[r][i] = from[r * width + i];
+    for (int k = 0; k < kShared * vectors / kThreads; ++k) {
+      const int v = threadIdx.x + k * kThreads, r = v / vectors, i = v % vectors * each;
+      if (r < height && i < length) {
+        *reinterpret_cast<uint4*>(&tile[r][i]) = *reinterpret_cast<const uint4*>(from + r * width + i);
+      }
+    }
+  } else {
+    for (int i = threadIdx.x; i < length; i += kThreads) {
+#pragma unroll
+      for (int r = 0; r < kShared; ++r) {
+        if (r < height) tile[r][i] = from[r * width + i];
+      }
     }
   }
   __syncthreads();
   for (int s = 0; s < sets.n; ++s) {
     const ssu_columns& set = sets.set[s];
-    const int last = set.starts[segment + 1];
-    for (int j = set.starts[segment] + threadIdx.x; j < last; j += kThreads) {
-      const int32_t column = set.columns[j];
-      T* to = static_cast<T*>(set.out) + row0 * set.stride + j;
+    const int first = set.starts[segment], last = set.starts[segment + 1];
+    T* const out = static_cast<T*>(set.out) + row0 * set.stride;
+    // Two elements per thread and store, where both are this segment's and every row begins at an even one.
+    const bool even = set.stride % 2 == 0 && reinterpret_cast<uintptr_t>(set.out) % (2 * sizeof(T)) == 0;
+    for (int j = (first & ~1) + 2 * static_cast<int>(threadIdx.x); j < last; j += 2 * kThreads) {
+      const bool a = j >= first, b = j + 1 < last;
+      const int32_t column = a ? set.columns[j] : -1, next = b ? set.columns[j + 1] : -1;
+      T* to = out + j;
+      const int64_t x0 = column - column0, x1 = next - column0;
+      if (a && b && even) {
 #pragma unroll
-      for (int r = 0; r < kShared; ++r) {
-        if (r < height) to[r * set.stride] = column >= 0 ? tile[r][column - column0] : T{0};
+        for (int r = 0; r < kShared; ++r) {
+          if (r < height) {
+            const auto pair = paired(column >= 0 ? tile[r][x0] : T{0}, next >= 0 ? tile[r][x1] : T{0});
+            *reinterpret_cast<std::remove_const_t<decltype(pair)>*>(to + r * set.stride) = pair;
+          }
+        }
+      } else {
+        for (int r = 0; r < height; ++r, to += set.stride) {
+          if (a) to[0] = column >= 0 ? tile[r][x0] : T{0};
+          if (b) to[1] = next >= 0 ? tile[r][x1] : T{0};
+        }
       }
     }
   }

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,7 +24,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from measure.variants import STOCK, batches, build, chosen, exchanged_bytes, make_model, model_state
-from megatron_ssu.compact.selection import Blocks, Picked
+from megatron_ssu.compact.selection import Blocks, Picked, Together
 from megatron_ssu.compact.shards import ShardMask
 from megatron_ssu.engine.device import device_name, has_cuda
 from megatron_ssu.engine.mesh import start_processes
@@ -35,6 +35,7 @@ from megatron_ssu.train.trainer import Trainer
 
 WARMUP = 2  # steps that are not counted
 PASSES = 2  # in turns: how often every variant is built
+MARKED = 3  # in turns: steps of their own that time the shield
 PHASES = {"forward": "forward-compute", "backward": "backward-compute", "grad sync": "all-grads-sync"}
 SIZES = ("state", "exchange", "peak")
 # What a shield moves in a step.
@@ -43,6 +44,7 @@ SHIELD: tuple[tuple[type, str], ...] = (
     (ShardMask, "scatter"),
     (Picked, "columns"),
     (Picked, "rows"),
+    (Together, "columns"),
 )
 SHIELD += ((Blocks, "columns"), (Blocks, "rows"))
 
@@ -62,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
             rows = table(options, *measure_in_turns(options, model, names))
         else:
             rows = table(options, *measure_side_by_side(options, model, names))
-    kind = options.dtype + (f" with FP8 {options.fp8}" if options.fp8 else "")
+    kind = options.dtype + (f" with FP8 {options.fp8}, {options.fp8_recipe} scaling" if options.fp8 else "")
     kernels = f", {'fused' if options.fused else 'unfused'} kernels" if has_cuda() else ""
     tokens = options.batch * options.length
     title = f"{kind}{kernels}, hidden {options.hidden}, {options.layers} layers, {tokens} tokens per step; "
@@ -123,11 +125,11 @@ def bookkeeping(timers: Timers) -> Iterator[None]:
         yield
 
 
-def timed_step(trainer: Trainer, data: Any) -> dict[str, float]:
-    """Seconds of one step by phase."""
+def timed_step(trainer: Trainer, data: Any, *, shield: bool = True) -> dict[str, float]:
+    """Seconds of one step by phase; with `shield` those of gathers and scatters too, for which the host marks every one."""
     timers = trainer.session.config.timers = Timers(StreamClock() if has_cuda() else HostClock())
     trainer.phases.take()
-    with bookkeeping(timers):
+    with bookkeeping(timers) if shield else nullcontext():
         finish()
         begin = time.perf_counter()
         trainer.step(data)
@@ -187,7 +189,11 @@ def alone(options: argparse.Namespace, model: Path, name: str) -> tuple[list[dic
     if has_cuda():
         torch.cuda.reset_peak_memory_stats()
     trainer, data = build(options, model, name), batches(options)
-    found = [timed_step(trainer, data) for _ in range(-(-options.rounds // PASSES) + WARMUP)][WARMUP:]
+    found = [timed_step(trainer, data, shield=False) for _ in range(-(-options.rounds // PASSES) + WARMUP)][WARMUP:]
+    marked = [timed_step(trainer, data) for _ in range(MARKED)]
+    share = float(np.median([step["shield"] / step["step"] for step in marked]))
+    for step in found:
+        step["shield"] = share * step["step"]
     size = sizes_of(options, trainer, torch.cuda.max_memory_allocated() if has_cuda() else 0)
     del trainer
     if engine.HAVE_TE:

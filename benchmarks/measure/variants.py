@@ -84,7 +84,7 @@ class StockTrainer(Trainer):
 def build(options: argparse.Namespace, model: Path, name: str) -> Trainer:
     """The trainer of a variant."""
     variant = Variant.named(name)
-    precision = {"fp8": options.fp8} if options.fp8 else {}
+    precision = {"fp8": options.fp8, "fp8_recipe": options.fp8_recipe} if options.fp8 else {}
     run = RunConfig(
         model=ModelSection(path=str(model)),
         checkpoint=CheckpointSection(directory="unused"),

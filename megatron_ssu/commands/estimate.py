@@ -38,7 +38,7 @@ def estimate(run: RunConfig, options: argparse.Namespace, console: Console) -> N
     hf = read_hf_config(run.model.path)
     path = shield_path(run)
     method = method_of(run)
-    shield = load_shield(path) if method.shields and path.exists() else None
+    shield = load_shield(path) if method.shields and not method.adapts and path.exists() else None
     found = count(run, hf, world, shield=shield, engine=not options.local_layers)
     render(found, gpu, console, options.efficiency)
     if target is not None:

@@ -13,6 +13,7 @@ from megatron_ssu.models.build import DTYPES, rope_frequencies, transformer_conf
 from megatron_ssu.models.families import read_family
 from megatron_ssu.models.hf_import import check_checkpoint
 from megatron_ssu.models.source import Source, open_source
+from megatron_ssu.train.regularizers import check_regularizers
 
 
 def check_run(run: RunConfig, method: Method, *, training: bool = True, writing: bool = True) -> Source:
@@ -33,6 +34,8 @@ def check_settings(
     """The run file against `world` ranks and the model's config.json `hf`; see `check_run`."""
     family, dims = read_family(hf, run.model.path)
     validate_run(run, world, hf, training=training, writing=writing, shields=method.shields)
+    if training:
+        check_regularizers(run.train.regularize, method)
     transformer_config(run, family, hf, dims)  # what is left, megatron-core itself refuses
     if writing:
         method.validate(run, list(family.matrices(dims)))

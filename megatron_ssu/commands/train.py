@@ -18,7 +18,7 @@ from rich.console import Console
 from megatron_ssu.commands.export import export_run
 from megatron_ssu.commands.start import start
 from megatron_ssu.config.load import save_run
-from megatron_ssu.config.schema import RunConfig, ScheduleSection
+from megatron_ssu.config.schema import RegularizeSection, RunConfig, ScheduleSection
 from megatron_ssu.config.units import parse_split
 from megatron_ssu.data.datasets import build_train_valid, build_valid
 from megatron_ssu.data.indexed import content_digest
@@ -101,12 +101,13 @@ def _train(run: RunConfig, method: Method, source: Source, console: Console) -> 
 def probe(datasets: Datasets, model: ParallelModel, iterations: int, optimizer: dict[str, Any]) -> Trainer:
     """A trainer that has trained all of the model's weights for some steps on the first training samples.
 
-    `optimizer` is in place of train.optimizer; the learning rate is constant, without a warm-up.
+    `optimizer` is in place of train.optimizer; the learning rate is constant, without a warm-up or regularizers.
     """
     train = replace(
         model.run.train,
         iterations=iterations,
         schedule=ScheduleSection(decay_style="constant", warmup_fraction=0.0),
+        regularize=RegularizeSection(),
         optimizer=optimizer,
     )
     trainer = Trainer(replace(model, run=replace(model.run, train=train)))

@@ -12,7 +12,7 @@ name; the compact parameters are in no state dict. They are written into W whene
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,9 +37,12 @@ class CompactParameters:
     def __init__(self, chunks: Sequence[torch.nn.Module], layout: Layout, shield: Shield, *, gemm: Gemm | None) -> None:
         """`gemm` multiplies for Transformer Engine's layers; None: they compute whole gradients, which are picked from."""
         self.compact: dict[torch.nn.Module, CompactWeight] = {}
-        self.pinned: dict[torch.nn.Module, PinnedWeight] = {}
+        self.pinned: dict[torch.nn.Parameter, PinnedWeight] = {}
+        # What is written before a module runs; layers that a norm is fused into have weights of both kinds.
+        self._writers: dict[torch.nn.Module, list[CompactWeight | PinnedWeight]] = {}
         self._matrices: dict[torch.nn.Parameter, tuple[CompactMatrix, LocalParam]] = {}
         self._stale: set[torch.nn.Module] = set()
+        self._listeners: list[Callable[[], None]] = []
         self._hooks: list[Any] = []
         self._stores: list[Any] = []
         self._workspace = Workspace()
@@ -61,9 +64,11 @@ class CompactParameters:
         if frozen == elements:
             local.param.requires_grad_(False)
         elif is_pinned(local.param.dim(), frozen / elements):
-            self.pinned[module] = PinnedWeight(local, masks)
+            self.pinned[local.param] = PinnedWeight(local, masks)
+            self._writers.setdefault(module, []).append(self.pinned[local.param])
         else:
             self.compact[module] = self._compact(module, local, masks)
+            self._writers.setdefault(module, []).append(self.compact[module])
             store = connect(module, self.compact[module], gemm)
             self._stores += [store] if store is not None else []
 
@@ -80,6 +85,7 @@ class CompactParameters:
             self._matrices[found.param] = found, local
             matrices.append(found)
         module.register_state_dict_post_hook(_leave_out)
+        module.register_load_state_dict_post_hook(_not_missing)
         return CompactWeight(local.param, tuple(matrices), self._workspace)
 
     def _share_embedding(self, chunk: Any) -> None:
@@ -110,7 +116,7 @@ class CompactParameters:
         """Write a module's parameters before it runs; to be called again when DDP has renewed its hooks, which come first."""
         for handle in self._hooks:
             handle.remove()
-        self._hooks = [m.register_forward_pre_hook(self._before) for m in (*self.compact, *self.pinned)]
+        self._hooks = [m.register_forward_pre_hook(self._before) for m in self._writers]
 
     def _before(self, module: torch.nn.Module, args: Any) -> None:
         if module in self._stale:
@@ -118,13 +124,13 @@ class CompactParameters:
             self._write(module)
 
     def _write(self, module: torch.nn.Module) -> None:
-        for found in (self.compact.get(module), self.pinned.get(module)):
-            if found is not None:
-                found.write()
+        for weight in self._writers[module]:
+            weight.write()
 
     def updated(self, *, gathered: bool) -> None:
         """The optimizer has taken a step; `gathered`: and every rank has all of the new parameters."""
-        self._stale.update(self.compact, self.pinned)
+        self._stale.update(self._writers)
+        self._tell()
         if gathered:
             self.write()
 
@@ -141,6 +147,15 @@ class CompactParameters:
         for pinned in self.pinned.values():
             pinned.read()
         self._stale.clear()
+        self._tell()
+
+    def when_changed(self, listener: Callable[[], None]) -> None:
+        """Call `listener` whenever parameters have been updated or loaded, on all ranks alike."""
+        self._listeners.append(listener)
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener()
 
     def drop_gradients(self) -> None:
         """Zero the reduced gradients of pinned elements, before their norm is taken."""
@@ -159,6 +174,10 @@ def _leave_out(module: torch.nn.Module, state: dict[str, Any], prefix: str, meta
     for name, _ in module.named_parameters(recurse=False):
         if name.startswith(_PREFIX):
             state.pop(prefix + name, None)
+
+
+def _not_missing(module: torch.nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.rpartition(".")[2].startswith(_PREFIX)]
 
 
 def _keep_graph(chunk: Any) -> None:

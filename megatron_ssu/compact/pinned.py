@@ -35,6 +35,11 @@ class PinnedWeight:
         """Put the pinned elements back."""
         self.pinned.scatter(self.kept, self._flat())
 
+    def places(self, start: int, stop: int) -> Tensor:
+        """int64, ascending: where in the range [start, stop) of the flat weight pinned elements are, from `start` on."""
+        marks = self.pinned.expand(self.kept.new_ones(self.pinned.size))
+        return marks[start:stop].nonzero().view(-1)
+
     def drop_gradient(self) -> None:
         """Zero the pinned elements' gradient in DDP's buffer."""
         gradient: Tensor = self.weight.main_grad  # type: ignore[attr-defined]

@@ -12,6 +12,8 @@ from torch import Tensor
 from megatron_ssu.models.layout import Piece
 from megatron_ssu.ops.kernels import ColumnGather, gather_columns
 
+_WORD = 8  # bytes of an int64
+
 
 class Selection(Protocol):
     """Picks from a tensor that has all N outputs (or inputs) of a layer in one dimension."""
@@ -45,11 +47,9 @@ class Picked:
         return self.gather(x.contiguous())
 
     def rows(self, x: Tensor) -> Tensor:
-        picked = x.index_select(0, self.index)
-        if self.width == len(picked):
-            return picked
-        whole = x.new_zeros((self.width, x.shape[1]))
-        whole[: len(picked)] = picked
+        whole = x.new_empty((self.width, x.shape[1]))
+        torch.index_select(x, 0, self.index, out=whole[: len(self.index)])
+        whole[len(self.index) :] = 0
         return whole
 
 
@@ -81,8 +81,21 @@ class Blocks:
     def _of(self, x: Tensor, dim: int) -> Tensor:
         if self.groups == 1:
             return x.narrow(dim, self.first, self.count)
-        blocks: Tensor = x.unflatten(dim, (self.groups, self.block))
-        return blocks.narrow(dim + 1, self.first, self.count).flatten(dim, dim + 1)
+        parts, each = (self.block, self.first, self.count), _WORD // x.element_size()
+        scale = each if dim == 1 else 1
+        if _is_words(x, each) and not any(size % scale for size in parts):
+            return _blocks(x.view(torch.int64), dim, self.groups, *(size // scale for size in parts)).view(x.dtype)
+        return _blocks(x, dim, self.groups, *parts)
+
+
+def _blocks(x: Tensor, dim: int, groups: int, block: int, first: int, count: int) -> Tensor:
+    blocks: Tensor = x.unflatten(dim, (groups, block))
+    return blocks.narrow(dim + 1, first, count).flatten(dim, dim + 1)
+
+
+def _is_words(x: Tensor, each: int) -> bool:
+    """Whether x [R, C] can be looked at as int64 [R, C / each], of which a GPU copies more at a time."""
+    return x.is_contiguous() and x.shape[1] % each == 0 and x.storage_offset() % each == 0
 
 
 class Workspace:

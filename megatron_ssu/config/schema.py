@@ -231,6 +231,15 @@ class PhaseSection:
 
 
 @dataclass
+class RegularizeSection:
+    """Pulls towards the source model, whatever the method; 0: none. See docs/regularize.md."""
+
+    l2: float = 0.0  # loss + l2 / 2 ||W - W_source||^2 over what trains
+    kl: float = 0.0  # loss + kl * KL(p_source || p_model), mean over tokens; takes a second copy of the model
+    kl_temperature: float = 1.0  # both distributions are softened by it; the gradient keeps its scale
+
+
+@dataclass
 class TrainSection:
     """The loop."""
 
@@ -248,6 +257,7 @@ class TrainSection:
     spike_sigma: float = 6.0  # warn when the loss is this many std above the mean of the last 128; 0: never
     phase: PhaseSection = field(default_factory=PhaseSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    regularize: RegularizeSection = field(default_factory=RegularizeSection)
     optimizer: dict = _megatron(
         OPTIMIZER,
         set(OPTIMIZER.names),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,21 +15,56 @@ from megatron_ssu.engine.device import has_cuda
 from megatron_ssu.engine.private_names import owner_of
 
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn")
-_stock: dict[str, Any] = {}  # dotted path -> what was there before
+_INHERITED = object()  # stands for a name that its owner had from a base class
+_stock: dict[str, Any] = {}  # dotted path -> what its owner held before, or _INHERITED
 
 
-def install_cpu_backend() -> None:
-    """Let unmodified megatron-core run on CPU and gloo. Does nothing where CUDA is, or when called again."""
+def install_cpu_backend() -> bool:
+    """Let unmodified megatron-core run on CPU and gloo. Does nothing where CUDA is, or when called again.
+
+    Returns whether anything was replaced. `uninstall_cpu_backend` undoes it.
+    """
     if has_cuda() or _stock:
-        return
+        return False
     if sys.modules.get("transformer_engine") is not None:
         raise RuntimeError("without CUDA megatron_ssu must be imported before Transformer Engine and megatron-core")
     with torch.device("cpu"):  # torch lists the factories that device contexts change at the first use: the stock ones
         torch.empty(0)
     for path, replacement in _replacements().items():
         owner, name = owner_of(path)
-        _stock[path] = getattr(owner, name)
+        _stock[path] = vars(owner).get(name, _INHERITED)
         setattr(owner, name, replacement)
+    return True
+
+
+def uninstall_cpu_backend() -> None:
+    """Put back everything that `install_cpu_backend` replaced; does nothing where nothing is replaced.
+
+    What other modules copied by name while it was installed (`from torch.cuda import Stream`) stays as they copied it.
+    """
+    while _stock:
+        path, before = _stock.popitem()
+        owner, name = owner_of(path)
+        if before is _INHERITED:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+@contextmanager
+def cpu_backend() -> Iterator[None]:
+    """`install_cpu_backend` while it lasts. One that was installed before stays installed afterwards."""
+    installed = install_cpu_backend()
+    try:
+        yield
+    finally:
+        if installed:
+            uninstall_cpu_backend()
+
+
+def is_installed() -> bool:
+    """Whether megatron-core's and torch's names are replaced at the moment."""
+    return bool(_stock)
 
 
 def replaced_names() -> tuple[str, ...]:
@@ -40,7 +75,10 @@ def replaced_names() -> tuple[str, ...]:
 def stock(path: str) -> Any:
     """What megatron-core or torch has at a dotted path, replaced here or not. Raises ImportError or AttributeError."""
     owner, name = owner_of(path)
-    return _stock[path] if path in _stock else getattr(owner, name)
+    before = _stock.get(path, _INHERITED)
+    if before is not _INHERITED:
+        return before
+    return getattr(super(owner, owner), name) if path in _stock else getattr(owner, name)
 
 
 def _replacements() -> dict[str, Any]:

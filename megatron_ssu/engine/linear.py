@@ -21,8 +21,8 @@ def is_local_linear(module: torch.nn.Module) -> bool:
 
 
 def is_engine_linear(module: torch.nn.Module) -> bool:
-    """Whether it is a linear layer of Transformer Engine."""
-    return extension.HAVE_TE and isinstance(module, extension.TELinear)
+    """Whether it is a linear layer of Transformer Engine, with a norm fused into it or without?"""
+    return extension.HAVE_TE and isinstance(module, extension.TELinear | extension.TELayerNormColumnParallelLinear)
 
 
 def compute_with(module: Any, forward: Callable[..., Tensor]) -> None:

@@ -95,15 +95,20 @@ def start_mesh(
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return current_mesh()
+
+
+def current_mesh() -> Mesh:
+    """The mesh of megatron's parallel groups as they are now, whoever made them."""
     return Mesh(
         world=dist.get_world_size(),
         rank=dist.get_rank(),
-        tensor=tensor,
+        tensor=parallel_state.get_tensor_model_parallel_world_size(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pipeline=pipeline,
+        pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        virtual=virtual,
-        context=context,
+        virtual=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        context=parallel_state.get_context_parallel_world_size(),
         context_rank=parallel_state.get_context_parallel_rank(),
         data=parallel_state.get_data_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),

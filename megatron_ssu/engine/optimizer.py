@@ -13,6 +13,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 MAIN = "param"  # the name of the main weight beside the moments' names
+COPY = "master_param"  # that of an fp32 main weight's copy on the CPU, where the optimizer updates it there
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,18 @@ class Owned:
         return self.member.optimizer.param_groups[self.member.model_param_group_index_map[self.param][0]]
 
     @property
+    def main(self) -> Tensor:
+        """[stop - start]: the main weight, fp32; a copy where the optimizer keeps it in another dtype."""
+        group, place = self.member.model_param_group_index_map[self.param]
+        inner = self.member.optimizer
+        held = inner.param_groups[group]["params"][place]
+        if not self.member.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
+            return held
+        if isinstance(inner, HybridDeviceOptimizer):
+            return inner.state[held]["master_param"]
+        return inner.get_unscaled_state(held, "master_param")
+
+    @property
     def gradient(self) -> Tensor | None:
         """fp32 [stop - start]: the reduced gradient that the optimizer will read; None before it is there."""
         group, place = self.member.model_param_group_index_map[self.param]
@@ -42,12 +55,18 @@ class Owned:
 
         The tensors themselves, or fp32 copies where the optimizer keeps other dtypes.
         """
-        return {k: v for k, v in self._all().items() if isinstance(v, Tensor) and v.shape == (self.stop - self.start,)}
+        return {
+            name: state
+            for name, state in self._all().items()
+            if isinstance(state, Tensor) and state.shape == (self.stop - self.start,) and name != COPY
+        }
 
     @torch.no_grad()
     def put(self, states: dict[str, Tensor]) -> None:
         """Replace what `states` returned."""
         own = self._all()
+        if COPY in own and MAIN in states:
+            states = {**states, COPY: states[MAIN]}
         self.member._set_main_param_and_optimizer_states(
             self.param, {**own, **{k: v.to(own[k].device) for k, v in states.items()}}
         )
@@ -142,8 +161,14 @@ def reset_moments(optimizer: MegatronOptimizer) -> None:
 def loaded(optimizer: MegatronOptimizer) -> None:
     """Main weights and moments have been replaced."""
     for member in members(optimizer):
-        if isinstance(member.optimizer, HybridDeviceOptimizer):
-            member.optimizer._sync_hdo_state_to_sub_optimizers()
+        hybrid = member.optimizer
+        if isinstance(hybrid, HybridDeviceOptimizer):
+            # It looks every weight up among those that have an fp32 copy, where main weights in fp32 have none.
+            kept, hybrid.param_to_fp32_param = hybrid.param_to_fp32_param, hybrid.param_to_inner_param
+            try:
+                hybrid._sync_hdo_state_to_sub_optimizers()
+            finally:
+                hybrid.param_to_fp32_param = kept
 
 
 def steps(optimizer: MegatronOptimizer) -> int:

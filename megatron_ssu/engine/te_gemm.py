@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ssu.engine.linear import accumulating_gemm
+
 
 def multiply(gradients: Sequence[Tensor], x: Any, grad_output: Any, inputs: Any, outputs: Sequence[Any]) -> None:
     """Each gradient += dY[:, output]^T X[:, input]; fp32, contiguous; x [..., I], grad_output [..., O], bf16 or FP8.
@@ -22,6 +24,9 @@ def multiply(gradients: Sequence[Tensor], x: Any, grad_output: Any, inputs: Any,
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
     for gradient, operand, output in zip(gradients, select_all(x, inputs), outputs, strict=True):
+        # Unlike Transformer Engine's, torch's GEMM reads some columns of dY where they are.
+        if _is_plain(grad_output) and accumulating_gemm(gradient, output.columns(_flat(grad_output)), operand):
+            continue
         general_gemm(
             operand,
             select(grad_output, output),
@@ -72,7 +77,7 @@ def _per_tensor(tensor: Any, selection: Any) -> Any:
         fp8_scale_inv=tensor._scale_inv,
         fp8_dtype=tensor._fp8_dtype,
         fake_dtype=tensor._dtype,
-        quantizer=tensor._quantizer,
+        quantizer=None,  # a copy of it would be made, which the GEMM does not read
     )
 
 
@@ -90,7 +95,7 @@ def _per_block(tensor: Any, selection: Any) -> Any:
         columnwise_data=picked,
         columnwise_scale_inv=padded,
         fp8_dtype=tensor._fp8_dtype,
-        quantizer=tensor._quantizer,
+        quantizer=None,  # a copy of it would be made, which the GEMM does not read
         is_2D_scaled=False,
         fake_dtype=tensor._dtype,
     )

@@ -108,6 +108,12 @@ def head_kept(dims: Dims, batch: MicroBatch, divisible_by: int, *, engine: bool)
     return (norm + batch.itemsize * dims.hidden / batch.split + 4 * vocabulary) * batch.tokens
 
 
+def source_kept(dims: Dims, batch: MicroBatch, divisible_by: int, *, held: int) -> float:
+    """Of train.regularize.kl, on the last stage: source logits of `held` micro-batches, and one gradient of logits."""
+    vocabulary = padded_vocab(dims.vocab, divisible_by) / batch.tensor
+    return batch.itemsize * vocabulary * batch.tokens * (held + 1)
+
+
 def in_flight(stage: int, stages: int, virtual: int, micro_batches: int) -> int:
     """Micro-batches of a chunk that a stage holds at most between forward and backward: 1F1B, interleaved with `virtual`."""
     warm_up = stages - stage - 1

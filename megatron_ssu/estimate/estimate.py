@@ -21,7 +21,7 @@ from megatron_ssu.config.checks.values import at_least
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.errors import UserError
 from megatron_ssu.estimate import step_time as steps
-from megatron_ssu.estimate.activations import Kept, MicroBatch, Recompute, head_kept, in_flight, layer_kept
+from megatron_ssu.estimate.activations import Kept, MicroBatch, Recompute, head_kept, in_flight, layer_kept, source_kept
 from megatron_ssu.estimate.compact import MatrixShield, matrix_shields
 from megatron_ssu.estimate.hardware import Gpu
 from megatron_ssu.estimate.host import HostBytes, host_bytes
@@ -157,7 +157,7 @@ class _Counter:
             train.global_batch_size // (train.micro_batch_size * data),
             bool(parallel.ddp.get("overlap_grad_reduce")),
         )
-        self.shields = shields
+        self.shields, self.regularize = shields, run.train.regularize
         weight = 2 if run.precision.dtype == "bf16" else 4
         self.formats = Formats(weight, 4 if parallel.ddp.get("grad_reduce_in_fp32", True) else weight)
         self.batch = MicroBatch(
@@ -191,7 +191,7 @@ class _Counter:
             tokens,
             busiest,
             self.traffic(fullest),
-            optimizer_bytes(self.parameters(fullest), self.formats, mesh.data),
+            optimizer_bytes(self.parameters(fullest), self.formats, mesh.data, l2=self.regularize.l2 > 0),
             self.fp8,
             host_bytes(
                 mesh,
@@ -244,7 +244,7 @@ class _Counter:
             sum(p.elements for p in parameters),
             round(sum(p.trainable for p in parameters)),
             round(sum(p.compact for p in parameters)),
-            state_bytes(parameters, self.formats, self.mesh.data),
+            state_bytes(parameters, self.formats, self.mesh.data, l2=self.regularize.l2 > 0, kl=self.regularize.kl > 0),
             stored,
             recomputed,
         )
@@ -267,7 +267,11 @@ class _Counter:
                 stored, together = kept.stored * ceil(layers / count), count
         stored *= in_flight(rank, mesh.pipeline, mesh.virtual, mesh.micro_batches) / mesh.virtual
         if rank == mesh.pipeline - 1:
-            stored += head_kept(self.dims, self.batch, self.run.model.make_vocab_size_divisible_by, engine=self.engine)
+            padding = self.run.model.make_vocab_size_divisible_by
+            stored += head_kept(self.dims, self.batch, padding, engine=self.engine)
+            if self.regularize.kl:
+                held = mesh.micro_batches if mesh.pipeline > 1 else 1
+                stored += source_kept(self.dims, self.batch, padding, held=held)
         return round(stored), round(kept.recomputed * together)
 
     def kept(self, recompute: Recompute) -> Kept:
@@ -301,7 +305,8 @@ class _Counter:
         attention = 4 * tokens * dims.heads * dims.head / mesh.tensor * self.batch.length * len(self.layers(rank))
         attention *= 0.5 if self.engine else 1.0
         again = forward + attention if self.recompute() == "full" else 0.0
-        return steps.Work(full - saved, attention * 3.5, again, full, gather)
+        source = forward + attention + 2 * tokens * head if self.regularize.kl else 0.0
+        return steps.Work(full - saved, attention * 3.5, again, full, gather, source)
 
     def gemm(self, parameter: Parameter) -> float:
         """Elements of a linear weight's gradient that GEMMs compute."""
@@ -336,10 +341,12 @@ class _Counter:
             # Two blocks per layer, each with an all-reduce forward and one backward; sequence parallelism gathers its
             # inputs once more for the weight gradients.
             times = 4 * 2 + (2 if batch.sequence_parallel else 0)
+            times += 4 if self.regularize.kl else 0  # the source's forward pass
             tensor = once * times * len(self.layers(rank)) * mesh.micro_batches
         pipeline = 0.0
         if mesh.pipeline > 1:
-            pipeline = 2 * hidden / batch.split * mesh.virtual * mesh.micro_batches
+            passes = 3 if self.regularize.kl else 2
+            pipeline = passes * hidden / batch.split * mesh.virtual * mesh.micro_batches
         trained = sum(p.trained for p in self.parameters(rank))
         data = (mesh.data - 1) / mesh.data * trained * (self.formats.gradient + self.formats.weight)
         return steps.Traffic(tensor, pipeline, data)

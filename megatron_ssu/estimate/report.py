@@ -49,6 +49,7 @@ def render(found: Estimate, gpu: Gpu | None, console: Console, math: float = ste
         "gradients",
         "optimizer",
         "copies",
+        "source",
         "activations",
         "recomputed",
         "peak",
@@ -56,8 +57,8 @@ def render(found: Estimate, gpu: Gpu | None, console: Console, math: float = ste
         table.add_column(column, justify="right", no_wrap=True)
     for number, stage in enumerate(found.stages):
         state = stage.state
-        sizes = (state.weights, state.gradients, state.optimizer, state.gradient_copies, stage.activations)
-        cells = [f"{size / GIB:.2f}" for size in (*sizes, stage.recomputed, stage.peak)]
+        sizes = (state.weights, state.gradients, state.optimizer, state.gradient_copies, state.source)
+        cells = [f"{size / GIB:.2f}" for size in (*sizes, stage.activations, stage.recomputed, stage.peak)]
         table.add_row(str(number), str(stage.layers), *cells, style="bold" if number == found.fullest else "")
     console.print(table)
     kinds = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in found.recompute.items())
@@ -65,8 +66,9 @@ def render(found: Estimate, gpu: Gpu | None, console: Console, math: float = ste
     work, traffic = found.work, found.traffic
     say(
         f"a step of {found.tokens:,} tokens, on a rank of the busiest stage: {work.total / 1e12:.1f} TFLOP "
-        f"({(work.full - work.gemms) / 1e12:.1f} saved by frozen columns and rows, {work.recomputed / 1e12:.1f} recomputed; "
-        f"{work.gather / 1e9:.1f} GB read and written to gather the others)"
+        f"({(work.full - work.gemms) / 1e12:.1f} saved by frozen columns and rows, {work.recomputed / 1e12:.1f} recomputed"
+        + (f", {work.source / 1e12:.1f} of the source's forward pass" if work.source else "")
+        + f"; {work.gather / 1e9:.1f} GB read and written to gather the others)"
     )
     say(
         f"sent by a rank in a step, GB: tensor {traffic.tensor / 1e9:.2f}, pipeline {traffic.pipeline / 1e9:.2f}, "

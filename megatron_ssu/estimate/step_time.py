@@ -25,10 +25,11 @@ class Work:
     recomputed: float
     full: float  # `gemms` if all weights were trained
     gather: float  # bytes read and written to gather trainable columns and rows for weight gradients
+    source: float  # the source model's forward pass, for train.regularize.kl; never in FP8
 
     @property
     def total(self) -> float:
-        return self.gemms + self.attention + self.recomputed
+        return self.gemms + self.attention + self.recomputed + self.source
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def step_time(
     """`optimizer_bytes`: read and written by a rank; `math`: fraction of the peak that GEMMs reach."""
     peak = (gpu.fp8 if fp8 and gpu.fp8 else gpu.bf16) * 1e12
     memory = MEMORY * gpu.memory_bandwidth * 1e9
-    # Attention stays in bf16.
-    gemms = (work.gemms + work.recomputed) / (math * peak) + work.attention / (math * gpu.bf16 * 1e12)
+    # Attention stays in bf16, and so does the source model.
+    gemms = (work.gemms + work.recomputed) / (math * peak) + (work.attention + work.source) / (math * gpu.bf16 * 1e12)
     gather = work.gather / memory
     link, network = LINKS * gpu.link * 1e9, LINKS * gpu.network * 1e9
     tensor = traffic.tensor / (link if mesh.tensor <= GPUS_PER_NODE else network)

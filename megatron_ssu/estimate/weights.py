@@ -61,10 +61,11 @@ class StateBytes:
     gradients: int
     optimizer: int  # main weights and moments that are memory of their own
     gradient_copies: int  # in fp32, while the optimizer works
+    source: int  # of the source model, for train.regularize
 
     @property
     def lasting(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.source
 
 
 def layer_parameters(
@@ -150,11 +151,14 @@ def _training(dimensions: int, frozen: float) -> Training:
     return "pinned" if is_pinned(dimensions, frozen) else "compact"
 
 
-def state_bytes(parameters: Sequence[Parameter], formats: Formats, shards: int) -> StateBytes:
+def state_bytes(
+    parameters: Sequence[Parameter], formats: Formats, shards: int, *, l2: bool = False, kl: bool = False
+) -> StateBytes:
     """Bytes on a rank that holds `parameters` and one of `shards` parts of their optimizer state.
 
     fp32 main weight and two moments, 4 bytes each, for every element that is trained; in fp32 a parameter is its own main
     weight. Gradients that are not fp32 are copied in fp32 for the optimizer.
+    `l2` copies the main weights, `kl` the model's weights.
     """
     trained = sum(p.trained for p in parameters)
     weights = sum(p.elements + p.compact for p in parameters)
@@ -163,20 +167,26 @@ def state_bytes(parameters: Sequence[Parameter], formats: Formats, shards: int) 
         round(trained * formats.gradient),
         round((12 if formats.weight != 4 else 8) * trained / shards),
         round(4 * trained / shards) if formats.gradient != 4 else 0,
+        round(
+            (4 * trained / shards if l2 else 0) + (formats.weight * sum(p.elements for p in parameters) if kl else 0)
+        ),
     )
 
 
-def optimizer_bytes(parameters: Sequence[Parameter], formats: Formats, shards: int) -> int:
+def optimizer_bytes(parameters: Sequence[Parameter], formats: Formats, shards: int, *, l2: bool = False) -> int:
     """Bytes that a rank reads and writes in one optimizer step.
 
     Per trained element: the fp32 gradient is read for the norm, read and written by clipping, and read by Adam, which reads
     and writes main weight and moments; a main weight beside the weight is copied into it, and a gradient that is not fp32
-    is copied before. Then compact parameters are written into their weights, whose cache lines are all read and written.
+    is copied before; `l2` reads main weight and source, and reads and writes the gradient. Then compact parameters are
+    written into their weights, whose cache lines are all read and written.
     """
     per_element = 4 * 4 + 2 * 12
     if formats.weight != 4:
         per_element += formats.weight
     if formats.gradient != 4:
         per_element += formats.gradient + 4
+    if l2:
+        per_element += 4 * 4
     scattered = sum(p.compact + 2 * p.elements for p in parameters if p.training == "compact")
     return round(per_element * sum(p.trained for p in parameters) / shards + formats.weight * scattered)

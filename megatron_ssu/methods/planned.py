@@ -41,11 +41,11 @@ def plan(run: RunConfig, source: Source, scores: Scores) -> Shield:
         method=run.method.name,
         frozen_rows=special_token_rows(run, source),
         weights=source.checkpoint.get,
-        before=_before(run, source, scores),
+        before=weights_before(run, source, scores),
     )
 
 
-def _before(run: RunConfig, source: Source, scores: Scores) -> Weights | None:
+def weights_before(run: RunConfig, source: Source, scores: Scores) -> Weights | None:
     """Weights of the checkpoint that single elements are compared with; None where that is not asked for."""
     if score_named(run.shield.score).needs != "change":
         return None

@@ -14,6 +14,8 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.methods.base import Method
 from megatron_ssu.methods.gmt import GradientMaskTuning
 from megatron_ssu.methods.hft import HalfFineTuning
+from megatron_ssu.methods.layers import LayerFreezing
+from megatron_ssu.methods.lora import LowRankAdaptation
 from megatron_ssu.methods.lota import LotteryTicketAdaptation
 from megatron_ssu.methods.s2ft import SparseFineTuning
 from megatron_ssu.methods.ssu import SourceShieldedUpdates
@@ -23,8 +25,10 @@ METHODS: tuple[type[Method], ...] = (
     SourceShieldedUpdates,
     HalfFineTuning,
     SparseFineTuning,
+    LayerFreezing,
     GradientMaskTuning,
     LotteryTicketAdaptation,
+    LowRankAdaptation,
 )
 
 

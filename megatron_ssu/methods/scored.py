@@ -48,11 +48,14 @@ class Samples:
         return [c.note for c in (self.source, self.target) if c is not None and c.note]
 
 
-def load_samples(run: RunConfig, source: Source) -> Samples:
-    """What the scores of a run file read. Raises UserError where the run file does not name it, or it is bad."""
+def load_samples(run: RunConfig, source: Source, packed: Calibration | None = None) -> Samples:
+    """What the scores of a run file read; `packed` source samples in place of those of shield.calibration.
+
+    Raises UserError where the run file does not name what is needed, or it is bad.
+    """
     why = reads_calibration(run), reads_target(run), reads_change(run)
     return Samples(
-        source=load_source_samples(run, source.dims) if why[0] else None,
+        source=packed or (load_source_samples(run, source.dims) if why[0] else None),
         target=_load_target(run, source.dims, why[1]) if why[1] else None,
         before=_load_before(run, source, why[2]) if why[2] else None,
     )

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from megatron_ssu.models.source import Source
 
 
-def own_shield_path(run: RunConfig) -> Path:
-    return Path(run.checkpoint.directory) / "shield.safetensors"
+NAME = "shield.safetensors"
+
+
+def own_shield_path(run: RunConfig, name: str = NAME) -> Path:
+    return Path(run.checkpoint.directory) / name
 
 
 def refuse_given_files(run: RunConfig) -> None:
@@ -27,19 +30,19 @@ def refuse_given_files(run: RunConfig) -> None:
             )
 
 
-def kept_shield(run: RunConfig, shield: Shield) -> None:
+def kept_shield(run: RunConfig, shield: Shield, name: str = NAME) -> None:
     """Write the shield file; one that says the same is left as it is. Raises UserError where it says otherwise."""
-    path = own_shield_path(run)
+    path = own_shield_path(run, name)
     if path.exists():
-        check_same(run, shield)
+        check_same(run, shield, name)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     shield.save(path)
 
 
-def check_same(run: RunConfig, shield: Shield) -> None:
+def check_same(run: RunConfig, shield: Shield, name: str = NAME) -> None:
     """Raises UserError where the run directory has a shield file with another shield."""
-    path = own_shield_path(run)
+    path = own_shield_path(run, name)
     if path.exists() and load_shield(path).digest() != shield.digest():
         raise UserError(
             f"{path}: is another shield than method {run.method.name} with these options makes for this model; change the "
@@ -47,8 +50,8 @@ def check_same(run: RunConfig, shield: Shield) -> None:
         )
 
 
-def own_shield(run: RunConfig, source: Source) -> Shield:
+def own_shield(run: RunConfig, source: Source, name: str = NAME) -> Shield:
     """The run's shield out of its file, all masks checked. Raises UserError where it is damaged or another model's."""
-    shield = load_shield(own_shield_path(run), check=True)
+    shield = load_shield(own_shield_path(run, name), check=True)
     check_model(shield, model_fingerprint(source.path), source.name)
     return shield

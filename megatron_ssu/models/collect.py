@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,16 +15,18 @@ from megatron_ssu.models.layout import Layout, LocalParam, Piece, take
 from megatron_ssu.models.matrix import Matrix
 
 
-class Collector:
+class PieceCollector:
     """Brings matrices to rank 0, one at a time: from the first data- and context-parallel rank that holds each piece."""
 
-    def __init__(self, layout: Layout, mesh: Mesh, values: Callable[[LocalParam], torch.Tensor] | None = None) -> None:
-        """`values` gives the shard [R, C] or [n] of a parameter; its weight when left out. Collective."""
-        self.mesh = mesh
-        shard_of = values or (lambda local: local.param.data)
-        self._own = {piece.matrix.name: (local, piece) for local, piece in _own_pieces(layout, mesh)}
-        self._shard_of = shard_of
-        self._holders = _holders(self._own, mesh)
+    def __init__(self, own: Mapping[str, tuple[Callable[[], torch.Tensor], Piece]], mesh: Mesh) -> None:
+        """`own`: by the matrix's name the piece that this rank answers for, and its shard [R, C] or [n]. Collective."""
+        self.mesh, self._own = mesh, own
+        self._holders = _holders({name: piece for name, (_, piece) in own.items()}, mesh)
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """All that some rank holds, by name."""
+        return [self._holders[name][0][1].matrix for name in sorted(self._holders)]
 
     def __call__(self, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
         """The matrix on rank 0's CPU in `dtype`; an empty tensor on the other ranks. Collective."""
@@ -32,8 +35,8 @@ class Collector:
         for rank, piece in self._holders[matrix.name]:
             part: Any = None
             if rank == mesh.rank:
-                local, mine = self._own[matrix.name]
-                part = take(self._shard_of(local), mine).to(dtype).contiguous()
+                shard, mine = self._own[matrix.name]
+                part = take(shard(), mine).to(dtype).contiguous()
             if rank != 0 and mesh.rank == rank:
                 dist.send(part, 0)
             if mesh.rank == 0:
@@ -51,6 +54,15 @@ class Collector:
                 yield matrix, self(matrix, dtype)
 
 
+class Collector(PieceCollector):
+    """The same of a model's matrices."""
+
+    def __init__(self, layout: Layout, mesh: Mesh, values: Callable[[LocalParam], torch.Tensor] | None = None) -> None:
+        """`values` gives the shard [R, C] or [n] of a parameter; its weight when left out. Collective."""
+        shard_of = values or (lambda local: local.param.data)
+        super().__init__({p.matrix.name: (partial(shard_of, local), p) for local, p in _own_pieces(layout, mesh)}, mesh)
+
+
 def _own_pieces(layout: Layout, mesh: Mesh) -> Iterator[tuple[LocalParam, Piece]]:
     for local in layout:
         if local.primary and (local.split is not None or mesh.tensor_rank == 0):
@@ -58,10 +70,10 @@ def _own_pieces(layout: Layout, mesh: Mesh) -> Iterator[tuple[LocalParam, Piece]
                 yield local, piece
 
 
-def _holders(own: Mapping[str, tuple[LocalParam, Piece]], mesh: Mesh) -> dict[str, list[tuple[int, Piece]]]:
+def _holders(own: Mapping[str, Piece], mesh: Mesh) -> dict[str, list[tuple[int, Piece]]]:
     """Which ranks send which piece of every matrix."""
     sends = mesh.data_rank == 0 and mesh.context_rank == 0
-    mine = [(name, mesh.rank, piece) for name, (_, piece) in own.items()] if sends else []
+    mine = [(name, mesh.rank, piece) for name, piece in own.items()] if sends else []
     gathered: list[Any] = [None] * mesh.world
     dist.all_gather_object(gathered, mine)
     holders: dict[str, list[tuple[int, Piece]]] = {}

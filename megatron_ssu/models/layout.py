@@ -12,8 +12,15 @@ from typing import Any
 
 import torch
 
+from megatron_ssu.errors import UserError
 from megatron_ssu.models.family import Dims, Entry, Family
 from megatron_ssu.models.matrix import Matrix
+
+# Norms that Transformer Engine fuses into the linear layer after them, and their names where they are modules of their own.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,11 @@ class LocalParam:
 
 
 class Layout:
-    """All parameters of this rank's model chunks, each with its matrices."""
+    """All parameters of this rank's model chunks, each with its matrices.
+
+    Chunks are GPTModels, bare or in wrappers that name what they wrap `module` (Float16Module, DDP). Raises UserError for a
+    parameter that the family's table does not know.
+    """
 
     def __init__(
         self,
@@ -130,7 +141,7 @@ class Layout:
     ) -> None:
         self.family, self.dims = family, dims
         self.params: list[LocalParam] = []
-        for chunk in chunks:
+        for chunk in map(unwrapped, chunks):
             for name, param in chunk.named_parameters():
                 entry, layer = _find(family, chunk, name)
                 tied_copy = entry.kinds == ("head",) and dims.tied
@@ -157,15 +168,27 @@ def _embedding(family: Family) -> Entry:
     return next(e for e in family.edges if e.kinds == ("embedding",))
 
 
+def unwrapped(chunk: Any) -> Any:
+    """The GPTModel within megatron's wrappers."""
+    while isinstance(getattr(chunk, "module", None), torch.nn.Module):
+        chunk = chunk.module
+    return chunk
+
+
 def _find(family: Family, chunk: Any, name: str) -> tuple[Entry, int | None]:
     """The table's entry for a parameter of a GPTModel chunk, and its layer counted over the whole model from 0."""
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
     if match:
         layer = chunk.decoder.layers[int(match[1])].layer_number - 1
         for entry in family.layer:
-            if entry.param == match[2]:
+            if entry.param in (match[2], FUSED_NORMS.get(match[2])):
                 return entry, layer
     for entry in family.edges:
         if entry.param == name:
             return entry, None
-    raise KeyError(f"{family.name}'s table has no entry for megatron's parameter {name}")
+    raise UserError(
+        f"megatron's parameter {name} must be one that a {family.name} model has; build the GPTModel as the Hugging Face "
+        "config says, without biases and further layers"
+    )

@@ -134,13 +134,13 @@ class VerifyReport:
         console.print(Text(self.verdict, {0: "green", 1: "red"}.get(self.status, "yellow")))
 
 
-def verify(source_dir: str | Path, adapted_dir: str | Path, shield_path: str | Path) -> VerifyReport:
+def verify(source_dir: str | Path, adapted_dir: str | Path, shield: Shield | str | Path) -> VerifyReport:
     """Compare raw bits (so -0.0 is not 0.0, and NaN payloads count), one matrix at a time, and the files beside the weights.
 
     UserError when a file is missing or damaged, the shield is of another model than `source_dir`, or the directories
     differ in tensor names, dtypes or shapes.
     """
-    shield = load_shield(shield_path)
+    shield = shield if isinstance(shield, Shield) else load_shield(shield)
     source, adapted = HFCheckpoint(source_dir), HFCheckpoint(adapted_dir)
     configs = [read_hf_config(str(path), key) for path, key in ((source_dir, "--source"), (adapted_dir, "--adapted"))]
     check_model(shield, model_fingerprint(source_dir, "--source"), _directory_name(source_dir))

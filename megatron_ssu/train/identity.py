@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.config.schema import RegularizeSection, RunConfig
 from megatron_ssu.data.run_datasets import train_sources
 from megatron_ssu.errors import UserError
 from megatron_ssu.methods.base import Method
@@ -31,7 +31,7 @@ _FREE_OPTIMIZER = (
     *("use_precision_aware_optimizer", "main_params_dtype", "main_grads_dtype", "exp_avg_"),
     *("optimizer_cpu_offload", "optimizer_offload_fraction", "use_torch_optimizer_for_cpu_offload", "pin_cpu_"),
 )
-_PHASE = ("data.", "train.global_batch_size", "train.optimizer.")  # what a new phase may change
+_PHASE = ("data.", "train.global_batch_size", "train.optimizer.", "train.regularize.")  # what a new phase may change
 _MODEL = ("model.path (", "model.make_vocab_size_divisible_by", "precision.dtype")  # what decides how weights are read
 DOCUMENTS = "data.train (its documents' digests)"
 SHIELD = "shield.file (its digest)"
@@ -83,8 +83,15 @@ def identity_of(run: RunConfig, method: Method, shield: Shield, train_digests: S
     facts |= _section(f"method.{method.name}", method.identity(), ())
     facts |= _section("model", run.model.transformer, _FREE_MODEL)
     facts |= _section("precision", run.precision.transformer, ())
+    facts |= _section("train.regularize", regularize_facts(run.train.regularize), ())
     facts |= _section("train.optimizer", run.train.optimizer, _FREE_OPTIMIZER)
     return Identity(facts)
+
+
+def regularize_facts(section: RegularizeSection) -> dict[str, Any]:
+    """What counts of the section: nothing of a regularizer that is left out."""
+    facts: dict[str, Any] = {"l2": section.l2} if section.l2 else {}
+    return facts | ({"kl": section.kl, "kl_temperature": section.kl_temperature} if section.kl else {})
 
 
 def model_facts(run: RunConfig, fingerprint: str) -> dict[str, Any]:

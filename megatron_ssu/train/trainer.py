@@ -21,8 +21,7 @@ from megatron.core.num_microbatches_calculator import (
     unset_num_microbatches_calculator,
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_ssu.compact.trial import tried_gemm
@@ -36,12 +35,12 @@ from megatron_ssu.methods.base import Method, nothing_frozen
 from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.shield.shield_file import Shield
 from megatron_ssu.train.checkpoints import Progress
+from megatron_ssu.train.micro_batches import Batch, read_batch, run_schedule
 from megatron_ssu.train.optimizer_state import OptimizerState
 from megatron_ssu.train.phases import Phases
+from megatron_ssu.train.regularizers import Regularizers, SourcePredictions
 from megatron_ssu.train.schedule import build_schedule
 from megatron_ssu.train.update_norms import update_norms
-
-Batch = dict[str, Tensor]
 
 
 def language_model_loss(loss: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -58,13 +57,29 @@ def language_model_loss(loss: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, T
     return total / tokens.clamp(min=1), {"loss": report}
 
 
-def forward_step(iterator: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+def forward_step(
+    iterator: Iterator[Batch], chunk: torch.nn.Module, kl: SourcePredictions | None = None
+) -> tuple[Tensor, Any]:
     """megatron's forward step: one micro-batch, or this rank's part of its sequences, through one model chunk."""
-    where = local_device()
-    batch = {key: value.to(where, non_blocking=True) for key, value in next(iterator).items()}
-    batch = get_batch_on_this_cp_rank(batch)
+    batch = read_batch(iterator)
+    if kl is not None:
+        output = chunk(batch["tokens"], batch["position_ids"], None)
+        return output, lambda logits: loss_with_kl(kl, chunk, batch, logits)
     output = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, lambda loss: language_model_loss(loss, batch["loss_mask"])
+
+
+def loss_with_kl(
+    kl: SourcePredictions, chunk: torch.nn.Module, batch: Batch, logits: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As `language_model_loss`, which it reports, with the divergence added; logits [b, s, V / TP], which are overwritten."""
+    added, report = language_model_loss(kl.divergence(batch, logits), batch["loss_mask"])
+    kl.count(report["loss"])
+    cross_entropy = get_attr_wrapped_model(chunk, "compute_language_model_loss")
+    # It takes logits [s, b, V / TP] for labels [b, s]; with both the other way round nothing is copied.
+    losses = cross_entropy(batch["labels"].t(), logits).t()
+    loss, report = language_model_loss(losses, batch["loss_mask"])
+    return loss + kl.coefficient * added, report
 
 
 def mean_loss(reports: list[dict[str, Tensor]], votes: Sequence[float] = ()) -> tuple[float, list[float]]:
@@ -92,6 +107,7 @@ class Step:
     skipped: bool = False  # loss or gradient norm was not finite: no weight moved
     votes: list[float] = field(default_factory=list)  # summed over ranks
     update_norms: dict[str, float] = field(default_factory=dict)  # by kind, where asked for
+    terms: dict[str, float] = field(default_factory=dict)  # of train.regularize, without coefficients
 
 
 class Trainer:
@@ -120,6 +136,7 @@ class Trainer:
         self.optimizer_state = OptimizerState(self.optimizer, self.compact)
         self._follows_backward = type(self.method).after_backward is not Method.after_backward
         self.compact.start()
+        self.regularizers = Regularizers(session, self.optimizer, self.compact)  # no checkpoint is loaded yet
         self.phases = Phases()
         self.mark: Callable[[str], None] = lambda doing: None  # called with what the loop begins
         self.waits: Callable[[], AbstractContextManager] = nullcontext  # around what reads numbers of all ranks
@@ -155,23 +172,14 @@ class Trainer:
         )
 
     def _forward_step(self, iterator: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
-        output, loss = forward_step(iterator, chunk)
+        output, loss = forward_step(iterator, chunk, self.regularizers.kl if chunk.training else None)
         if self._follows_backward and output.requires_grad:
             number = next(i for i, own in enumerate(self.chunks) if own is chunk)
             after_backward(output, lambda: self.method.after_backward(number))
         return output, loss
 
     def _schedule(self, batches: Iterator[Batch] | list, count: int, *, forward_only: bool) -> list[dict[str, Tensor]]:
-        virtual = self.mesh.virtual
-        return get_forward_backward_func()(
-            forward_step_func=self._forward_step,
-            data_iterator=batches,
-            model=self.chunks if virtual else self.chunks[0],
-            num_microbatches=count,
-            seq_length=self.run.data.sequence_length,
-            micro_batch_size=self.run.train.micro_batch_size,
-            forward_only=forward_only,
-        )
+        return run_schedule(self.run, self._forward_step, self.chunks, batches, count, forward_only=forward_only)
 
     def step(
         self,
@@ -190,6 +198,7 @@ class Trainer:
         with self.phases("forward-backward"):
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
+            batches = self.regularizers.ahead(batches, self.micro_batches)
             reports = self._schedule(batches, self.micro_batches, forward_only=False)
             with self.waits():
                 loss, counts = mean_loss(reports, votes())
@@ -197,7 +206,11 @@ class Trainer:
         with self.phases("optimizer"):
             self.compact.drop_gradients()
             step = Step(loss, math.nan, current_lr(self.optimizer), votes=counts)
-            step.grad_norm = prepare_step(self.optimizer, self.waits, self.method.on_gradients)
+            step.grad_norm = prepare_step(
+                self.optimizer, self.waits, self.regularizers.on_gradients, self.method.on_gradients
+            )
+            with self.waits():
+                step.terms = self.regularizers.values()
             step.skipped = not (math.isfinite(loss) and math.isfinite(step.grad_norm))
             if not step.skipped:
                 clip(self.optimizer, step.grad_norm)
@@ -287,16 +300,17 @@ def current_lr(optimizer: MegatronOptimizer) -> float:
 def prepare_step(
     optimizer: MegatronOptimizer,
     waits: Callable[[], AbstractContextManager] = nullcontext,
-    change: Callable[[Iterator[tuple[Owned, Tensor]]], None] = lambda gradients: None,
+    *changes: Callable[[Iterator[tuple[Owned, Tensor]]], None],
 ) -> float:
     """Bring the gradients to the main weights; their norm, the same on all ranks. The first half of `optimizer.step`.
 
-    `waits` is a context around what waits for the other ranks; `change` may change the gradients before their norm.
+    `waits` is a context around what waits for the other ranks; `changes` may change the gradients before their norm, in turn.
     """
     if optimizer.prepare_grads():
         return math.inf
-    with waits():
-        change(owned_gradients(optimizer))
+    for change in changes:
+        with waits():
+            change(owned_gradients(optimizer))
     with waits():
         return float(optimizer.get_grad_norm())
 

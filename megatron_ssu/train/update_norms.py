@@ -43,7 +43,7 @@ def update_norms(optimizer: MegatronOptimizer, layout: Layout, compact: CompactP
         states = part.states()
         if "exp_avg" in states:
             decoupled = part.member.config.decoupled_weight_decay
-            squares[NAMES.index(kind)] += change_square(states, count, part.group, decoupled)
+            squares[NAMES.index(kind)] += change_square(states, count, part.group, decoupled).to(squares.device)
     dist.all_reduce(squares)
     return {f"update_norm_{name}": value for name, value in zip(NAMES, squares.sqrt().tolist()) if value > 0}
 
@@ -53,12 +53,15 @@ def _kind(kind: str) -> str:
 
 
 def change_square(states: dict[str, torch.Tensor], step: int, group: dict[str, Any], decoupled: bool) -> torch.Tensor:
-    """float64 []: the sum of squares of what Adam added to the main weight (its value after the step) in the last step."""
-    main = states[MAIN]
-    parts = (t.detach().reshape(-1).split(CHUNK) for t in (main, states["exp_avg"], states["exp_avg_sq"]))
-    total = torch.zeros((), dtype=torch.float64, device=main.device)
+    """float64 []: the sum of squares of what Adam added to the main weight (its value after the step) in the last step.
+
+    Computed where the moments are: an optimizer on the CPU may have main weights on the GPU too.
+    """
+    parts = (t.detach().reshape(-1).split(CHUNK) for t in (states[MAIN], states["exp_avg"], states["exp_avg_sq"]))
+    where = states["exp_avg"].device
+    total = torch.zeros((), dtype=torch.float64, device=where)
     for after, mean, square in zip(*parts, strict=True):
-        change = _adam_change(after, mean, square, step, group, decoupled)
+        change = _adam_change(after.to(where), mean, square, step, group, decoupled)
         total += torch.linalg.vector_norm(change, dtype=torch.float64).square()
     return total
 

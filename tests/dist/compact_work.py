@@ -15,7 +15,7 @@ from megatron_ssu.compact import linear
 from megatron_ssu.compact.parameters import CompactParameters
 from megatron_ssu.models.parallel_model import open_model
 from megatron_ssu.shield.shield_file import load_shield
-from megatron_ssu.train import loop
+from megatron_ssu.train import trainer as trainer_module
 from megatron_ssu.train.trainer import Trainer
 from tests.dist import work
 
@@ -89,7 +89,7 @@ def as_engine_layers(stack: ExitStack, gemm: Any) -> None:
     )
     stack.enter_context(mock.patch.object(linear, "is_engine_linear", _in_a_layer))
     stack.enter_context(mock.patch.object(linear, "give_weight_gradients_to", _give))
-    stack.enter_context(mock.patch.object(loop, "tried_gemm", lambda config: gemm))
+    stack.enter_context(mock.patch.object(trainer_module, "tried_gemm", lambda config: gemm))
 
 
 def _local(module: Any) -> bool:

@@ -50,6 +50,7 @@ def _serve(rank: int, world: int, store: str, pipe: Any, work: Callable, args: t
 
     from megatron_ssu.engine.cpu_backend import install_cpu_backend
 
+    os.environ["WORLD_SIZE"] = str(world)  # as torchrun sets it; run files are checked against it
     torch.set_num_threads(1)
     install_cpu_backend()
     share_a_device()

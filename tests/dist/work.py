@@ -59,7 +59,11 @@ def run_config(
 
 def logits(model: str, parallel: dict[str, Any], ids: torch.Tensor, dtype: str = "fp32") -> torch.Tensor | None:
     """Logits [b, s, V], unpadded, on the first rank of the last stage."""
-    session = open_model(run_config(model, parallel, dtype))
+    return logits_of(open_model(run_config(model, parallel, dtype)), ids)
+
+
+def logits_of(session: ParallelModel, ids: torch.Tensor) -> torch.Tensor | None:
+    """Logits [b, s, V], unpadded, on the first rank of the last stage; of a model whose weights are up to date."""
     batch, length = ids.shape
     ids = ids.to(local_device())
     positions = torch.arange(length, device=ids.device).expand(batch, -1)
@@ -79,6 +83,8 @@ def logits(model: str, parallel: dict[str, Any], ids: torch.Tensor, dtype: str =
         forward_only=True,
         collect_non_loss_data=True,
     )
+    for chunk in session.chunks:
+        chunk.train()
     if not session.mesh.last_stage:
         return None
     whole = gather_from_tensor_model_parallel_region(outputs[0])

@@ -143,7 +143,9 @@ def test_a_save_gathers_nothing_on_the_gpu(shielded, tmp_path):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        Checkpoints(run.checkpoint.directory).save(session, Progress(iteration=1), Identity({}), trainer.optimizer)
+        Checkpoints(run.checkpoint.directory).save(
+            session, Progress(iteration=1), Identity({}), trainer.optimizer_state
+        )
         assert torch.cuda.max_memory_allocated() - before < 8 * largest + 2**20
         assert torch.cuda.memory_allocated() - before < 2**16
     finally:
@@ -157,7 +159,8 @@ def test_a_checkpoint_of_the_cpu_resumes_on_the_gpu(shielded, tmp_path):
     def on_cpu(name, kick):
         order, answer = tmp_path / f"{name}.order", tmp_path / f"{name}.answer"
         order.write_bytes(pickle.dumps((make_run(model, tmp_path / name), shield, kick, str(answer))))
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        folders = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": folders}
         subprocess.run([sys.executable, "-c", ON_CPU, str(order)], check=True, env=environment, timeout=600)
         return pickle.loads(answer.read_bytes())
 

@@ -141,6 +141,31 @@ def test_whole_matrices_and_layers_are_counted_as_frozen(run):
         assert trainable == [(10 - count / 4) * layer + 10 * norms - count / 4 * of_norms] * 2, "evenly over the stages"
 
 
+def test_regularizers_by_hand(run):
+    layer, embedding, tokens = 4 * 5120**2 + 3 * 5120 * 13824, 100352 * 5120, 64 * 2048
+    plain, l2, kl = (
+        estimate(run(OLMO2_13B, "method.name=none", *more), OLMO2_13B, 4, engine=True)
+        for more in ([], ["train.regularize.l2=0.1"], ["train.regularize.kl=1"])
+    )
+    stage = plain.stages[0]
+    assert stage.state.source == 0 and plain.work.source == 0
+    assert l2.stages[0].state.source == stage.parameters, "fp32, on four data-parallel ranks"
+    assert l2.optimizer_bytes - plain.optimizer_bytes == 16 * stage.parameters // 4
+    assert l2.work == plain.work and l2.stages[0].activations == stage.activations
+    assert kl.stages[0].state.source == 2 * stage.parameters
+    assert kl.stages[0].activations - stage.activations == 2 * 2 * 2048 * 100352, "source's logits and a gradient, bf16"
+    attention = 4 * 5120 * 2048 * 40 / 2
+    assert kl.work.source == pytest.approx((2 * (40 * layer + embedding) + attention) * tokens / 4)
+    assert kl.work.total == pytest.approx(plain.work.total + kl.work.source)
+    stages = [
+        estimate(run(OLMO2_13B, "parallel.pipeline_model_parallel_size=2", *more), OLMO2_13B, 4, engine=True)
+        for more in ([], ["train.regularize.kl=1"])
+    ]
+    first, last = (b.activations - a.activations for a, b in zip(*(s.stages for s in stages), strict=True))
+    assert first == 0 and last == 2 * (32 + 1) * 2048 * 100352, "all micro-batches of a step"
+    assert stages[1].traffic.pipeline == 1.5 * stages[0].traffic.pipeline
+
+
 def test_full_fine_tuning_freezes_nothing(run):
     found = estimate(run(OLMO2_13B, "method.name=none"), OLMO2_13B, 1, engine=True)
     assert found.frozen == 0 and found.work.full == found.work.gemms and found.work.gather == 0

@@ -98,6 +98,7 @@ class EngineLinear(torch.nn.Linear):
 def test_dense_engine_layers_alone_accumulate_in_the_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear.extension, "HAVE_TE", True)
     monkeypatch.setattr(linear.extension, "TELinear", EngineLinear)
+    monkeypatch.setattr(linear.extension, "TELayerNormColumnParallelLinear", EngineLinear)
     model = torch.nn.Sequential(EngineLinear(2, 2), EngineLinear(2, 2), torch.nn.Linear(2, 2))
     model[0].weight.requires_grad_(False)  # compact parameters train in its place, or nothing does
     assert linear.accumulate_in_gemm([model]) == 1

@@ -70,7 +70,7 @@ def test_fp8_operands_of_one_scale_are_rows_of_the_transpose(engine: list[Any]) 
     found = te_gemm.select(x, INPUT)
     assert found.data is None and found.data_transpose.shape == (16, TOKENS)
     assert torch.equal(found.data_transpose[:5], x._transpose[COLUMNS]) and not found.data_transpose[5:].any()
-    assert (found.fp8_scale_inv, found.fp8_dtype, found.quantizer) == (x._scale_inv, "e4m3", "q")
+    assert (found.fp8_scale_inv, found.fp8_dtype, found.quantizer) == (x._scale_inv, "e4m3", None)
     assert found.fake_dtype == torch.bfloat16
     rows = te_gemm.select(per_tensor(24), OUTPUT).data_transpose
     assert rows.shape == (12, TOKENS) and rows.is_contiguous()
@@ -92,6 +92,18 @@ def test_fp8_operands_of_one_scale_per_block_take_their_scales_along(engine: lis
     assert found.columnwise_scale_inv.shape == (TOKENS // 128, 16)
     assert torch.equal(found.columnwise_scale_inv[:, :5], scales[:, COLUMNS])
     assert found.is_2D_scaled is False and found.rowwise_data is None
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("blocks", [(3, 32, 8, 16), (3, 32, 8, 9), (2, 5, 1, 3), (1, 96, 5, 40)], ids=str)
+def test_blocks_are_copied_whatever_their_alignment(blocks: tuple[int, ...], dtype: torch.dtype) -> None:
+    groups, block, first, count = blocks
+    index = torch.cat([torch.arange(count) + first + i * block for i in range(groups)])
+    for tokens in (16, 7):
+        x = torch.randint(0, 255, (tokens, groups * block)).to(dtype)
+        assert torch.equal(Blocks(*blocks).columns(x), x[:, index])
+        assert torch.equal(Blocks(*blocks).rows(x.t().contiguous()), x.t()[index])
+        assert torch.equal(Blocks(*blocks).columns(x[1:]), x[1:, index])
 
 
 @pytest.mark.parametrize(

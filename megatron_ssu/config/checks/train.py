@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_ssu.config.checks.checkpoint import validate_checkpoint
 from megatron_ssu.config.checks.data import validate_data
 from megatron_ssu.config.checks.optimizer import validate_optimizer
@@ -26,11 +28,24 @@ def validate_train(run: RunConfig, dp: int) -> None:
     validate_batches(run, dp)
     _schedule(run)
     validate_optimizer(run)
+    _regularize(run)
     seed_in_range("train.seed", train.seed)
     seed_in_range("data.seed", run.data.seed)
     at_least("log.interval", run.log.interval, 1)
     validate_data(run)
     validate_checkpoint(run)
+
+
+def _regularize(run: RunConfig) -> None:
+    section, key = run.train.regularize, "train.regularize"
+    for name in ("l2", "kl"):
+        value = getattr(section, name)
+        if not 0 <= value < math.inf:
+            raise UserError(f"{key}.{name}: must be a finite number of at least 0, got {value}; 0 leaves it out")
+    if not 0 < section.kl_temperature < math.inf:
+        raise UserError(
+            f"{key}.kl_temperature: must be a finite number above 0, got {section.kl_temperature}; 1 is the models' own"
+        )
 
 
 def validate_batches(run: RunConfig, dp: int) -> None:

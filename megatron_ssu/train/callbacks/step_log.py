@@ -16,7 +16,8 @@ class StepLog(Callback):
     """Hands the loop's numbers to its telemetry."""
 
     def on_step(self, loop: Loop, step: Step) -> None:
-        record: dict[str, Any] = {"loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr, **step.update_norms}
+        record: dict[str, Any] = {"loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr}
+        record |= step.terms | step.update_norms
         if step.skipped:
             record["skipped"] = True
         loop.telemetry.step(loop.progress.iteration, record, loop.trainer.phases.take())
