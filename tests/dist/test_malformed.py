@@ -266,7 +266,7 @@ ROWS = [
         "planned/shield.safetensors", "shield.file"),
     row("changed model", nothing, RESUME + " model.path=other", "scores of model hf, not of other", "weights"),
     row("changed model definition", config(rms_norm_eps=0.5), RESUME, "config.json", "scores"),
-    row("changed model definition, no shield", both(config(rms_norm_eps=0.5), plain("plain")), "train run.yaml checkpoint.directory=plain method.name=none train.iterations=3", "plain/checkpoints/iter_0000002", "rms_norm_eps) was 1e-05", "0.5 now"),
+    row("changed model definition, no shield", both(plain("plain"), config(rms_norm_eps=0.5)), "train run.yaml checkpoint.directory=plain method.name=none train.iterations=3", "plain/checkpoints/iter_0000002", "rms_norm_eps) was 1e-05", "0.5 now"),
     row("a phase of nothing", nothing, "train run.yaml train.phase.number=2", "train.phase.number: 2", "train.iterations is 2", "raise train.iterations"),
     row("fewer iterations than there are", nothing, "train run.yaml train.iterations=1", "train.iterations: 1", "iter_0000002"),
     row("exported, of another shield", nothing, FINISHED + " shield.ratio=0.9", "run/shield.safetensors", "change it back"),

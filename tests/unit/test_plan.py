@@ -209,7 +209,7 @@ def test_ratio_outside_0_to_1(scores, ratio):
         ({"score": "sparsegpt-diagonal", "granularity": "row"}, "no sparsegpt-diagonal by row"),
         ({"granularity": "element"}, "element needs the weights"),
         ({"norms": "half"}, "half needs the norms' weights"),
-        ({"kinds": {"mlp": 0.1}}, "has a meaning with shield.budget per-kind alone"),
+        ({"kinds": {"mlp": 0.1}}, "only applies to shield.budget: per-kind"),
         ({"budget": "per-kind", "kinds": {"mpl": 0.1}}, "shield.kinds.mpl: no such kind .* attention, mlp, down_proj"),
         ({"budget": "per-kind", "kinds": {"mlp": 1.1}}, "shield.kinds.mlp: must be a fraction from 0 to 1, got 1.1"),
         ({"budget": "layerwise", "floor": 0.6}, "0.5 does not lie between shield.floor 0.6 and shield.ceiling 1.0"),

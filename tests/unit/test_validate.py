@@ -174,7 +174,7 @@ BAD: list[tuple[int, list[str], dict[str, Any], list[str]]] = [
     (1, ["shield.also_score=[magnitud]"], {}, ["shield.also_score: 'magnitud'", "magnitude"]),
     (1, ["shield.granularity=colum"], {}, ["shield.granularity: 'colum'", "column, row, element"]),
     (1, ["shield.budget=kinds"], {}, ["shield.budget: 'kinds'", "uniform, layerwise, per-kind"]),
-    (1, ["shield.kinds={mlp: 0.5}"], {}, ["shield.kinds", "per-kind alone, not uniform"]),
+    (1, ["shield.kinds={mlp: 0.5}"], {}, ["shield.kinds", "per-kind, not uniform"]),
     (1, ["shield.budget=per-kind", "shield.kinds={mpl: 0.5}"], {}, ["shield.kinds.mpl", "attention, mlp", "down_proj"]),
     (1, ["shield.protect=[{pattern: '*.qkv.weight', action: frozen}]"], {}, ["'*.qkv.weight' fits no weight of the model"]),
     (1, ["shield.protect=[{pattern: 'layers:0-8', action: frozen}]"], {}, ["layers:0-8", "outside layers 0-7"]),
