@@ -113,16 +113,22 @@ def check_inputs(run: RunConfig, *, missing: bool) -> None:
 
 
 def expected_fractions(run: RunConfig, matrices: Iterable[Matrix], dims: Dims) -> dict[str, tuple[Granularity, float]]:
-    """By matrix: granularity and fraction that will be frozen, before there are scores, without protection and budgets.
+    """By matrix: granularity and fraction that will be frozen, before there are scores; every matrix has shield.ratio.
 
     Which matrices or layers scores will choose is not known then: the frozen ones count as lying evenly over the layers, of all
     kinds in the same ones. Raises UserError as `check_names` does.
     """
     check_names(run)
     granularity, ratio = run.shield.granularity, run.shield.ratio
+    by_name = {matrix.name: matrix for matrix in matrices}
+    fixed = protected(by_name, plan_options(run).protect)
     count, found = units_of_ratio(ratio, dims.layers), {}
-    for matrix in matrices:
+    for name, matrix in by_name.items():
         whole: Granularity = "column" if matrix.scored else "element"
+        if name in fixed:
+            if fixed[name] == "frozen":
+                found[name] = (whole if len(matrix.shape) == 1 or matrix.scored else "row", 1.0)
+            continue
         if matrix.layer is not None and granularity in ("matrix", "layer"):
             frozen = (matrix.layer + 1) * count // dims.layers > matrix.layer * count // dims.layers
             if matrix.scored or (frozen and granularity == "layer"):
