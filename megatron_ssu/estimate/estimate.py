@@ -29,11 +29,13 @@ from megatron_ssu.estimate.weights import (
     Formats,
     Parameter,
     StateBytes,
+    added_parameter,
     edge_parameters,
     layer_parameters,
     optimizer_bytes,
     state_bytes,
 )
+from megatron_ssu.methods.base import Method
 from megatron_ssu.methods.registry import method_of
 from megatron_ssu.models.build import transformer_config
 from megatron_ssu.models.families import read_family
@@ -115,7 +117,9 @@ def estimate(run: RunConfig, hf: dict[str, Any], world: int, *, shield: Shield |
         raise UserError("parallel.context_parallel_size: estimate does not count context parallelism; set it to 1")
     family, dims = read_family(hf, run.model.path)
     shields = matrix_shields(method, run, family, dims, shield)
-    return _Counter(run, family, dims, data, shields, engine, transformer_config(here, family, hf, dims)).count()
+    return _Counter(
+        run, method, family, dims, data, shields, engine, transformer_config(here, family, hf, dims)
+    ).count()
 
 
 def _as_checked_here(run: RunConfig) -> RunConfig:
@@ -140,6 +144,7 @@ class _Counter:
     def __init__(
         self,
         run: RunConfig,
+        method: Method,
         family: Family,
         dims: Dims,
         data: int,
@@ -157,6 +162,7 @@ class _Counter:
             train.global_batch_size // (train.micro_batch_size * data),
             bool(parallel.ddp.get("overlap_grad_reduce")),
         )
+        self.method = method
         self.shields, self.regularize = shields, run.train.regularize
         weight = 2 if run.precision.dtype == "bf16" else 4
         self.formats = Formats(weight, 4 if parallel.ddp.get("grad_reduce_in_fp32", True) else weight)
@@ -224,6 +230,13 @@ class _Counter:
             for layer in self.layers(rank)
             for p in layer_parameters(self.family, self.dims, layer, mesh.tensor, self.shields)
         ]
+        added = sum(
+            self.method.added_elements(matrix, entry.split, mesh.tensor)
+            for layer in self.layers(rank)
+            for entry in self.family.layer
+            for matrix in entry.matrices(self.dims, layer)
+        )
+        found += [added_parameter(added)] if added else []
         return found + list(
             edge_parameters(
                 self.family,

@@ -75,6 +75,11 @@ def layer_parameters(
     return [_parameter(entry, dims, layer, tensor, shields, 0) for entry in family.layer]
 
 
+def added_parameter(elements: int) -> Parameter:
+    """All of a stage's parameters that a method has put beside the layers' weights; they are linear layers themselves."""
+    return Parameter("adapters", elements, 0.0, True, True, "plain", 0.0, elements, 0.0, 0.0, elements)
+
+
 def edge_parameters(
     family: Family,
     dims: Dims,

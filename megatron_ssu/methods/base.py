@@ -134,6 +134,13 @@ class Method:
         """By matrix: granularity and fraction that will be frozen, as far as it is known before there is a shield."""
         return {}
 
+    def added_elements(self, matrix: Matrix, split: int | None, tensor: int) -> int:
+        """Elements of the parameters that the method puts beside a matrix, on one of `tensor` ranks.
+
+        `split`: the dimension of the matrix that they divide.
+        """
+        return 0
+
 
 def nothing_frozen(method: str, source: Source) -> Shield:
     """The shield of a method that freezes nothing."""

@@ -155,6 +155,15 @@ class LowRankAdaptation(Method):
         trains = WHOLE if self.options.embeddings else ()
         return {m.name: (whole(m, frozen=True).granularity, 1.0) for m in matrices if m.kind not in trains}
 
+    def added_elements(self, matrix: Matrix, split: int | None, tensor: int) -> int:
+        if matrix.kind not in self.settings.targets:
+            return 0
+        rows, columns = matrix.shape[0], matrix.shape[1]
+        by_row, by_column = (tensor if split == dim else 1 for dim in (0, 1))
+        outputs = rows // by_row
+        elements: int = self.settings.rank * (columns // by_column + outputs)
+        return elements + (outputs if self.settings.dora else 0)
+
     def _adapters_of(self, model: ParallelModel) -> Adapters:
         """Those of `attach`; a model that is only exported gets new ones, to be loaded. Collective then."""
         if self._adapters is None:

@@ -357,3 +357,15 @@ def test_the_command_prints_and_writes(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([*arguments, "--nonsense", "a=b"])
     assert end.value.code == 2 and "unrecognized arguments: --nonsense" in capsys.readouterr().err
+
+
+def test_adapters_are_what_trains(run):
+    overrides = ["method.name=lora", "method.lora.rank=16", "parallel.tensor_model_parallel_size=2"]
+    stage = estimate(run(OLMO2_13B, *overrides), OLMO2_13B, 2, engine=True).stages[0]
+    hidden, ffn, rank = 5120, 13824, 16
+    column = 3 * (hidden + hidden // 2) + 2 * (hidden + ffn // 2)  # q, k, v, gate, up: A whole, B split by rows
+    row = (hidden // 2 + hidden) + (ffn // 2 + hidden)  # o, down: A split by columns, B whole
+    adapters = 40 * rank * (column + row)
+    assert stage.state.optimizer == 12 * adapters and stage.state.gradients == 4 * adapters
+    dora = estimate(run(OLMO2_13B, *overrides, "method.lora.dora=true"), OLMO2_13B, 2, engine=True).stages[0]
+    assert dora.state.optimizer - stage.state.optimizer == 12 * 40 * (3 * hidden // 2 + 2 * ffn // 2 + 2 * hidden)
