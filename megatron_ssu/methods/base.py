@@ -69,11 +69,8 @@ class Method:
     summary: ClassVar[str] = "full fine-tuning"
     Options: ClassVar[type] = NoOptions
     planned: ClassVar[bool] = False  # whether the `plan` command can make its shield from scores
-    adapts: ClassVar[bool] = (
-        False  # whether adapters train, and the weights below them do not, whatever the shield says
-    )
     shields: ClassVar[bool] = False  # whether weights may be frozen in part, and have compact parameters then
-    trains_weights: ClassVar[bool] = True  # whether what trains are weights of the source, not adapters beside them
+    adapts: ClassVar[bool] = False  # whether adapters beside the weights train, which are frozen whatever the shield says
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options

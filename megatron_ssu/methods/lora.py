@@ -58,7 +58,6 @@ class LowRankAdaptation(Method):
     summary: ClassVar[str] = "low-rank adapters"
     Options: ClassVar[type] = LoraOptions
     adapts: ClassVar[bool] = True
-    trains_weights: ClassVar[bool] = False
     shields: ClassVar[bool] = True
 
     def __init__(self, options: LoraOptions | None = None) -> None:

@@ -44,7 +44,7 @@ _BACKWARD = (
 
 def check_regularizers(section: RegularizeSection, method: Method) -> None:
     """Raises UserError where the method does not train what L2 pulls."""
-    if section.l2 and not method.trains_weights:
+    if section.l2 and method.adapts:
         raise UserError(
             f"train.regularize.l2: {section.l2} does not go with method {method.name}, whose adapters the source does not "
             "have; leave it out: train.optimizer.weight_decay on adapters pulls towards the source"

@@ -18,7 +18,7 @@ from megatron_ssu.train.regularizers import check_regularizers, forward_run
 
 class Adapters(Method):
     name = "lora"
-    trains_weights = False
+    adapts = True
 
 
 def test_l2_does_not_go_with_adapters():
