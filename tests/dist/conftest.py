@@ -32,6 +32,8 @@ SLOW = [
     r"test_adapters::test_adapters_resume.*\[(?!lora-bf16|dora-fp32)",
     r"test_adapters::test_merging.*\[(?!column-bf16|row-fp32)",
     r"test_adapters::test_a_run_trains.*\[(?!shielded)",
+    r"test_methods::test_an_example_trains.*\[(?!(hft|gmt|lota|lora-ssu)-TP2).*-TP2xDP2\]",
+    r"test_methods::test_an_example_does.*\[(?!(hft|gmt|lota|lora-ssu)\])",
     r"test_optimizers::.*\[(offloaded|precision-aware, fp16)",
     r"test_regularize::test_training_equals.*\[llama-tied",
     r"test_regularize::(test_one_alone|.*\[(TP2\+SP|fp32-TP2)\])",
