@@ -61,7 +61,7 @@ def train_run(run: RunConfig, console: Console) -> Progress:
 
 def _train(run: RunConfig, method: Method, source: Source, console: Console) -> Progress:
     checkpoints = Checkpoints(run.checkpoint.directory)
-    latest = on_rank_zero(lambda: newest(run, checkpoints))
+    latest = on_rank_zero(lambda: newest(run, method, checkpoints))
     exported = on_rank_zero(lambda: may_be_exported(run, latest))
     on_rank_zero(lambda: _begin_directory(run))
     on_all_ranks(lambda: _log(run))

@@ -337,6 +337,7 @@ class _Builder:
         if guess:
             self._source.fail(here, f"{what}; did you mean {guess!r}?")
         listed = f"; known here: {', '.join(known)}" if len(known) <= 12 else "; see megatron-core's field names"
+        listed = listed if known else "; there are none here, leave it out"
         self._source.fail(here, f"{what}{listed}")
 
 

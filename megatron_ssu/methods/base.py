@@ -68,12 +68,18 @@ class Method:
     name: ClassVar[str] = "none"
     summary: ClassVar[str] = "full fine-tuning"
     Options: ClassVar[type] = NoOptions
-    planned: ClassVar[bool] = False  # whether the `plan` command can make its shield from scores
     shields: ClassVar[bool] = False  # whether weights may be frozen in part, and have compact parameters then
-    adapts: ClassVar[bool] = False  # whether adapters beside the weights train, which are frozen whatever the shield says
+    adapts: ClassVar[bool] = (
+        False  # whether adapters beside the weights train, which are frozen whatever the shield says
+    )
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
+
+    @property
+    def planned(self) -> bool:
+        """Whether the `plan` command can make a shield for it from scores."""
+        return False
 
     def decides(self, run: RunConfig) -> dict[str, Any]:
         """Keys of the shield section that the method's own options stand for, with their values."""
@@ -81,6 +87,9 @@ class Method:
 
     def validate(self, run: RunConfig, matrices: Sequence[Matrix]) -> None:
         """Check options against the model's matrices. Raises UserError."""
+        from megatron_ssu.methods.shield_place import refuse_given_files
+
+        refuse_given_files(run)
 
     def check(self, run: RunConfig, source: Source, *, begun: bool) -> None:
         """Raises UserError where what is there already does not fit the run file. Makes nothing."""

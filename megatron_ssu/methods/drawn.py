@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_ssu.methods.base import Job, Method
-from megatron_ssu.methods.shield_place import check_same, kept_shield, own_shield, refuse_given_files
+from megatron_ssu.methods.shield_place import check_same, kept_shield, own_shield
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.shield.mask import Granularity, Mask
 from megatron_ssu.shield.shield_file import Shield
@@ -31,9 +31,6 @@ class DrawnShield(Method):
     def masks(self, run: RunConfig, source: Source) -> dict[str, Mask]:
         """The masks of a run's model."""
         return self.draw(list(source.family.matrices(source.dims)), source.dims)
-
-    def validate(self, run: RunConfig, matrices: Sequence[Matrix]) -> None:
-        refuse_given_files(run)
 
     def check(self, run: RunConfig, source: Source, *, begun: bool) -> None:
         check_same(run, self._shield(run, source))

@@ -51,8 +51,14 @@ class GradientMaskTuning(Method):
         self._chunks: list[list[LocalParam]] = []  # the same, by chunk
 
     def validate(self, run: RunConfig, matrices: Sequence[Matrix]) -> None:
+        super().validate(run, matrices)
         if not 0 < self.options.keep <= 1:
             raise UserError(f"method.gmt.keep: must be above 0 and at most 1, got {self.options.keep}")
+        if self.options.mask == "micro_batch" and run.parallel.sequence_parallel:
+            raise UserError(
+                "parallel.sequence_parallel: does not go with method.gmt.mask: micro_batch, since each rank then has the "
+                "gradients of a part of the tokens; leave it out"
+            )
         if self.options.mask == "micro_batch" and run.parallel.ddp.get("overlap_grad_reduce"):
             raise UserError(
                 "parallel.ddp.overlap_grad_reduce: does not go with method.gmt.mask: micro_batch, which masks gradients before "

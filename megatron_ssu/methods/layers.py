@@ -6,7 +6,7 @@ The options stand for keys of the shield section: a score, a granularity and a f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from megatron_ssu.config.schema import ProtectSection
@@ -51,10 +51,15 @@ class LayerFreezing(SourceShieldedUpdates):
             return {**common, "score": "snr", "granularity": "matrix", "freeze": "lowest"}
         return {**common, "ratio": 0.0, "score": "random", "granularity": "layer", "protect": self._ends(run)}
 
+    def identity(self) -> dict[str, Any]:
+        return asdict(self.options)
+
     def _ends(self, run: RunConfig) -> list[ProtectSection]:
         """A rule for the first or last floor(fraction * L) of the model's L layers."""
         check_ratio(self.options.fraction, "method.layers.fraction")
-        layers = read_hf_config(run.model.path).get("num_hidden_layers", 0)
+        layers = read_hf_config(run.model.path).get("num_hidden_layers")
+        if not isinstance(layers, int):
+            return []  # config.json is refused where its sizes are checked
         count = units_of_ratio(self.options.fraction, layers)
         if count == 0:
             return []

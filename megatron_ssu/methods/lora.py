@@ -66,8 +66,13 @@ class LowRankAdaptation(Method):
         self.settings = self.options.settings()
         self._adapters: Adapters | None = None
 
+    @property
+    def planned(self) -> bool:
+        shielded: bool = self.options.shielded
+        return shielded
+
     def validate(self, run: RunConfig, matrices: Sequence[Matrix]) -> None:
-        _check_options(self.options)
+        _check_options(self.options, matrices)
         if not self.options.shielded:
             refuse_given_files(run)
             return
@@ -200,7 +205,7 @@ class LowRankAdaptation(Method):
         check_base(base, list(source.family.matrices(source.dims)), self.settings)
 
 
-def _check_options(options: LoraOptions) -> None:
+def _check_options(options: LoraOptions, matrices: Sequence[Matrix]) -> None:
     from megatron_ssu.config.checks.values import at_least
 
     at_least("method.lora.rank", options.rank, 1)
@@ -211,3 +216,8 @@ def _check_options(options: LoraOptions) -> None:
     if unknown or not options.targets:
         got = repr(unknown[0]) if unknown else "none"
         raise UserError(f"method.lora.targets: must be some of {', '.join(TARGETS)}, got {got}; leave it out for all")
+    smallest = min(size for m in matrices if m.kind in options.targets for size in m.shape)
+    if options.rank > smallest:
+        raise UserError(
+            f"method.lora.rank: must be at most {smallest}, the smallest dimension of a target, got {options.rank}"
+        )

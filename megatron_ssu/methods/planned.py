@@ -18,11 +18,13 @@ from megatron_ssu.scoring.change import KEY, open_before
 from megatron_ssu.scoring.registry import score_named
 from megatron_ssu.scoring.scores_file import Scores
 from megatron_ssu.shield.mask import Mask
-from megatron_ssu.shield.plan import plan_shield
+from megatron_ssu.shield.plan import choices, plan_shield
 from megatron_ssu.shield.ranking import Weights
 from megatron_ssu.shield.shield_file import Shield, load_shield
 
 log = logging.getLogger(__name__)
+
+_CHOICES = {"norms", "protect", "kinds", "floor", "ceiling", "freeze", "seed"}  # keys of the shield section in a plan
 
 
 def scores_path(run: RunConfig) -> Path:
@@ -91,6 +93,19 @@ def special_token_masks(run: RunConfig, source: Source) -> dict[str, Mask]:
     return masks
 
 
+def check_choices(run: RunConfig, shield: Shield) -> None:
+    """Raises UserError where the shield was planned with other choices than the run file's; for one without its scores."""
+    options = plan_options(run)
+    asked = {key: getattr(options, key) for key in ("score", "granularity", "budget", "ratio")} | choices(options)
+    made = {key: getattr(shield, key) for key in ("score", "granularity", "budget", "ratio")} | shield.plan
+    for key in dict.fromkeys((*asked, *(set(made) & _CHOICES))):
+        if asked.get(key) != made.get(key):
+            raise UserError(
+                f"{shield_path(run)}: was planned with shield.{key} {made.get(key)}, the run file has {asked.get(key)}; change "
+                "that back, or start in another checkpoint.directory"
+            )
+
+
 def write_plan(run: RunConfig, source: Source, scores: Scores, *, replace: bool = False, begun: bool = False) -> Shield:
     """Plan and write the shield file; one that says the same is left as it is.
 
@@ -109,6 +124,11 @@ def write_plan(run: RunConfig, source: Source, scores: Scores, *, replace: bool 
         raise UserError(
             f"{path}: was made for another model, {present.model}: other "
             f"{difference(present.fingerprint, scores.fingerprint)}; choose another checkpoint.directory, or remove it"
+        )
+    if present is not None and present.method != run.method.name:
+        raise UserError(
+            f"{path}: is the shield of method {present.method} and is not replaced; choose another checkpoint.directory, or "
+            "remove it"
         )
     shield = plan(run, source, scores)
     path.parent.mkdir(parents=True, exist_ok=True)

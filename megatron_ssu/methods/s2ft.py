@@ -46,8 +46,11 @@ class SparseFineTuning(DrawnShield):
         super().validate(run, matrices)
         for key in ("down", "output"):
             check_ratio(getattr(self.options, key), f"method.s2ft.{key}")
-        if self.options.down == self.options.output == 0:
-            raise UserError("method.s2ft: down and output must not both be 0, nothing would train; 0.015 is usual")
+        channels = sum(m.shape[1] for m in matrices if m.kind == "down_proj")
+        if units_of_ratio(self.options.down, channels) == 0 and self.options.output == 0:
+            raise UserError(
+                f"method.s2ft.down: {self.options.down} of {channels} channels is none, so none would train; 0.015 is usual"
+            )
 
     def draw(self, matrices: Sequence[Matrix], dims: Dims) -> dict[str, Mask]:
         """Down projections first, then heads, from one stream of `seed`."""

@@ -20,7 +20,7 @@ from megatron_ssu.methods.options import (
     reads_target,
     wanted_scores,
 )
-from megatron_ssu.methods.planned import check_scores_model, scores_path, shield_path, write_plan
+from megatron_ssu.methods.planned import check_choices, check_scores_model, scores_path, shield_path, write_plan
 from megatron_ssu.models.family import Dims
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.hf_config import difference
@@ -174,6 +174,7 @@ def needs_scoring(run: RunConfig, source: Source, *, begun: bool) -> bool:
         return False
     scores, shield = scores_path(run), shield_path(run)
     if begun and shield.exists() and not scores.exists():
+        check_choices(run, load_shield(shield))
         return False
     if run.shield.scores is not None or scores.exists():
         _check_scores(run, source, begun)

@@ -43,11 +43,19 @@ def kept_shield(run: RunConfig, shield: Shield, name: str = NAME) -> None:
 def check_same(run: RunConfig, shield: Shield, name: str = NAME) -> None:
     """Raises UserError where the run directory has a shield file with another shield."""
     path = own_shield_path(run, name)
-    if path.exists() and load_shield(path).digest() != shield.digest():
-        raise UserError(
-            f"{path}: is another shield than method {run.method.name} with these options makes for this model; change the "
-            "options back, or choose another checkpoint.directory"
-        )
+    found = load_shield(path) if path.exists() else shield
+    if found.digest() == shield.digest():
+        return
+    advice = "change that back, or choose another checkpoint.directory"
+    if found.method != shield.method:
+        raise UserError(f"{path}: is the shield of method {found.method}, the run file's is {shield.method}; {advice}")
+    for key in found.plan.keys() | shield.plan.keys():
+        was, now = found.plan.get(key), shield.plan.get(key)
+        if was != now:
+            raise UserError(
+                f"{path}: was made with method.{shield.method}.{key} {was}, the run file has {now}; {advice}"
+            )
+    raise UserError(f"{path}: is not the shield that method {shield.method} makes for this model; {advice}")
 
 
 def own_shield(run: RunConfig, source: Source, name: str = NAME) -> Shield:

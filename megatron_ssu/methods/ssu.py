@@ -24,8 +24,11 @@ class SourceShieldedUpdates(Method):
 
     name: ClassVar[str] = "ssu"
     summary: ClassVar[str] = "Source-Shielded Updates"
-    planned: ClassVar[bool] = True
     shields: ClassVar[bool] = True
+
+    @property
+    def planned(self) -> bool:
+        return True
 
     def validate(self, run: RunConfig, matrices: Sequence[Matrix]) -> None:
         from megatron_ssu.methods.options import check_rules

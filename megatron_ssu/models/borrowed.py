@@ -54,6 +54,8 @@ def _layout_of(chunks: Any, family: Family, dims: Dims, command: str) -> tuple[l
     for chunk in given:
         _refuse_wrapped(chunk, command)
     bare = [unwrapped(chunk) for chunk in given]
+    if any(name.rpartition(".")[2].startswith("compact_") for chunk in bare for name, _ in chunk.named_parameters()):
+        raise UserError(f"{command}: a shield has been applied to these chunks already; build them anew")
     for chunk in bare:
         _check_chunk(chunk, dims, command)
     mesh = current_mesh()

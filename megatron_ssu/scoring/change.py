@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ssu.errors import UserError
-from megatron_ssu.models.hf_config import read_hf_config
+from megatron_ssu.models.fingerprint import model_fingerprint
+from megatron_ssu.models.hf_config import read_hf_config, weights_part
 from megatron_ssu.models.hf_files import HFCheckpoint
 from megatron_ssu.scoring.base import Elements, Score, Summed, root, square, weight
 
@@ -62,4 +63,6 @@ def open_before(model: str | Path, before: str | Path) -> HFCheckpoint:
             raise UserError(f"{KEY}: {name} must be {list(shape)} as in {model}, got {list(entry.shape)} in {before}")
         if entry.dtype not in _READABLE:
             raise UserError(f"{KEY}: {name} must be {', '.join(_READABLE)}, got {entry.dtype} in {before}")
+    if weights_part(model_fingerprint(model)) == weights_part(model_fingerprint(before)):
+        raise UserError(f"{KEY}: {before} must have other weights than {model}, which have not changed since")
     return other

@@ -285,7 +285,7 @@ def _plain_granularity(matrix: Matrix, options: PlanOptions) -> Granularity:
     return "column"
 
 
-def _plan_header(options: PlanOptions, scores: Scores) -> dict[str, Any]:
+def choices(options: PlanOptions) -> dict[str, Any]:
     """The further choices that the masks depend on, as JSON; others are left out, so that they change no byte."""
     header: dict[str, Any] = {"norms": options.norms}
     if options.protect:
@@ -296,9 +296,14 @@ def _plan_header(options: PlanOptions, scores: Scores) -> dict[str, Any]:
         header |= {"floor": float(options.floor), "ceiling": float(options.ceiling)}
     if options.freeze != "highest":
         header["freeze"] = options.freeze
-    entry = score_named(options.score)
-    if entry.needs == "seed":
+    if score_named(options.score).needs == "seed":
         header["seed"] = options.seed
+    return header
+
+
+def _plan_header(options: PlanOptions, scores: Scores) -> dict[str, Any]:
+    """`choices`, and what the scores were compared with."""
+    header, entry = choices(options), score_named(options.score)
     if entry.needs == "change":
         header["change_from"] = scores.setting("change_from")["fingerprint"]
     if entry.needs_target:

@@ -32,7 +32,7 @@ from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.train import sharded_state as states
 from megatron_ssu.train.checksums import Digests, check_digests, digest_files, write_digests
-from megatron_ssu.train.identity import Identity, model_facts
+from megatron_ssu.train.identity import METHOD, Identity, method_facts, model_facts
 from megatron_ssu.train.latest import LATEST, checkpoint_path, checkpoints_folder, latest_iteration
 from megatron_ssu.train.optimizer_state import OptimizerState
 from megatron_ssu.train.storage import DistCheckpointing, Storage, WriteRequest
@@ -306,11 +306,18 @@ class Checkpoints:
     def load_weights(self, iteration: int, session: ParallelModel, method: Method) -> dict[str, Any]:
         """Load the weights of the model and of the method alone; the checkpoint's common part. Collective.
 
-        Raises UserError where they are weights of another model than the session's, or in another precision.
+        Raises UserError where they are weights of another model than the session's, in another precision, or of another method.
         """
         path = self.path(iteration)
         common = on_all_ranks(lambda: self._checked(path))
-        on_rank_zero(lambda: _model_identity(session).compare_model(common["identity"], path))
+        saved = common["identity"]
+
+        def compare() -> None:
+            _model_identity(session).compare_model(saved, path)
+            if METHOD in saved:  # else weights that no method has trained
+                Identity(method_facts(method)).compare_method(saved, path)
+
+        on_rank_zero(compare)
         states.load_model(session, method, self.storage, path)
         return common
 

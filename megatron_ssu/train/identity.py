@@ -33,6 +33,7 @@ _FREE_OPTIMIZER = (
 )
 _PHASE = ("data.", "train.global_batch_size", "train.optimizer.", "train.regularize.")  # what a new phase may change
 _MODEL = ("model.path (", "model.make_vocab_size_divisible_by", "precision.dtype")  # what decides how weights are read
+METHOD, _METHOD = "method.name", "method."
 DOCUMENTS = "data.train (its documents' digests)"
 SHIELD = "shield.file (its digest)"
 
@@ -45,7 +46,7 @@ class Identity:
 
     def compare(self, saved: dict[str, Any], path: Path, *, new_phase: bool = False) -> None:
         """Raises UserError naming the first key that differs; `new_phase` lets data, batch and optimizer differ."""
-        for key in sorted(self.facts.keys() | saved.keys()):
+        for key in sorted(self.facts.keys() | saved.keys(), key=lambda key: (key != METHOD, key)):
             was, now = saved.get(key), self.facts.get(key)
             if was == now or (new_phase and key.startswith(_PHASE)):
                 continue
@@ -53,6 +54,11 @@ class Identity:
             if key.startswith(_PHASE):
                 advice += ", or raise train.phase.number to begin a new phase"
             raise UserError(f"{path}: {key} was {_show(was)} in this checkpoint and is {_show(now)} now; {advice}")
+
+    def compare_method(self, saved: dict[str, Any], path: Path) -> None:
+        """Raises UserError where the checkpoint at `path`, which has these facts, is of another method or other options."""
+        own = {key: value for key, value in self.facts.items() if key.startswith(_METHOD)}
+        Identity(own).compare({key: value for key, value in saved.items() if key.startswith(_METHOD)}, path)
 
     def compare_model(self, saved: dict[str, Any], path: Path) -> None:
         """Raises UserError where the weights of the checkpoint at `path` are not those of the run's model and precision."""
@@ -68,7 +74,6 @@ def identity_of(run: RunConfig, method: Method, shield: Shield, train_digests: S
     """The facts of a run of a method under a shield, on training data whose indexed datasets have these digests."""
     facts = model_facts(run, shield.fingerprint)
     facts |= {
-        "method.name": method.name,
         SHIELD: shield.digest(),
         "data.train (its weights)": [source.weight for source in train_sources(run)],
         DOCUMENTS: [digest[:16] for digest in train_digests],
@@ -80,12 +85,17 @@ def identity_of(run: RunConfig, method: Method, shield: Shield, train_digests: S
         "train.seed": run.train.seed,
         "train.fused_adam": run.train.fused_adam,
     }
-    facts |= _section(f"method.{method.name}", method.identity(), ())
+    facts |= method_facts(method)
     facts |= _section("model", run.model.transformer, _FREE_MODEL)
     facts |= _section("precision", run.precision.transformer, ())
     facts |= _section("train.regularize", regularize_facts(run.train.regularize), ())
     facts |= _section("train.optimizer", run.train.optimizer, _FREE_OPTIMIZER)
     return Identity(facts)
+
+
+def method_facts(method: Method) -> dict[str, Any]:
+    """The facts that say what a method has done to a checkpoint's weights, beside its shield."""
+    return {METHOD: method.name, **_section(f"{_METHOD}{method.name}", method.identity(), ())}
 
 
 def regularize_facts(section: RegularizeSection) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from megatron_ssu.shield.shield_file import Shield
 from megatron_ssu.train.checkpoints import Checkpoints, Progress
 from megatron_ssu.train.checksums import digest_of_all
 from megatron_ssu.train.export_record import ExportRecord, read_record, record_of
-from megatron_ssu.train.identity import DOCUMENTS, identity_of
+from megatron_ssu.train.identity import DOCUMENTS, Identity, identity_of, method_facts
 
 
-def newest(run: RunConfig, checkpoints: Checkpoints) -> int | None:
+def newest(run: RunConfig, method: Method, checkpoints: Checkpoints) -> int | None:
     """The checkpoint to resume from, or None.
 
     Raises UserError where there is one and the run is not to resume from it, or would have nothing to train that its phase
@@ -46,6 +46,7 @@ def newest(run: RunConfig, checkpoints: Checkpoints) -> int | None:
             f"{path}: its optimizer state was written by an earlier version and cannot be read; resume with that version, or "
             "`export` it and start from there in another checkpoint.directory"
         )
+    Identity(method_facts(method)).compare_method(common["identity"], path)
     phase = Progress(**common["progress"]).phase
     if train.phase.number > phase and train.iterations == latest:
         raise UserError(

@@ -15,6 +15,7 @@ from unittest import mock
 
 from rich.console import Console
 
+from megatron_ssu.commands.export import export
 from megatron_ssu.commands.train import probe, train_run
 from megatron_ssu.config.schema import (
     OPTIMIZER_DEFAULTS,
@@ -80,6 +81,13 @@ def cycle(file: str, folder: str, overrides: list[str], name: str) -> tuple[dict
     """The same run twice: at one go, and stopped and resumed."""
     straight = whole_run(file, folder, overrides, name, interrupted=False)
     return straight, whole_run(file, folder, overrides, f"{name}-resumed", interrupted=True)
+
+
+def export_again(file: str, folder: str, overrides: list[str], name: str, target: str) -> None:
+    """Export the newest checkpoint of runs/NAME to out/TARGET by the command."""
+    os.chdir(folder)
+    run = read_run(file, [*SMALL, *overrides, f"checkpoint.directory=runs/{name}"])
+    export(run, f"out/{target}", None, Console(file=io.StringIO()))
 
 
 def method_steps(model: str, parallel: dict[str, Any], steps: int, name: str, **options: Any) -> dict[str, Any]:

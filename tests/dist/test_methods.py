@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from megatron_ssu.shield.shield_file import load_shield
 from megatron_ssu.shield.verify import verify
 from tests.dist import methods_work as work
+from tests.dist.ranks import RankError
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples" / "methods").glob("*.yaml"))
@@ -102,3 +103,21 @@ def test_lota_freezes_exactly_what_was_asked_for(cycles, world):
     total = sum(matrix.elements for matrix in shield.matrices.values())
     assert sum(shield.counts.values()) == int(0.9 * total)
     assert all(matrix.kind not in ("embedding", "head") for matrix in shield.matrices.values())
+
+
+@pytest.mark.parametrize("override", ["method.lora.alpha=64", "method.lora.targets=[q_proj]", "method.name=none"])
+def test_an_export_is_of_the_method_that_trained(cycles, ranks, world, override):
+    """Other options would merge the adapters otherwise, or not at all."""
+    file = ROOT / "examples" / "methods" / "lora.yaml"
+    cycles(file, "TP1")
+    with pytest.raises(RankError, match="in this checkpoint and is") as refused:
+        ranks.run(work.export_again, 1, str(file), str(world), [override], "lora-TP1", "wrong")
+    assert refused.value.kind == "UserError" and not (world / "out" / "wrong").exists()
+
+
+def test_an_export_by_its_command_is_the_runs_own(cycles, ranks, world):
+    file = ROOT / "examples" / "methods" / "lora.yaml"
+    cycles(file, "TP1")
+    ranks.run(work.export_again, 1, str(file), str(world), [], "lora-TP1", "again")
+    once, again = exported(world, "lora-TP1"), exported(world, "again")
+    assert all(torch.equal(once[key], again[key]) for key in once)

@@ -141,6 +141,25 @@ def test_score_names_the_key_and_what_holds_its_place(tmp_path):
     assert place.read_bytes() == b"mine"
 
 
+def test_plan_keeps_the_shield_of_another_method(tmp_path, capsys):
+    model = make_model("llama", tmp_path / "model")
+    source = open_source(model)
+    scores = scores_of({m.name: m for m in source.family.matrices(source.dims)}, load_file(model / "model.safetensors"))
+    scores.fingerprint = model_fingerprint(model)
+    scores.save(tmp_path / "scores.safetensors")
+    plan_shield(scores, PlanOptions(), method="lota").save(tmp_path / "shield.safetensors")
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{path: {model}}}\ncheckpoint: {{directory: {tmp_path}}}\nshield: {{special_tokens: false}}\n"
+        "precision: {dtype: fp32}\n"
+    )
+    before = (tmp_path / "shield.safetensors").read_bytes()
+    assert "is the shield of method lota and is not replaced" in refused(capsys, "plan", tmp_path / "run.yaml")
+    assert "has no shield that `plan` makes" in refused(capsys, "plan", tmp_path / "run.yaml", "method.name=lora")
+    told = refused(capsys, "plan", tmp_path / "run.yaml", "method.name=lora", "method.lora.shielded=true")
+    assert "is the shield of method lota" in told
+    assert (tmp_path / "shield.safetensors").read_bytes() == before
+
+
 def test_a_model_that_is_not_supported_is_named_by_its_file(tmp_path):
     model = make_model("llama", tmp_path / "model")
     hf = json.loads((model / "config.json").read_text())
