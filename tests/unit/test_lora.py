@@ -28,7 +28,7 @@ ALL = [Q, DOWN, NORM, EMBEDDING]
 
 def run_with(tmp_path, *overrides):
     file = tmp_path / "run.yaml"
-    file.write_text("model: {path: model}\ncheckpoint: {directory: run}\nmethod: {name: lora}\n")
+    file.write_text("model: {path: model}\ncheckpoint: {directory: run}\nmethod: {name: lora, lora: {rank: 4}}\n")
     return read_run(file, overrides)
 
 

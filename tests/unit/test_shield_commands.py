@@ -153,9 +153,12 @@ def test_plan_keeps_the_shield_of_another_method(tmp_path, capsys):
         "precision: {dtype: fp32}\n"
     )
     before = (tmp_path / "shield.safetensors").read_bytes()
+    capsys.readouterr()
     assert "is the shield of method lota and is not replaced" in refused(capsys, "plan", tmp_path / "run.yaml")
     assert "has no shield that `plan` makes" in refused(capsys, "plan", tmp_path / "run.yaml", "method.name=lora")
-    told = refused(capsys, "plan", tmp_path / "run.yaml", "method.name=lora", "method.lora.shielded=true")
+    told = refused(
+        capsys, "plan", tmp_path / "run.yaml", "method.name=lora", "method.lora.shielded=true", "method.lora.rank=4"
+    )
     assert "is the shield of method lota" in told
     assert (tmp_path / "shield.safetensors").read_bytes() == before
 
