@@ -46,7 +46,8 @@ class Job:
     """What a method has to prepare with.
 
     `probe(model, iterations, optimizer)` trains all weights of the model for so many steps on the run's training data, with
-    `optimizer` in place of train.optimizer and a constant learning rate, and returns the trainer.
+    `optimizer` in place of train.optimizer and a constant learning rate, and returns the trainer, whose `release()` frees all that
+    the probe took. Raises TrainingStopped where a loss or gradient is not finite.
     `fresh()` gives the model anew, with the source's weights.
     """
 
@@ -54,11 +55,12 @@ class Job:
     begun: bool  # there is a checkpoint to resume from: its shield stays
     probe: Callable[[ParallelModel, int, dict[str, Any]], Any]
     fresh: Callable[[], ParallelModel]
+    train_digests: Sequence[str] = ()  # of the training data's indexed datasets
 
     def rebuild(self) -> None:
         """Replace the model, and what has trained it, by the source model; nothing else may hold on to it. Collective."""
         del self.model
-        gc.collect()  # DDP and optimizer refer to each other
+        gc.collect()  # chunks, DDP and optimizer refer to each other
         self.model = self.fresh()
 
 
@@ -70,10 +72,17 @@ class Method:
     Options: ClassVar[type] = NoOptions
     planned: ClassVar[bool] = False  # whether the `plan` command can make its shield from scores
     shields: ClassVar[bool] = False  # whether weights may be frozen in part, and have compact parameters then
-    adapts: ClassVar[bool] = False  # whether adapters beside the weights train, which are frozen whatever the shield says
+    adapts: ClassVar[bool] = (
+        False  # whether adapters beside the weights train, which are frozen whatever the shield says
+    )
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
+
+    @property
+    def probe_iterations(self) -> int:
+        """Steps that `prepare` trains on the run's training data; they may be more than the run's."""
+        return 0
 
     def decides(self, run: RunConfig) -> dict[str, Any]:
         """Keys of the shield section that the method's own options stand for, with their values."""
