@@ -1,7 +1,8 @@
 """Memory of a wrapped model and its optimizer, given back while another model is about to be built.
 
 A DDP chunk holds the nodes that accumulate gradients, and their hooks hold the chunk and its parameters: references that go
-through C++, where Python's garbage collector does not see them. Without `release` a chunk that trained lasts as long as the process.
+through C++, where Python's garbage collector does not see them. Without `release` a chunk that trained lasts as long as
+the process.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def release(config: TransformerConfig, chunks: Sequence[DistributedDataParallel]
     unset_num_microbatches_calculator()
     for chunk in chunks:
         chunk.grad_accs.clear()
+        if chunk.use_forward_hook:
+            chunk.disable_forward_pre_hook(param_sync=False)
         for buffer in chunk.buffers + chunk.expert_parallel_buffers:
             free((buffer.grad_data, buffer.param_data))
         free(chunk.parameters())

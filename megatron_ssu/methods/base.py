@@ -46,8 +46,8 @@ class Job:
     """What a method has to prepare with.
 
     `probe(model, iterations, optimizer)` trains all weights of the model for so many steps on the run's training data, with
-    `optimizer` in place of train.optimizer and a constant learning rate, and returns the trainer, whose `release()` frees all that
-    the probe took. Raises TrainingStopped where a loss or gradient is not finite.
+    `optimizer` in place of train.optimizer and a constant learning rate, and returns the trainer, whose `release()` frees
+    all that the probe took. Raises TrainingStopped where a loss or gradient is not finite.
     `fresh()` gives the model anew, with the source's weights.
     """
 

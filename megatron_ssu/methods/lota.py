@@ -62,7 +62,7 @@ class LotteryTicketAdaptation(Method):
 
     @property
     def probe_iterations(self) -> int:
-        return self.options.iterations
+        return int(self.options.iterations)
 
     def validate(self, run: RunConfig, matrices: Sequence[Matrix]) -> None:
         options = self.options
@@ -100,9 +100,8 @@ class LotteryTicketAdaptation(Method):
         return own_shield(run, source)
 
     def prepare(self, job: Job) -> Shield | None:
-        from megatron_ssu.engine.ranks import on_all_ranks, on_rank_zero
-
         from megatron_ssu.engine.random_numbers import kept_generators
+        from megatron_ssu.engine.ranks import on_all_ranks, on_rank_zero
 
         run, source, path = job.model.run, job.model.source, own_shield_path(job.model.run)
         facts = _facts(run, job.train_digests)

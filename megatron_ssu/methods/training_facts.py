@@ -1,4 +1,4 @@
-"""What a run's steps compute, as facts of the run file that can be kept and compared: data, batch, optimizer, number formats."""
+"""What a run's steps compute, as facts of the run file that can be kept and compared: data, batch, optimizer, numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DOCUMENTS = "data.train (its documents' digests)"
 
 
 def training_facts(run: RunConfig, train_digests: Sequence[str]) -> dict[str, Any]:
-    """By run-file key, as JSON: all but the model, the method and the regularizers. `train_digests`: of the indexed datasets."""
+    """By run-file key, as JSON: all but model, method and regularizers. `train_digests`: of the indexed datasets."""
     from megatron_ssu.data.run_datasets import train_sources
 
     facts = {
