@@ -39,6 +39,9 @@ def estimate(run: RunConfig, options: argparse.Namespace, console: Console) -> N
     path = shield_path(run)
     method = method_of(run)
     shield = load_shield(path) if method.shields and not method.adapts and path.exists() else None
+    if shield is not None:
+        method.check_counted(run, shield)
+        console.print(f"as {path} freezes it", highlight=False, soft_wrap=True)
     found = count(run, hf, world, shield=shield, engine=not options.local_layers)
     render(found, gpu, console, options.efficiency)
     if target is not None:

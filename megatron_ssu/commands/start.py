@@ -39,6 +39,7 @@ def check_settings(
     transformer_config(run, family, hf, dims)  # what is left, megatron-core itself refuses
     if writing:
         method.validate(run, list(family.matrices(dims)))
+        method.validate_files(run)
 
 
 def start(run: RunConfig, method: Method, *, training: bool, writing: bool = True) -> Source:

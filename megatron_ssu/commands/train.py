@@ -25,8 +25,8 @@ from megatron_ssu.data.indexed import content_digest
 from megatron_ssu.data.run_datasets import Prefixes, prepare_run, present_train, run_tokenizer
 from megatron_ssu.data.tokenizer import Tokenizer
 from megatron_ssu.engine.device import device_name
-from megatron_ssu.engine.ranks import is_rank_zero, on_all_ranks, on_rank_zero
-from megatron_ssu.errors import UserError
+from megatron_ssu.engine.ranks import gathered, is_rank_zero, on_all_ranks, on_rank_zero
+from megatron_ssu.errors import STATUS_NOT_FINITE, TrainingStopped, UserError
 from megatron_ssu.estimate.flops import flops_per_token
 from megatron_ssu.estimate.hardware import peak_flops
 from megatron_ssu.methods.base import Job, Method, nothing_frozen
@@ -75,13 +75,15 @@ def _train(run: RunConfig, method: Method, source: Source, console: Console) -> 
     on_rank_zero(lambda: method.check(run, source, begun=latest is not None))
     prefixes = on_rank_zero(lambda: prepare_run(run, tokenizer, console)[0])
     model = open_model(run, source)
-    datasets = on_all_ranks(lambda: _datasets(run, source.dims.vocab, prefixes, tokenizer))
-    job = Job(model, latest is not None, partial(probe, datasets), partial(build_model, run, source, model.mesh))
+    datasets = on_all_ranks(lambda: _datasets(run, method, source.dims.vocab, prefixes, tokenizer))
+    fresh = partial(build_model, run, source, model.mesh)
+    job = Job(model, latest is not None, partial(probe, datasets), fresh, datasets.train_digests)
     del model  # the method may replace it
     shield = method.prepare(job) or nothing_frozen(method.name, source)
     session = job.model
     identity = identity_of(run, method, shield, datasets.train_digests)
     trainer = Trainer(session, shield, method)
+    on_all_ranks(lambda: _check_trains(trainer))
     progress = Progress(phase=run.train.phase.number)
     if latest is not None:
         progress = checkpoints.load(latest, session, identity, trainer.optimizer_state, method)
@@ -102,6 +104,7 @@ def probe(datasets: Datasets, model: ParallelModel, iterations: int, optimizer: 
     """A trainer that has trained all of the model's weights for some steps on the first training samples.
 
     `optimizer` is in place of train.optimizer; the learning rate is constant, without a warm-up or regularizers.
+    Raises TrainingStopped after a step whose loss or gradient norm was not finite.
     """
     train = replace(
         model.run.train,
@@ -112,10 +115,24 @@ def probe(datasets: Datasets, model: ParallelModel, iterations: int, optimizer: 
     )
     trainer = Trainer(replace(model, run=replace(model.run, train=train)))
     batches = trainer.batches(datasets.train, 0)
-    for _ in range(iterations):
-        trainer.step(batches)
+    for number in range(iterations):
+        step = trainer.step(batches)
+        if step.skipped:
+            first, name = number * train.global_batch_size, model.run.method.name
+            raise TrainingStopped(
+                f"method {name}: iteration {number + 1} of its probe, samples {first} to "
+                f"{first + train.global_batch_size - 1}: loss {step.loss}, gradient norm {step.grad_norm}; no shield was made; "
+                f"lower method.{name}.lr or look at these samples",
+                STATUS_NOT_FINITE,
+            )
     trainer.gather_weights()
     return trainer
+
+
+def _check_trains(trainer: Trainer) -> None:
+    """Raises UserError where no rank has a parameter that trains. Collective."""
+    if not any(gathered(any(p.requires_grad for chunk in trainer.session.chunks for p in chunk.parameters()))):
+        raise UserError(f"method.name: {trainer.method.name} with these options leaves nothing to train; freeze less")
 
 
 def _begin_directory(run: RunConfig) -> None:
@@ -130,9 +147,10 @@ def _begin_directory(run: RunConfig) -> None:
     Checkpoints(directory).clean()
 
 
-def _datasets(run: RunConfig, vocab: int, prefixes: Prefixes, tokenizer: Tokenizer) -> Datasets:
+def _datasets(run: RunConfig, method: Method, vocab: int, prefixes: Prefixes, tokenizer: Tokenizer) -> Datasets:
     _warn_of_unused_documents(run)
-    samples = run.train.iterations * run.train.global_batch_size
+    # More samples begin with the same ones: a probe longer than the run changes nothing that the run reads.
+    samples = max(run.train.iterations, method.probe_iterations) * run.train.global_batch_size
     valid_samples = 0
     if not prefixes.target_valid:
         valid_samples = run.train.eval_batches * run.train.global_batch_size
@@ -223,8 +241,9 @@ def _process_start() -> float:
 
 
 def _announce(telemetry: Telemetry, session: ParallelModel, method: Method, shield: Shield, progress: Progress) -> None:
-    linear = shield.realised()["linear"]
-    frozen = f"{linear['ratio']:.2%} of its linear weights frozen" if shield.masks else "nothing frozen"
+    section = session.run.train.regularize
+    pulls = "".join(f", {name} {getattr(section, name):g}" for name in ("l2", "kl") if getattr(section, name))
+    frozen = method.describe(shield) + pulls
     telemetry.say(
         f"{session.source.name} on {session.mesh}, {session.run.precision.dtype}: {frozen} ({method.name}: {method.summary})"
     )

@@ -173,14 +173,14 @@ def loaded(optimizer: MegatronOptimizer) -> None:
 
 def steps(optimizer: MegatronOptimizer) -> int:
     """Steps that the optimizer has taken on this rank; 0 where it has nothing to update."""
-    counts = [int(g["step"]) for part in _parts(optimizer) for g in part.param_groups if "step" in g]
-    counts += [int(s["step"]) for part in _parts(optimizer) for s in part.state.values() if "step" in s]
+    counts = [int(g["step"]) for part in parts(optimizer) for g in part.param_groups if "step" in g]
+    counts += [int(s["step"]) for part in parts(optimizer) for s in part.state.values() if "step" in s]
     return max(counts, default=0)
 
 
 def set_steps(optimizer: MegatronOptimizer, count: int) -> None:
     """Let the optimizer have taken `count` steps."""
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         if not isinstance(part, torch.optim.Adam | torch.optim.AdamW):
             for group in part.param_groups:
                 group["step"] = count  # Apex and Transformer Engine count per group, in whole numbers
@@ -189,7 +189,7 @@ def set_steps(optimizer: MegatronOptimizer, count: int) -> None:
                 state["step"] = torch.full_like(state["step"], count)
 
 
-def _parts(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
+def parts(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
     """The optimizers that update: where some of it happens on the CPU, those of both devices."""
     for member in members(optimizer):
         yield from getattr(member.optimizer, "sub_optimizers", [member.optimizer])

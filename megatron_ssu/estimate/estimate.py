@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_ssu.config.checks.mesh import validate_mesh
 from megatron_ssu.config.checks.model import validate_model
-from megatron_ssu.config.checks.train import validate_batches
+from megatron_ssu.config.checks.train import validate_batches, validate_regularize
 from megatron_ssu.config.checks.unsupported import NEEDS_CUDA
 from megatron_ssu.config.checks.values import at_least
 from megatron_ssu.config.schema import RunConfig
@@ -40,7 +40,6 @@ from megatron_ssu.methods.registry import method_of
 from megatron_ssu.models.build import transformer_config
 from megatron_ssu.models.families import read_family
 from megatron_ssu.models.family import Dims, Family
-from megatron_ssu.shield.budget import check_ratio
 from megatron_ssu.shield.shield_file import Shield
 
 # Of FP8, whose weight-gradient GEMMs can leave frozen columns and rows out.
@@ -112,10 +111,11 @@ def estimate(run: RunConfig, hf: dict[str, Any], world: int, *, shield: Shield |
         at_least(f"train.{name}", getattr(run.train, name), 1)
     validate_batches(run, data)
     validate_model(here, hf)
-    check_ratio(run.shield.ratio, "shield.ratio")
     if run.parallel.context > 1:
         raise UserError("parallel.context_parallel_size: estimate does not count context parallelism; set it to 1")
     family, dims = read_family(hf, run.model.path)
+    method.validate(run, list(family.matrices(dims)))
+    validate_regularize(run)
     shields = matrix_shields(method, run, family, dims, shield)
     return _Counter(
         run, method, family, dims, data, shields, engine, transformer_config(here, family, hf, dims)

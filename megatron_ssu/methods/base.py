@@ -3,7 +3,7 @@
 A method is one class in one file, listed in registry.py. The class here is full fine-tuning with a stock trainer; every method
 overrides what it changes. A run calls, in this order:
 
-    validate    on every rank, before anything: what follows from the run file and the model's config.json
+    validate, validate_files   on every rank, before anything: what follows from the run file and config.json; its files
     check       on rank 0, before data is tokenized and the model loaded: what is there already
     prepare     collective, with the model loaded: the run's shield, which is in a file when this returns
     attach      before DDP wraps the model: compact parameters, frozen flags, adapters
@@ -46,7 +46,8 @@ class Job:
     """What a method has to prepare with.
 
     `probe(model, iterations, optimizer)` trains all weights of the model for so many steps on the run's training data, with
-    `optimizer` in place of train.optimizer and a constant learning rate, and returns the trainer.
+    `optimizer` in place of train.optimizer and a constant learning rate, and returns the trainer, whose `release()` frees
+    all that the probe took. Raises TrainingStopped where a loss or gradient is not finite.
     `fresh()` gives the model anew, with the source's weights.
     """
 
@@ -54,11 +55,12 @@ class Job:
     begun: bool  # there is a checkpoint to resume from: its shield stays
     probe: Callable[[ParallelModel, int, dict[str, Any]], Any]
     fresh: Callable[[], ParallelModel]
+    train_digests: Sequence[str] = ()  # of the training data's indexed datasets
 
     def rebuild(self) -> None:
         """Replace the model, and what has trained it, by the source model; nothing else may hold on to it. Collective."""
         del self.model
-        gc.collect()  # DDP and optimizer refer to each other
+        gc.collect()  # chunks, DDP and optimizer refer to each other
         self.model = self.fresh()
 
 
@@ -81,6 +83,11 @@ class Method:
         """Whether the `plan` command can make a shield for it from scores."""
         return False
 
+    @property
+    def probe_iterations(self) -> int:
+        """Steps that `prepare` trains on the run's training data; they may be more than the run's."""
+        return 0
+
     def decides(self, run: RunConfig) -> dict[str, Any]:
         """Keys of the shield section that the method's own options stand for, with their values."""
         return {}
@@ -90,6 +97,23 @@ class Method:
         from megatron_ssu.methods.shield_place import refuse_given_files
 
         refuse_given_files(run)
+
+    def validate_files(self, run: RunConfig) -> None:
+        """Check that the files that the method will read are there. Raises UserError."""
+
+    def check_counted(self, run: RunConfig, shield: Shield) -> None:
+        """Raises UserError where a shield file in the run's directory is not what the run file asks for now.
+
+        Weights and scores are not read, so it may still be another model's.
+        """
+        from megatron_ssu.methods.shield_place import check_plan
+
+        check_plan(shield.label, shield, self.name, self.identity())
+
+    def describe(self, shield: Shield) -> str:
+        """What trains, for the log's first line."""
+        linear = shield.realised()["linear"]
+        return f"{linear['ratio']:.2%} of its linear weights frozen" if shield.masks else "nothing frozen"
 
     def check(self, run: RunConfig, source: Source, *, begun: bool) -> None:
         """Raises UserError where what is there already does not fit the run file. Makes nothing."""

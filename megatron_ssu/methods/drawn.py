@@ -58,7 +58,12 @@ class DrawnShield(Method):
 
 
 def shield_of(method: str, source: Source, masks: dict[str, Mask], plan: dict[str, Any]) -> Shield:
-    """A shield of these masks that no score was asked for; `plan`: what they follow from."""
+    """A shield of these masks that no score was asked for; `plan`: what they follow from.
+
+    Linear weights without a mask are in it too, with nothing frozen, so that its totals are those of the model.
+    """
+    linear = source.family.linear_matrices(source.dims)
+    masks = {m.name: Mask.constant("column", m.shape, False) for m in linear} | masks
     matrices = {m.name: m for m in source.family.matrices(source.dims) if m.name in masks}
     return Shield(
         method=method,

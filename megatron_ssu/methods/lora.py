@@ -92,6 +92,17 @@ class LowRankAdaptation(Method):
         validate_shield(run)
         check_rules(run, matrices)
 
+    def validate_files(self, run: RunConfig) -> None:
+        if self.options.shielded:
+            from megatron_ssu.methods.shield_checks import validate_shield_files
+
+            validate_shield_files(run)
+
+    def describe(self, shield: Shield) -> str:
+        beside = f", {super().describe(shield)}" if self.options.shielded else ""
+        kind = "DoRA" if self.options.dora else "LoRA"
+        return f"{kind} of rank {self.options.rank} on {', '.join(self.settings.targets)}{beside}"
+
     def check(self, run: RunConfig, source: Source, *, begun: bool) -> None:
         if not self.options.shielded:
             check_same(run, self._own_shield(source, None))

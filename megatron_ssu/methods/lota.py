@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.methods.base import Job, Method
 from megatron_ssu.methods.drawn import shield_of, whole
 from megatron_ssu.methods.shield_place import kept_shield, own_shield, own_shield_path, refuse_given_files
+from megatron_ssu.methods.training_facts import DOCUMENTS, shown, training_facts
 from megatron_ssu.shield.budget import check_ratio, units_of_ratio
 from megatron_ssu.shield.mask import Granularity, Mask
 from megatron_ssu.shield.shield_file import Shield, load_shield
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from megatron_ssu.models.source import Source
 
 _EDGES = ("embedding", "head")
+_TRAINED_ON = "trained_on"  # of a shield's plan: facts of the probe beside the method's options
+_OF_THE_PROBE = ("weight_decay", "clip_grad")  # of train.optimizer: the probe has its own
 
 
 @dataclass(frozen=True)
@@ -56,25 +60,35 @@ class LotteryTicketAdaptation(Method):
     Options: ClassVar[type] = LotteryOptions
     shields: ClassVar[bool] = True
 
+    @property
+    def probe_iterations(self) -> int:
+        return int(self.options.iterations)
+
     def validate(self, run: RunConfig, matrices: Sequence[Matrix]) -> None:
         options = self.options
         refuse_given_files(run)
         check_ratio(options.sparsity, "method.lota.sparsity")
         if options.iterations < 1:
             raise UserError(f"method.lota.iterations: must be at least 1, got {options.iterations}")
-        for key in ("lr", "weight_decay"):
-            if not 0 <= getattr(options, key) < float("inf"):
-                raise UserError(f"method.lota.{key}: must be 0 or more, got {getattr(options, key)}")
+        if not 0 < options.lr < float("inf"):
+            raise UserError(
+                f"method.lota.lr: must be above 0, got {options.lr}; a probe that moves nothing says nothing"
+            )
+        if not 0 <= options.weight_decay < float("inf"):
+            raise UserError(f"method.lota.weight_decay: must be 0 or more, got {options.weight_decay}")
 
     def check(self, run: RunConfig, source: Source, *, begun: bool) -> None:
         path = own_shield_path(run)
         if path.exists():
             found = load_shield(path)
-            if found.method != self.name or found.plan != self._plan():
+            plan = {key: value for key, value in found.plan.items() if key != _TRAINED_ON}
+            if found.method != self.name or plan != asdict(self.options):
                 raise UserError(
-                    f"{path}: was made by method {found.method} ({_words(found.plan)}), and the run file asks for {self.name} "
-                    f"({_words(self._plan())}); change that back, or choose another checkpoint.directory"
+                    f"{path}: was made by method {found.method} ({_words(plan)}), and the run file asks for {self.name} "
+                    f"({_words(asdict(self.options))}); change that back, or choose another checkpoint.directory"
                 )
+            if not begun:
+                _compare(path, found, {key: value for key, value in _facts(run, ()).items() if key != DOCUMENTS})
             own_shield(run, source)
         elif begun:
             raise UserError(
@@ -86,13 +100,19 @@ class LotteryTicketAdaptation(Method):
         return own_shield(run, source)
 
     def prepare(self, job: Job) -> Shield | None:
+        from megatron_ssu.engine.random_numbers import kept_generators
         from megatron_ssu.engine.ranks import on_all_ranks, on_rank_zero
 
-        run, source = job.model.run, job.model.source
-        if not on_rank_zero(own_shield_path(run).exists):
-            masks = self._probe(job)
-            on_rank_zero(lambda: kept_shield(run, shield_of(self.name, source, masks, self._plan())))
-            job.rebuild()
+        run, source, path = job.model.run, job.model.source, own_shield_path(job.model.run)
+        facts = _facts(run, job.train_digests)
+        if not on_rank_zero(path.exists):
+            plan = {**asdict(self.options), _TRAINED_ON: facts}
+            with kept_generators():  # a start that finds the shield file draws nothing here
+                masks = self._probe(job)
+                on_rank_zero(lambda: kept_shield(run, shield_of(self.name, source, masks, plan)))
+                job.rebuild()
+        elif not job.begun:  # else its checkpoint is compared
+            on_rank_zero(lambda: _compare(path, load_shield(path), facts))
         return on_all_ranks(lambda: own_shield(run, source))
 
     def expected_shield(
@@ -106,9 +126,6 @@ class LotteryTicketAdaptation(Method):
     def _edges(self, matrices: Sequence[Matrix]) -> dict[str, tuple[Granularity, float]]:
         return {} if self.options.embeddings else {m.name: ("row", 1.0) for m in matrices if m.kind in _EDGES}
 
-    def _plan(self) -> dict[str, Any]:
-        return asdict(self.options)
-
     def _probe(self, job: Job) -> dict[str, Mask]:
         """The masks, on rank 0. Collective."""
         options, model = self.options, job.model
@@ -121,6 +138,7 @@ class LotteryTicketAdaptation(Method):
         }
         trainer = job.probe(model, options.iterations, optimizer)
         moved = moved_bits(trainer.optimizer, model)
+        trainer.release()  # the run's model is built beside it
         masks = most_moved(model, moved, options.sparsity)
         if not options.embeddings:
             masks |= {m.name: whole(m) for m in model.source.family.matrices(model.source.dims) if m.kind in _EDGES}
@@ -213,6 +231,26 @@ def _without_ties(found: Mapping[str, tuple[Matrix, np.ndarray]], trainable: int
         left -= tied.size
         masks[name] = Mask.of("element", matrix.shape, frozen)
     return masks
+
+
+def _facts(run: RunConfig, train_digests: Sequence[str]) -> dict[str, Any]:
+    """By run-file key, as JSON: what a probe's steps follow from, beside the model and the method's options."""
+    own = tuple(f"train.optimizer.{key}" for key in _OF_THE_PROBE)
+    facts = {key: value for key, value in training_facts(run, train_digests).items() if key not in own}
+    return {"precision.dtype": run.precision.dtype, **facts}
+
+
+def _compare(path: Path, shield: Shield, facts: Mapping[str, Any]) -> None:
+    """Raises UserError where the probe that made the shield trained on other data, or otherwise, than one would now."""
+    saved = shield.plan.get(_TRAINED_ON, {})
+    for key in sorted(facts.keys() | saved.keys()):
+        if key in facts or key != DOCUMENTS:
+            was, now = saved.get(key), facts.get(key)
+            if was != now:
+                raise UserError(
+                    f"{path}: {key} was {shown(was)} when its probe ran and is {shown(now)} now; change it back, or choose "
+                    "another checkpoint.directory"
+                )
 
 
 def _words(plan: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from megatron_ssu.methods.options import check_inputs, check_names
 
 
 def validate_shield(run: RunConfig) -> None:
-    """Check the shield section, and that what it will read is there."""
+    """Check the values of the shield section."""
     shield = run.shield
     for section in ("calibration", "target_calibration"):
         for name in ("samples", "sequence_length", "micro_batch_size"):
@@ -19,6 +19,11 @@ def validate_shield(run: RunConfig) -> None:
         seed_in_range(f"shield.{section}.seed", getattr(shield, section).seed)
     seed_in_range("shield.seed", shield.seed)
     check_names(run)
+
+
+def validate_shield_files(run: RunConfig) -> None:
+    """Check that what the shield section will read is named, and there."""
+    shield = run.shield
     for name in ("file", "scores"):
         given = getattr(shield, name)
         if given is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.fingerprint import model_fingerprint
@@ -46,16 +47,21 @@ def check_same(run: RunConfig, shield: Shield, name: str = NAME) -> None:
     found = load_shield(path) if path.exists() else shield
     if found.digest() == shield.digest():
         return
+    check_plan(path, found, shield.method, shield.plan)
+    raise UserError(
+        f"{path}: is not the shield that method {shield.method} makes for this model; choose another checkpoint.directory"
+    )
+
+
+def check_plan(path: str | Path, found: Shield, method: str, plan: Mapping[str, Any]) -> None:
+    """Raises UserError where a shield file was made by another method than `method`, or with other options than `plan`."""
     advice = "change that back, or choose another checkpoint.directory"
-    if found.method != shield.method:
-        raise UserError(f"{path}: is the shield of method {found.method}, the run file's is {shield.method}; {advice}")
-    for key in found.plan.keys() | shield.plan.keys():
-        was, now = found.plan.get(key), shield.plan.get(key)
+    if found.method != method:
+        raise UserError(f"{path}: is the shield of method {found.method}, the run file's is {method}; {advice}")
+    for key, now in plan.items():
+        was = found.plan.get(key)
         if was != now:
-            raise UserError(
-                f"{path}: was made with method.{shield.method}.{key} {was}, the run file has {now}; {advice}"
-            )
-    raise UserError(f"{path}: is not the shield that method {shield.method} makes for this model; {advice}")
+            raise UserError(f"{path}: was made with method.{method}.{key} {was}, the run file has {now}; {advice}")
 
 
 def own_shield(run: RunConfig, source: Source, name: str = NAME) -> Shield:

@@ -37,6 +37,17 @@ class SourceShieldedUpdates(Method):
         validate_shield(run)
         check_rules(run, matrices)
 
+    def validate_files(self, run: RunConfig) -> None:
+        from megatron_ssu.methods.shield_checks import validate_shield_files
+
+        validate_shield_files(run)
+
+    def check_counted(self, run: RunConfig, shield: Shield) -> None:
+        from megatron_ssu.methods.planned import check_choices
+
+        if run.shield.file is None:
+            check_choices(run, shield)
+
     def check(self, run: RunConfig, source: Source, *, begun: bool) -> None:
         from megatron_ssu.methods.scored import needs_scoring
 

@@ -21,7 +21,7 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.hf_config import CONFIG, differing_keys, read_hf_config
 from megatron_ssu.models.hf_files import HFCheckpoint, carried_files
-from megatron_ssu.shield.mask import Mask
+from megatron_ssu.shield.mask import GRANULARITIES, Mask
 from megatron_ssu.shield.shield_file import Shield, check_model, load_shield
 
 _CHUNK = 1 << 24  # elements compared at a time
@@ -80,7 +80,9 @@ class VerifyReport:
         return "OK: no frozen bit moved" if self.ok else "NOTHING CHECKED: nothing is frozen by this shield"
 
     def totals(self, granularity: str) -> dict[str, int]:
-        """Sums over the matrices of one granularity."""
+        """Sums over the matrices of one granularity: column, row, element or none. Raises ValueError for another."""
+        if granularity not in (*GRANULARITIES, "none"):
+            raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)} or none, got {granularity!r}")
         members = [m for m in self.matrices if m.granularity == granularity]
         keys = ("frozen", "moved_frozen", "trainable", "moved_trainable")
         return {"matrices": len(members)} | {key: sum(getattr(m, key) for m in members) for key in keys}

@@ -10,31 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ssu.config.schema import RegularizeSection, RunConfig
-from megatron_ssu.data.run_datasets import train_sources
 from megatron_ssu.errors import UserError
 from megatron_ssu.methods.base import Method
+from megatron_ssu.methods.training_facts import section_facts, shown, training_facts
 from megatron_ssu.models.hf_config import definition, read_hf_config, weights_part
 from megatron_ssu.shield.shield_file import Shield
 
-# Keys of megatron's that choose how fast or how large a step is, not what it computes.
-_FREE_MODEL = (
-    "recompute_",
-    "attention_backend",
-    "masked_softmax_fusion",
-    "bias_",
-    "apply_rope_fusion",
-    "cpu_offloading",
-)
-_FREE_OPTIMIZER = (
-    *("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "log_num_zeros_in_grad", "overlap_"),
-    # where the optimizer keeps its state, and in which dtype; checkpoints have it in fp32
-    *("use_precision_aware_optimizer", "main_params_dtype", "main_grads_dtype", "exp_avg_"),
-    *("optimizer_cpu_offload", "optimizer_offload_fraction", "use_torch_optimizer_for_cpu_offload", "pin_cpu_"),
-)
 _PHASE = ("data.", "train.global_batch_size", "train.optimizer.", "train.regularize.")  # what a new phase may change
 _MODEL = ("model.path (", "model.make_vocab_size_divisible_by", "precision.dtype")  # what decides how weights are read
 METHOD, _METHOD = "method.name", "method."
-DOCUMENTS = "data.train (its documents' digests)"
 SHIELD = "shield.file (its digest)"
 
 
@@ -53,7 +37,7 @@ class Identity:
             advice = "change it back, or start in another checkpoint.directory"
             if key.startswith(_PHASE):
                 advice += ", or raise train.phase.number to begin a new phase"
-            raise UserError(f"{path}: {key} was {_show(was)} in this checkpoint and is {_show(now)} now; {advice}")
+            raise UserError(f"{path}: {key} was {shown(was)} in this checkpoint and is {shown(now)} now; {advice}")
 
     def compare_method(self, saved: dict[str, Any], path: Path) -> None:
         """Raises UserError where the checkpoint at `path`, which has these facts, is of another method or other options."""
@@ -75,27 +59,16 @@ def identity_of(run: RunConfig, method: Method, shield: Shield, train_digests: S
     facts = model_facts(run, shield.fingerprint)
     facts |= {
         SHIELD: shield.digest(),
-        "data.train (its weights)": [source.weight for source in train_sources(run)],
-        DOCUMENTS: [digest[:16] for digest in train_digests],
-        "data.split": run.data.used_split,
-        "data.seed": run.data.seed,
-        "data.sequence_length": run.data.sequence_length,
-        "data.text_key": run.data.text_key,
-        "train.global_batch_size": run.train.global_batch_size,
-        "train.seed": run.train.seed,
-        "train.fused_adam": run.train.fused_adam,
     }
+    facts |= training_facts(run, train_digests)
     facts |= method_facts(method)
-    facts |= _section("model", run.model.transformer, _FREE_MODEL)
-    facts |= _section("precision", run.precision.transformer, ())
-    facts |= _section("train.regularize", regularize_facts(run.train.regularize), ())
-    facts |= _section("train.optimizer", run.train.optimizer, _FREE_OPTIMIZER)
+    facts |= section_facts("train.regularize", regularize_facts(run.train.regularize))
     return Identity(facts)
 
 
 def method_facts(method: Method) -> dict[str, Any]:
     """The facts that say what a method has done to a checkpoint's weights, beside its shield."""
-    return {METHOD: method.name, **_section(f"{_METHOD}{method.name}", method.identity(), ())}
+    return {METHOD: method.name, **section_facts(f"{_METHOD}{method.name}", method.identity())}
 
 
 def regularize_facts(section: RegularizeSection) -> dict[str, Any]:
@@ -113,18 +86,3 @@ def model_facts(run: RunConfig, fingerprint: str) -> dict[str, Any]:
     }
     config = definition(read_hf_config(run.model.path))
     return facts | {f"model.path (its config.json: {key})": value for key, value in config.items()}
-
-
-def _section(name: str, values: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
-    return {
-        f"{name}.{key}": value if isinstance(value, str | int | float | bool | None) else str(value)
-        for key, value in values.items()
-        if not key.startswith(free)
-    }
-
-
-def _show(value: Any) -> str:
-    if value is None:
-        return "not set"
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.errors import UserError
 from megatron_ssu.methods.base import Method
+from megatron_ssu.methods.training_facts import DOCUMENTS
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.hf_export import check_target
 from megatron_ssu.models.source import Source
@@ -16,7 +17,7 @@ from megatron_ssu.shield.shield_file import Shield
 from megatron_ssu.train.checkpoints import Checkpoints, Progress
 from megatron_ssu.train.checksums import digest_of_all
 from megatron_ssu.train.export_record import ExportRecord, read_record, record_of
-from megatron_ssu.train.identity import DOCUMENTS, Identity, identity_of, method_facts
+from megatron_ssu.train.identity import Identity, identity_of, method_facts
 
 
 def newest(run: RunConfig, method: Method, checkpoints: Checkpoints) -> int | None:

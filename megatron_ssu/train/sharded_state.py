@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import io
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.enums import Fp8Recipe
 from megatron.core.fp8_utils import get_fp8_recipe
 
 from megatron_ssu.engine.device import local_device
+from megatron_ssu.engine.random_numbers import generators, set_generators
 from megatron_ssu.methods.base import Method
 from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.train.optimizer_state import OptimizerState
@@ -115,16 +114,8 @@ def mesh_facts(session: ParallelModel) -> dict[str, Any]:
 
 def _rng(session: ParallelModel) -> ShardedTensor:
     """This rank's generators as a row of bytes uint8 [1, RNG_BYTES]: tensors need no unpickling."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    state = {
-        "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(),
-        "tracker": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
-        "python": random.getstate(),
-        "numpy": (str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
-    }
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(generators(), buffer)
     data = buffer.getvalue()
     if len(data) > RNG_BYTES:
         raise RuntimeError(f"{len(data)} bytes of random number generators do not fit in {RNG_BYTES}")
@@ -134,11 +125,4 @@ def _rng(session: ParallelModel) -> ShardedTensor:
 
 def set_rng(row: torch.Tensor) -> None:
     """Put back what `_rng` took."""
-    state = torch.load(io.BytesIO(row.cpu().numpy().tobytes()), weights_only=True)
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["device"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    set_generators(torch.load(io.BytesIO(row.cpu().numpy().tobytes()), weights_only=True))

@@ -30,6 +30,7 @@ from megatron_ssu.engine.autograd import after_backward
 from megatron_ssu.engine.device import has_cuda, local_device
 from megatron_ssu.engine.linear import accumulate_in_gemm
 from megatron_ssu.engine.optimizer import Owned, choose_adam_kernel, gradients, make_moments, owned_gradients
+from megatron_ssu.engine.release import release
 from megatron_ssu.engine.tensors import scale_all
 from megatron_ssu.methods.base import Method, nothing_frozen
 from megatron_ssu.models.parallel_model import ParallelModel
@@ -236,6 +237,10 @@ class Trainer:
                 chunk.enable_forward_pre_hook()
             self.compact.hook()
         self.compact.write()
+
+    def release(self) -> None:
+        """Free the model's weights and all that trained them; neither trainer nor model can be used after it."""
+        release(self.session.config, self.chunks, self.optimizer)
 
     def evaluate(self, dataset: Any) -> float:
         """Mean loss per token over a validation set, at most train.eval_batches global batches of it."""

@@ -216,6 +216,8 @@ BAD: list[tuple[int, list[str], dict[str, Any], list[str]]] = [
     (1, ["train.optimizer.hysteresis=3"], {}, ["train.optimizer.hysteresis", "fp16"]),
     (1, ["data.split='0,1,0'"], {}, ["data.split", "nothing to train on"]),
     (1, ["data.workers=0"], {}, ["data.workers", "at least 1"]),
+    # methods
+    (1, ["shield.calibration.path=", "method.name=lota", "method.lota.lr=0"], {}, ["method.lota.lr", "above 0, got 0"]),
     # checkpoint
     (1, ["checkpoint.max_shard_size=5XB"], {}, ["checkpoint.max_shard_size", "'5XB'", "5GB"]),
     (1, ["checkpoint.keep=0"], {}, ["checkpoint.keep", "at least 1"]),

@@ -28,7 +28,7 @@ def validate_train(run: RunConfig, dp: int) -> None:
     validate_batches(run, dp)
     _schedule(run)
     validate_optimizer(run)
-    _regularize(run)
+    validate_regularize(run)
     seed_in_range("train.seed", train.seed)
     seed_in_range("data.seed", run.data.seed)
     at_least("log.interval", run.log.interval, 1)
@@ -36,7 +36,8 @@ def validate_train(run: RunConfig, dp: int) -> None:
     validate_checkpoint(run)
 
 
-def _regularize(run: RunConfig) -> None:
+def validate_regularize(run: RunConfig) -> None:
+    """Check the coefficients of train.regularize."""
     section, key = run.train.regularize, "train.regularize"
     for name in ("l2", "kl"):
         value = getattr(section, name)
