@@ -32,6 +32,11 @@ METHODS: tuple[type[Method], ...] = (
 )
 
 
+_NAMES = [method.name for method in METHODS]
+if len(set(_NAMES)) < len(_NAMES):
+    raise ValueError(f"two methods have one name: {', '.join(_NAMES)}")
+
+
 def read_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run file at `path` with its methods' options; see `load_run`.
 

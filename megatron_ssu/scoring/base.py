@@ -1,7 +1,7 @@
 """What a score is: the contract that every score follows. Imports no torch.
 
 A score ranks columns [I], rows [O], elements [O, I] or whole matrices of a weight W [O, I]; it has the terms that it can
-rank by. A column, row or matrix term is a sum over elements, or two:
+rank by. A column, row or matrix term is one or more sums over elements:
 
     sum_k = sum of terms[k](w, *x) over the rows of a column, the columns of a row, or the whole matrix
     score = finish(*sums)        of columns: finish(*sums, *statistics)
@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from megatron_ssu.scoring.scores_file import TARGET_INPUT_NORM
+from megatron_ssu.scoring.scores_file import INPUT_MEAN_SQUARE, INPUT_NORM, TARGET_INPUT_NORM
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 Needs = Literal["weights", "forward", "backward", "change", "seed"]
 Term = Callable[..., Any]
 Axis = Literal["column", "row", "element", "matrix"]
+# Statistics of a layer's inputs by column: ||X_j||_2, the mean over rows of the mean of X_tj^2, ||X_j||_2 of target text.
+STATISTICS = (INPUT_NORM, INPUT_MEAN_SQUARE, TARGET_INPUT_NORM)
 
 
 def weight(w: Any, *x: Any) -> Any:
@@ -47,6 +49,11 @@ def weight(w: Any, *x: Any) -> Any:
 def square(w: Any, *x: Any) -> Any:
     """The term W_ij^2."""
     return w * w
+
+
+def one(w: Any, *x: Any) -> Any:
+    """The term 1, whose sum counts elements: for means and variances."""
+    return w * 0 + 1
 
 
 def product(w: Any, x: Any) -> Any:
@@ -127,6 +134,22 @@ class Score:
     matrix: Summed | Whole | None = None
     statistics: tuple[str, ...] = ()  # of the inputs, in the order of the terms' arguments; see input_statistics.py
     gradients: Callable[[ParallelModel], GradientPass] | None = None  # of a backward score, whose terms it computes
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what does not go together."""
+        if self.needs not in get_args(Needs):
+            raise ValueError(
+                f"score {self.name}: needs must be one of {', '.join(get_args(Needs))}, got {self.needs!r}"
+            )
+        unknown = [name for name in self.statistics if name not in STATISTICS]
+        if unknown:
+            raise ValueError(f"score {self.name}: statistics must be of {', '.join(STATISTICS)}, got {unknown[0]!r}")
+        if self.statistics and self.needs != "forward":
+            raise ValueError(
+                f"score {self.name}: has statistics of inputs, so needs must be 'forward', got {self.needs!r}"
+            )
+        if (self.gradients is None) == (self.needs == "backward"):
+            raise ValueError(f"score {self.name}: gradients must be given where needs is 'backward', and only there")
 
     @property
     def granularities(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from megatron_ssu.errors import UserError
 from megatron_ssu.scoring.base import Score
@@ -15,9 +15,18 @@ from megatron_ssu.scoring.sparsegpt import SPARSEGPT_DIAGONAL, SPARSEGPT_DIAGONA
 from megatron_ssu.scoring.target_contrast import TARGET_CONTRAST
 from megatron_ssu.scoring.wanda import WANDA, WANDA_RELEASED
 
-SCORES: dict[str, Score] = {
-    score.name: score
-    for score in (
+
+def by_name(scores: Sequence[Score]) -> dict[str, Score]:
+    """Raises ValueError for two of one name."""
+    names = [score.name for score in scores]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise ValueError(f"two scores are called {doubled[0]}")
+    return dict(zip(names, scores, strict=True))
+
+
+SCORES: dict[str, Score] = by_name(
+    (
         WANDA,
         WANDA_RELEASED,
         TARGET_CONTRAST,
@@ -30,7 +39,7 @@ SCORES: dict[str, Score] = {
         SNR,
         RANDOM,
     )
-}
+)
 
 
 def score_named(name: str, key: str = "shield.score") -> Score:

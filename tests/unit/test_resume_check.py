@@ -9,6 +9,7 @@ import pytest
 
 from megatron_ssu.config.schema import CheckpointSection, ModelSection, RunConfig
 from megatron_ssu.errors import UserError
+from megatron_ssu.methods.base import Method
 from megatron_ssu.train import resume_check
 from megatron_ssu.train.checkpoints import Checkpoints, Progress
 
@@ -21,11 +22,11 @@ def test_optimizer_state_of_an_earlier_version(
     (tmp_path / "checkpoints" / "iter_0000004").mkdir(parents=True)
     (tmp_path / "checkpoints" / "latest").write_text("4\n")
     run.train.iterations = 8
-    common = {"progress": vars(Progress(iteration=4)), **optimizer}
+    common = {"progress": vars(Progress(iteration=4)), "identity": {"method.name": "none"}, **optimizer}
     monkeypatch.setattr(Checkpoints, "read_common", lambda self, iteration: common)
     if "steps" in optimizer.get("optimizer", {}):
-        assert resume_check.newest(run, Checkpoints(tmp_path)) == 4
+        assert resume_check.newest(run, Method(), Checkpoints(tmp_path)) == 4
         return
     reason = "its optimizer state was written by an earlier version" if optimizer else "it holds weights alone"
     with pytest.raises(UserError, match=rf"iter_0000004: {reason}.*export"):
-        resume_check.newest(run, Checkpoints(tmp_path))
+        resume_check.newest(run, Method(), Checkpoints(tmp_path))

@@ -18,7 +18,7 @@ from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.units import parse_size, parse_split
 from megatron_ssu.errors import UserError
 from megatron_ssu.methods.registry import method_of, read_run
-from megatron_ssu.methods.shield_checks import validate_shield
+from megatron_ssu.methods.shield_checks import validate_shield_files
 from megatron_ssu.models.hf_config import read_hf_config
 
 LLAMA: dict[str, Any] = {
@@ -254,10 +254,10 @@ def test_scores_or_a_shield_made_before_need_no_calibration(world: Path) -> None
     run = read_run("run.yaml", ["shield.calibration.path="])
     (world / "out").mkdir()
     (world / "out" / "scores.safetensors").touch()
-    validate_shield(run)
+    validate_shield_files(run)
     (world / "out" / "scores.safetensors").unlink()
     with pytest.raises(UserError, match=r"shield\.calibration\.path"):
-        validate_shield(run)
+        validate_shield_files(run)
 
 
 def test_scoring_needs_no_training_data(world: Path) -> None:
