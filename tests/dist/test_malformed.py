@@ -139,7 +139,6 @@ ROWS = [
     row("unknown option of a method", nothing, FRESH + " method.hft.rato=0.5", "method.hft.rato: unknown key", "'ratio'"),
     row("an option of a method that has none", nothing, FRESH + " method.none.cake=0.5", "method.none.cake", "there are none"),
     row("an option out of range", nothing, FRESH + " method.name=hft method.hft.ratio=2", "method.hft.ratio", "2"),
-    row("nothing to train", nothing, FRESH + " method.name=layers method.layers.fraction=1 shield.norms=frozen shield.protect=[{pattern: embeddings, action: frozen}, {pattern: head, action: frozen}]", "method.name", "layers", "nothing to train"),
     row("estimate of a wrong option", nothing, "estimate run.yaml checkpoint.directory=new method.name=hft method.hft.ratio=2", "method.hft.ratio"),
     row("estimate beside another shield", nothing, "estimate run.yaml checkpoint.directory=begun shield.ratio=0.25", "begun/shield.safetensors", "shield.ratio"),
     row("rank above the model's", nothing, FRESH + " method.name=lora method.lora.rank=100000", "method.lora.rank", "at most"),

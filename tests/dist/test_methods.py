@@ -77,7 +77,7 @@ def test_an_example_trains_resumes_and_moves_what_it_may(cycles, world, file, me
     once, again = exported(world, name), exported(world, f"{name}-resumed")
     assert once.keys() == again.keys() and all(torch.equal(once[key], again[key]) for key in once)
     shield_file = world / "runs" / name / OWN_SHIELD.get(file.stem, "shield.safetensors")
-    if not method_of(read_run(file)).shields:
+    if not method_of(read_run(file, [f"model.path={world / 'hf' / 'source'}"])).shields:
         assert not shield_file.exists()
         before = load_file(world / "hf" / "source" / "model.safetensors")
         assert all(not torch.equal(before[key], once[key]) for key in before)
@@ -121,3 +121,12 @@ def test_an_export_by_its_command_is_the_runs_own(cycles, ranks, world):
     ranks.run(work.export_again, 1, str(file), str(world), [], "lora-TP1", "again")
     once, again = exported(world, "lora-TP1"), exported(world, "again")
     assert all(torch.equal(once[key], again[key]) for key in once)
+
+
+def test_a_run_in_which_nothing_trains_is_refused(ranks, world):
+    file = ROOT / "examples" / "methods" / "ssu.yaml"
+    rules = "shield.protect=[{pattern: embeddings, action: frozen}, {pattern: head, action: frozen}]"
+    frozen = ["shield.ratio=1", "shield.norms=frozen", "shield.score=random", rules]
+    with pytest.raises(RankError, match="leaves nothing to train") as refused:
+        ranks.run(work.whole_run, 2, str(file), str(world), frozen, "nothing", interrupted=False)
+    assert refused.value.kind == "UserError" and not (world / "out" / "nothing").exists()
