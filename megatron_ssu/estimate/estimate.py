@@ -83,6 +83,7 @@ class Estimate:
     optimizer_bytes: int  # read and written by the optimizer step of a rank of the fullest stage
     fp8: bool
     host: HostBytes
+    added: int  # elements of the parameters that the method puts beside the model's
 
     @property
     def fullest(self) -> int:
@@ -206,6 +207,7 @@ class _Counter:
                 self.formats.weight,
                 background=self.run.checkpoint.async_save,
             ),
+            sum(self.method.added_elements(matrix, None, 1) for matrix in linear),
         )
 
     def copied(self, rank: int, parameter: Parameter) -> bool:

@@ -40,6 +40,7 @@ def render(found: Estimate, gpu: Gpu | None, console: Console, math: float = ste
     say(
         f"{found.parameters:,} parameters, {found.frozen:,} frozen ({found.linear_ratio:.1%} of the linear layers'), "
         f"{found.parameters - found.frozen:,} trainable"
+        + (f", {found.added:,} in adapters beside them" if found.added else "")
     )
     table = Table(title="GiB per rank", title_justify="left")
     for column in (

@@ -361,8 +361,9 @@ def test_the_command_prints_and_writes(run, tmp_path, capsys):
 
 def test_adapters_are_what_trains(run):
     overrides = ["method.name=lora", "method.lora.rank=16", "parallel.tensor_model_parallel_size=2"]
-    stage = estimate(run(OLMO2_13B, *overrides), OLMO2_13B, 2, engine=True).stages[0]
-    hidden, ffn, rank = 5120, 13824, 16
+    found = estimate(run(OLMO2_13B, *overrides), OLMO2_13B, 2, engine=True)
+    stage, hidden, ffn, rank = found.stages[0], 5120, 13824, 16
+    assert found.added == 40 * rank * (4 * 2 * hidden + 3 * (hidden + ffn))
     column = 3 * (hidden + hidden // 2) + 2 * (hidden + ffn // 2)  # q, k, v, gate, up: A whole, B split by rows
     row = (hidden // 2 + hidden) + (ffn // 2 + hidden)  # o, down: A split by columns, B whole
     adapters = 40 * rank * (column + row)
