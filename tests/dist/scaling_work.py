@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 from megatron.core import parallel_state
 
+from megatron_ssu.methods.base import Method
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.parallel_model import ParallelModel, open_model
 from megatron_ssu.shield.shield_file import Shield
@@ -74,7 +75,7 @@ def save(model: str, parallel: dict[str, Any], directory: str, history: int) -> 
             meta.scale.copy_(torch.rand(meta.scale.shape, generator=generator) * 1000 + 1)
             meta.amax_history.copy_(torch.rand(meta.amax_history.shape, generator=generator))
             meta.amax_history[0] += rank
-    Checkpoints(directory).save(session, Progress(iteration=1), Identity({}), optimizer)
+    Checkpoints(directory).save(session, Progress(iteration=1), Identity({}), optimizer, Method())
     return _values(modules)
 
 
@@ -92,7 +93,7 @@ def load(
         return recipe
 
     with mock.patch.object(state, "get_fp8_recipe", recipe_of):
-        Checkpoints(directory).load(1, session, Identity({}), optimizer)
+        Checkpoints(directory).load(1, session, Identity({}), optimizer, Method())
     assert all(module.fp8_meta["recipe"] is recipe for module in modules.values() if module.started)
     return _values(modules), [module.started for module in modules.values()]
 
@@ -101,5 +102,5 @@ def save_without(model: str, parallel: dict[str, Any], directory: str) -> list[s
     """A checkpoint of layers without FP8 state; the keys of its model."""
     session, optimizer = _open(model, parallel, directory)
     assert any(key.endswith("_extra_state") for key in session.chunks[0].sharded_state_dict())
-    Checkpoints(directory).save(session, Progress(iteration=1), Identity({}), optimizer)
+    Checkpoints(directory).save(session, Progress(iteration=1), Identity({}), optimizer, Method())
     return list(state.model_state(session)["model"])

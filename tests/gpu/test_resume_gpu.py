@@ -144,7 +144,7 @@ def test_a_save_gathers_nothing_on_the_gpu(shielded, tmp_path):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         Checkpoints(run.checkpoint.directory).save(
-            session, Progress(iteration=1), Identity({}), trainer.optimizer_state
+            session, Progress(iteration=1), Identity({}), trainer.optimizer_state, trainer.method
         )
         assert torch.cuda.max_memory_allocated() - before < 8 * largest + 2**20
         assert torch.cuda.memory_allocated() - before < 2**16
