@@ -1,7 +1,7 @@
 # make demo, make test: everything is set up first, into .venv, once, with the extras that demo and tests need.
 #
 #   make test-fast   unit tests, a minute
-#   make test        lint, types, unit tests and the distributed tests that guard the promises, some five minutes on two cores
+#   make test        lint, types, unit tests and the distributed tests that guard the promises, some ten minutes on two cores
 #   make test-all    every test, with a small SLURM where one can be started
 #
 #   PYTHON  interpreter, 3.10-3.12   (default: the first that fits)

@@ -5,7 +5,7 @@ The training loss is loss + l2 * L2 + kl * KL, with the coefficients of train.re
     L2   1/2 ||W - W_source||^2 over what trains: L2-SP (Li et al. 2018, arXiv 1802.01483)
     KL   T^2 KL(p_source || p_model) at the temperature T, mean over the real tokens of the training batches
 
-Both are measured from the weights of model.path, whatever checkpoint a run goes on from.
+Both are measured from the weights of model.path, whatever checkpoint a run resumes from.
 """
 
 from __future__ import annotations
