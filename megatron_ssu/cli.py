@@ -85,6 +85,10 @@ def _call(options: argparse.Namespace, console: Console) -> int:
         from megatron_ssu.methods.registry import read_run
 
         run_file = read_run(file, overrides)
+        if hasattr(options, "phase"):
+            from megatron_ssu.config.phases import phase_named
+
+            run_file = phase_named(run_file, options.phase)
     return importlib.import_module(f"megatron_ssu.commands.{options.command}").run(run_file, options, console)
 
 
@@ -137,10 +141,11 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     _add_prepare(add)
-    add_run("score", "Score a model's weights on source samples", "Writes scores.safetensors.")
-    add_run("plan", "Choose from scores what to freeze", "Writes shield.safetensors.")
+    _add_phase(add_run("score", "Score a model's weights on source samples", "Writes scores.safetensors."))
+    _add_phase(add_run("plan", "Choose from scores what to freeze", "Writes shield.safetensors."))
     add_run("train", "Adapt the model", "Makes datasets, scores and shield where they are missing.")
     command = add_run("export", "Write a checkpoint as a Hugging Face directory")
+    _add_phase(command)
     command.add_argument("--output", required=True, metavar="DIR", help="the directory to make")
     command.add_argument("--iteration", type=int, metavar="N", help="checkpoint to export (default: the newest)")
     command = add("verify", "Check bit by bit that what was frozen did not move")
@@ -153,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
         "Estimate memory, compute and time of a run",
         "Reads config.json, no weights; the shield file where it is there, else shield.ratio.",
     )
+    _add_phase(command)
     command.add_argument("--world-size", type=int, metavar="N", help="ranks (default: one replica's)")
     command.add_argument("--gpu", metavar="NAME", help="a100, h100, h200, b200: does it fit, and how long is a step")
     command.add_argument("--efficiency", type=float, default=0.6, help="fraction of the peak that GEMMs reach (0.6)")
@@ -162,6 +168,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="FILE", help="write the figures there as well")
     _add_shield_tools(add)
     return parser
+
+
+def _add_phase(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--phase", metavar="NAME", help="the phase of a run with phases (default: the newest that began)"
+    )
 
 
 def _add_shield_tools(add: Callable) -> None:

@@ -8,7 +8,9 @@ from rich.console import Console
 
 from megatron_ssu.config.checks.checkpoint import validate_checkpoint
 from megatron_ssu.config.checks.data import validate_data
+from megatron_ssu.config.phases import checked_run
 from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.data.prepare import PrepareReport
 from megatron_ssu.data.prepare import prepare as prepare_files
 from megatron_ssu.data.run_datasets import prepare_run, run_tokenizer
 from megatron_ssu.errors import UserError
@@ -48,12 +50,15 @@ def run(run_file: RunConfig | None, options: argparse.Namespace, console: Consol
 
 
 def prepare_of_run(run: RunConfig, console: Console, *, skip_bad_lines: bool) -> None:
-    """Tokenize what the run file names and is not tokenized yet."""
-    validate_data(run)
-    validate_checkpoint(run)
-    tokenizer = run_tokenizer(run)
+    """Tokenize what the run file, or each of its phases, names and is not tokenized yet."""
+    runs = [checked_run(run, number) for number in range(len(run.phases))] or [run]
+    for own in runs:
+        validate_data(own)
+        validate_checkpoint(own)
+    reports: list[PrepareReport] = []
     with held(run.checkpoint.directory, "prepare"):
-        prefixes, reports = prepare_run(run, tokenizer, console, skip_bad_lines=skip_bad_lines)
+        for own in runs:
+            reports += prepare_run(own, run_tokenizer(own), console, skip_bad_lines=skip_bad_lines)[1]
     for report in reports:
         console.print(
             f"{report.prefix}: {report.documents:,} documents, {report.tokens:,} tokens"
@@ -62,4 +67,4 @@ def prepare_of_run(run: RunConfig, console: Console, *, skip_bad_lines: bool) ->
             soft_wrap=True,
         )
     if not reports:
-        console.print(f"nothing to do: all of {len(prefixes.train)} training datasets are prepared", highlight=False)
+        console.print("nothing to do: all datasets are prepared", highlight=False)

@@ -6,6 +6,7 @@ import argparse
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,14 @@ import torch.distributed as dist
 from rich.console import Console
 
 from megatron_ssu.commands.export import export_run
+from megatron_ssu.commands.phases import take_optimizer, train_phases
 from megatron_ssu.commands.start import start
 from megatron_ssu.config.load import save_run
 from megatron_ssu.config.schema import RegularizeSection, RunConfig, ScheduleSection
 from megatron_ssu.config.units import parse_split
 from megatron_ssu.data.datasets import build_train_valid, build_valid
 from megatron_ssu.data.indexed import content_digest
-from megatron_ssu.data.run_datasets import Prefixes, prepare_run, present_train, run_tokenizer
+from megatron_ssu.data.run_datasets import Prefixes, data_directory, prepare_run, present_train, run_tokenizer
 from megatron_ssu.data.tokenizer import Tokenizer
 from megatron_ssu.engine.device import device_name
 from megatron_ssu.engine.ranks import gathered, is_rank_zero, on_all_ranks, on_rank_zero
@@ -47,24 +49,43 @@ log = logging.getLogger(__name__)
 
 
 def run(run_file: RunConfig, options: argparse.Namespace, console: Console) -> int:
-    train_run(run_file, console)
+    if run_file.phases:
+        train_phases(run_file, console, train_run)
+    else:
+        train_run(run_file, console)
     return 0
 
 
-def train_run(run: RunConfig, console: Console) -> Progress:
-    """Make what is missing (datasets, scores, shield), train, and export where the run file asks for it."""
+def train_run(run: RunConfig, console: Console, before: RunConfig | None = None) -> Progress:
+    """Make what is missing (datasets, scores, shield), train, and export where the run file asks for it.
+
+    A run that begins takes its optimizer over from the last checkpoint of the run `before`, which ended with its model.
+    """
     method = method_of(run)
     source = start(run, method, training=True)
     with held(run.checkpoint.directory, "train"):
-        return _train(run, method, source, console)
+        return _train(run, method, source, console, before)
 
 
-def _train(run: RunConfig, method: Method, source: Source, console: Console) -> Progress:
+def _train(run: RunConfig, method: Method, source: Source, console: Console, before: RunConfig | None) -> Progress:
     checkpoints = Checkpoints(run.checkpoint.directory)
     latest = on_rank_zero(lambda: newest(run, method, checkpoints))
     exported = on_rank_zero(lambda: may_be_exported(run, latest))
     on_rank_zero(lambda: _begin_directory(run))
-    on_all_ranks(lambda: _log(run))
+    with closing(on_all_ranks(lambda: _log(run))):
+        return _logged(run, method, source, console, before, checkpoints, latest, exported)
+
+
+def _logged(
+    run: RunConfig,
+    method: Method,
+    source: Source,
+    console: Console,
+    before: RunConfig | None,
+    checkpoints: Checkpoints,
+    latest: int | None,
+    exported: bool,
+) -> Progress:
     tokenizer = on_all_ranks(lambda: run_tokenizer(run))
     if exported:
         digests_of = partial(_digests_or_saved, run, tokenizer)
@@ -84,10 +105,12 @@ def _train(run: RunConfig, method: Method, source: Source, console: Console) -> 
     identity = identity_of(run, method, shield, datasets.train_digests)
     trainer = Trainer(session, shield, method)
     on_all_ranks(lambda: _check_trains(trainer))
-    progress = Progress(phase=run.train.phase.number)
+    progress = Progress()
     if latest is not None:
         progress = checkpoints.load(latest, session, identity, trainer.optimizer_state, method)
         trainer.resume(progress)
+    elif before is not None:
+        take_optimizer(before, trainer, shield)
     on_rank_zero(lambda: save_run(run, Path(run.checkpoint.directory) / "run.yaml"))
     telemetry = _telemetry(session, console, progress)
     try:
@@ -97,6 +120,7 @@ def _train(run: RunConfig, method: Method, source: Source, console: Console) -> 
         telemetry.close()
     if run.checkpoint.export:
         export_run(session, method, Path(run.checkpoint.export), identity.facts, progress, console)
+    trainer.release()  # the next phase needs the memory
     return progress
 
 
@@ -162,7 +186,7 @@ def _datasets(run: RunConfig, method: Method, vocab: int, prefixes: Prefixes, to
         seed=run.data.seed,
         train_samples=samples,
         valid_samples=valid_samples,
-        cache_dir=Path(run.checkpoint.directory) / "data" / "index",
+        cache_dir=data_directory(run) / "index",
         **common,  # type: ignore[arg-type]
     )
     watched: dict[str, Any] = {
@@ -184,9 +208,7 @@ def _digests_or_saved(run: RunConfig, tokenizer: Tokenizer, saved: Sequence[str]
 
     Where the dataset of the saved digest is still there, the run file names another one.
     """
-    there = {
-        content_digest(index.with_suffix(""))[:16] for index in Path(run.checkpoint.directory, "data").glob("*.idx")
-    }
+    there = {content_digest(index.with_suffix(""))[:16] for index in data_directory(run).glob("*.idx")}
     present, digests = present_train(run, tokenizer), []
     for number, prefix in enumerate(present):
         was = saved[number] if number < len(saved) else "none"
@@ -230,9 +252,9 @@ def _telemetry(session: ParallelModel, console: Console, progress: Progress) -> 
     return on_all_ranks(open_telemetry)
 
 
-def _log(run: RunConfig) -> None:
+def _log(run: RunConfig) -> logging.Handler:
     rank = dist.get_rank()
-    log_to_file(Path(run.checkpoint.directory), rank, quiet=rank > 0)
+    return log_to_file(Path(run.checkpoint.directory), rank, quiet=rank > 0)
 
 
 def _process_start() -> float:

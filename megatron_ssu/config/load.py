@@ -26,7 +26,7 @@ from megatron_ssu.config.coerce import (
     is_union,
     show,
 )
-from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.config.schema import Phase, PhaseSection, RunConfig
 from megatron_ssu.errors import UserError
 from megatron_ssu.io.atomic import write_text
 
@@ -52,6 +52,13 @@ ALIASES = {
     "model_name_or_path": "model.path",
 }
 
+# Sections that a phase may give for itself.
+PHASE_SECTIONS = ("method", "shield", "data", "train")
+# Keys of which one stands for the others: a phase that gives one takes none of the others from above.
+_ALTERNATIVES: dict[KeyPath, frozenset[str]] = {
+    ("train",): frozenset(("iterations", "tokens", "epochs")),
+    ("replay",): frozenset(("path", "generate")),
+}
 
 _OCTAL = re.compile(r"[-+]?0[0-9_]+")
 
@@ -78,7 +85,45 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), methods: Mapping[s
     tree = source.parse()
     for override in overrides:
         source.override(tree, override)
-    return _Builder(source, methods or {}).section(RunConfig, tree, ())
+    phases = tree.pop("phases", None)
+    run: RunConfig = _Builder(source, methods or {}).section(RunConfig, tree, ())
+    return dataclasses.replace(run, phases=_phases(source, methods or {}, tree, phases))
+
+
+def _phases(source: _Source, methods: Mapping[str, type], tree: dict[str, Any], raw: Any) -> list[Phase]:
+    if raw is None:
+        return []
+    if not isinstance(raw, list):
+        source.fail(("phases",), f"expected a list of phases, not {show(raw)}")
+    found: list[Phase] = []
+    for number, phase in enumerate(raw):
+        path = ("phases", str(number))
+        if not isinstance(phase, dict):
+            source.fail(path, f"expected a mapping of keys, not {show(phase)}")
+        own = {key: phase[key] for key in phase if key in PHASE_SECTIONS}
+        for key, value in own.items():
+            if value is not None and not isinstance(value, dict):
+                source.fail((*path, key), f"expected a mapping of keys, not {show(value)}")
+        rest = {key: phase[key] for key in phase if key not in PHASE_SECTIONS}
+        section = _Builder(source, methods).section(PhaseSection, rest, path)
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", section.name, re.ASCII):
+            source.fail((*path, "name"), f"must be letters, digits and . _ -, got {show(section.name)}")
+        if section.name in [other.section.name for other in found]:
+            source.fail((*path, "name"), f"{section.name!r} names an earlier phase too; give each its own")
+        of_phase = _PhaseSource(source, path, own)
+        found.append(Phase(section, _Builder(of_phase, methods).section(RunConfig, merged(tree, own), ())))
+    return found
+
+
+def merged(above: Mapping[str, Any], own: Mapping[str, Any], path: KeyPath = ()) -> dict[str, Any]:
+    """The mapping `above` with `own` over it, mapping by mapping; lists and values are replaced."""
+    group = _ALTERNATIVES.get(path, frozenset())
+    given = {key for key in group if own.get(key) is not None}
+    result = {key: value for key, value in above.items() if not (given and key in group)}
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value, (*path, key)) if both else value
+    return result
 
 
 def dump_run(run: RunConfig) -> str:
@@ -98,6 +143,8 @@ def save_run(run: RunConfig, path: str | Path) -> None:
 
 def _plain(value: Any) -> Any:
     """Dataclasses to mappings, inline megatron fields beside the section's own; dtypes and enums to their names."""
+    if isinstance(value, Phase):
+        return _plain(value.section) | {name: _plain(getattr(value.run, name)) for name in PHASE_SECTIONS}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         own: dict[str, Any] = {}
         inline: dict[str, Any] = {}
@@ -244,10 +291,31 @@ class _Source:
         )
 
 
+class _PhaseSource:
+    """The run file of a phase: names a key where it stands, in the phase or above."""
+
+    def __init__(self, source: _Source, phase: KeyPath, own: Mapping[str, Any]) -> None:
+        self._source, self._phase, self._own = source, phase, own
+
+    def fail(self, path: KeyPath, message: str) -> NoReturn:
+        self._source.fail((*self._phase, *path) if self._holds(path) else path, message)
+
+    def _holds(self, path: KeyPath) -> bool:
+        found: Any = self._own
+        for key in path:
+            if isinstance(found, list) and key.isdecimal() and int(key) < len(found):
+                found = found[int(key)]
+            elif isinstance(found, Mapping) and key in found:
+                found = found[key]
+            else:
+                return isinstance(found, Mapping) and found is not self._own
+        return bool(path)
+
+
 class _Builder:
     """Builds sections out of plain mappings; every key must be known, every value of its declared type."""
 
-    def __init__(self, source: _Source, methods: Mapping[str, type]) -> None:
+    def __init__(self, source: _Source | _PhaseSource, methods: Mapping[str, type]) -> None:
         self._source, self._methods = source, methods
         self._reader = Reader(source.fail, self.section)
 
@@ -270,7 +338,8 @@ class _Builder:
                 values[variants.name][key] = self._options(self._methods[key], value, here)
             else:
                 known = [name for f in inline for name in f.metadata["names"]] + list(own)
-                self._unknown(key, path, cls, known + (list(self._methods) if variants else []))
+                known += list(self._methods) if variants else list(PHASE_SECTIONS) if cls is PhaseSection else []
+                self._unknown(key, path, cls, known)
         for name, field in own.items():
             if name not in values and field_default(field) is dataclasses.MISSING:
                 if _section_class(field_hints(cls)[name]):  # let it name the first key that it lacks
@@ -319,6 +388,8 @@ class _Builder:
         here = (*path, key)
         if here == ("shield", "method"):
             self._source.fail(here, "is method.name now; write `method: {name: ssu}`, or none for full fine-tuning")
+        if here[-2:] == ("train", "phase"):
+            self._source.fail(here, "is the list `phases` now, each with its own name, data, method and train section")
         if key in owned:
             self._source.fail(here, f"{owned[key]}; leave it out")
         places, decided = _catalogue()
@@ -359,7 +430,7 @@ def _keys(cls: type, path: KeyPath, decided: dict[str, str]) -> Iterator[tuple[s
             yield from ((".".join(where), name) for name in sorted(field.metadata["names"]))
             if field.metadata["inline"]:
                 continue
-        if field.metadata.get("variants"):
+        if field.metadata.get("variants") or field.metadata.get("phases"):
             continue
         yield ".".join(path), field.name
         nested = field_hints(cls)[field.name]

@@ -171,6 +171,7 @@ class ShieldSection:
         default_factory=CalibrationSection
     )  # target text: score target-contrast
     change_from: str | None = None  # score change: the Hugging Face directory to compare model.path with
+    reserve: list[str] = field(default_factory=list)  # shield files; what they let train is frozen, and counts in ratio
 
     @property
     def measures_norms(self) -> bool:
@@ -197,6 +198,7 @@ class DataSection:
     sequence_length: int = 512
     text_key: str = "text"
     document_end: str | None = None  # the token that ends a plain document; null: the tokenizer's end-of-text token
+    directory: str | None = None  # where tokenized text is kept; null: data in checkpoint.directory
     seed: int = 1234
     workers: int = 2  # tokenizer processes of `prepare`
     loader_workers: int = (
@@ -219,15 +221,6 @@ class ScheduleSection:
     warmup_fraction: float = 0.05
     wsd_decay_fraction: float = 0.1  # WSD: fraction of the run in which the rate decays
     wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "linear"
-
-
-@dataclass
-class PhaseSection:
-    """A new phase of a run: raise `number`, and what follows is done once, at the newest checkpoint."""
-
-    number: int = 1
-    rewarm: bool = True  # the learning rate warms up again, and decays over the phase
-    reset_optimizer: bool = False  # forget Adam's moments
 
 
 @dataclass
@@ -255,7 +248,6 @@ class TrainSection:
         True  # torch's fused AdamW where neither Transformer Engine's nor Apex's is there; false: its default
     )
     spike_sigma: float = 6.0  # warn when the loss is this many std above the mean of the last 128; 0: never
-    phase: PhaseSection = field(default_factory=PhaseSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     regularize: RegularizeSection = field(default_factory=RegularizeSection)
     optimizer: dict = _megatron(
@@ -273,7 +265,7 @@ class CheckpointSection:
 
     directory: str  # scores, shield, checkpoints, logs, the resolved run file
     interval: int = 500  # iterations between checkpoints; 0: at the end only
-    keep: int | None = None  # newest checkpoints kept; null: all
+    keep: int | None = None  # newest checkpoints kept, of each phase; null: all
     async_save: bool = False  # write in the background while training continues; takes memory for a copy of the state
     resume: bool = True  # from the newest checkpoint in `directory`; false: refuse a directory that has one
     export: str | None = None  # write a Hugging Face directory here when the run ends
@@ -291,6 +283,25 @@ class LogSection:
 
 
 @dataclass
+class PhaseSection:
+    """One phase of a run. Further keys: the sections `PHASE_SECTIONS`, of which what is left out is as above the phases."""
+
+    name: str  # letters, digits and . _ -
+    optimizer: Literal["fresh", "kept"] = "fresh"  # kept: Adam's moments of the phase before, under the same shield
+    export: str | None = (
+        None  # the Hugging Face directory that the phase ends with; null: `model` in the phase's directory
+    )
+
+
+@dataclass
+class Phase:
+    """A phase, with the run file that it comes to: that of the whole run with the phase's sections merged over it."""
+
+    section: PhaseSection
+    run: RunConfig
+
+
+@dataclass
 class RunConfig:
     """A whole run file."""
 
@@ -303,3 +314,6 @@ class RunConfig:
     data: DataSection = field(default_factory=DataSection)
     train: TrainSection = field(default_factory=TrainSection)
     log: LogSection = field(default_factory=LogSection)
+    phases: list[Phase] = field(
+        default_factory=list, metadata={"phases": True}
+    )  # one after the other; see config/phases.py

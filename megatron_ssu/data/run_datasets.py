@@ -46,7 +46,7 @@ def run_tokenizer(run: RunConfig) -> Tokenizer:
 def prepare_run(
     run: RunConfig, tokenizer: Tokenizer, console: Console | None = None, *, skip_bad_lines: bool = False
 ) -> tuple[Prefixes, list[PrepareReport]]:
-    """Tokenize every JSONL file of the run file that is not tokenized yet, into <checkpoint.directory>/data.
+    """Tokenize every JSONL file of the run file that is not tokenized yet, into `data_directory`.
 
     `tokenizer` is `run_tokenizer(run)`.
 
@@ -64,9 +64,7 @@ def prepare_run(
             try:
                 prefix.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(
-                    f"{prefix.parent}: cannot be made: {error.strerror}; see checkpoint.directory"
-                ) from error
+                raise UserError(f"{prefix.parent}: cannot be made: {error.strerror}; see data.directory") from error
             reports.append(
                 prepare(
                     [path],
@@ -101,10 +99,14 @@ def present_train(run: RunConfig, tokenizer: Tokenizer) -> list[Path | None]:
     return found
 
 
+def data_directory(run: RunConfig) -> Path:
+    """Where a run keeps its tokenized text."""
+    return Path(run.data.directory or Path(run.checkpoint.directory) / "data")
+
+
 def _prepared(run: RunConfig, path: str, tokenizer: Tokenizer) -> Path:
-    folder = Path(run.checkpoint.directory) / "data"
     return prepared_prefix(
-        folder,
+        data_directory(run),
         path,
         tokenizer.digest,
         run.data.text_key,

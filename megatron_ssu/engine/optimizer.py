@@ -150,14 +150,6 @@ def _step_over(member: DistributedOptimizer) -> None:
         group["lr"] = rate
 
 
-def reset_moments(optimizer: MegatronOptimizer) -> None:
-    """Let the optimizer be as before its first step, but for its main weights."""
-    for part in owned(optimizer):
-        part.put({name: torch.zeros_like(state) for name, state in part.states().items() if name != MAIN})
-    loaded(optimizer)
-    set_steps(optimizer, 0)
-
-
 def loaded(optimizer: MegatronOptimizer) -> None:
     """Main weights and moments have been replaced."""
     for member in members(optimizer):

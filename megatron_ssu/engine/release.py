@@ -22,6 +22,10 @@ from megatron_ssu.engine.optimizer import members, parts
 
 def release(config: TransformerConfig, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
     """Free weights, gradients, main weights and moments, and what refers to the chunks. None of them can be used after it."""
+    if config.fp8:
+        from megatron.core.extensions.transformer_engine import FP8GlobalStateManager
+
+        FP8GlobalStateManager.reset()  # it keeps the scales of layers that are gone
     config.grad_scale_func = config.finalize_model_grads_func = config.no_sync_func = None
     unset_num_microbatches_calculator()
     for chunk in chunks:

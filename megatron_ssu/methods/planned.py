@@ -24,7 +24,16 @@ from megatron_ssu.shield.shield_file import Shield, load_shield
 
 log = logging.getLogger(__name__)
 
-_CHOICES = {"norms", "protect", "kinds", "floor", "ceiling", "freeze", "seed"}  # keys of the shield section in a plan
+_CHOICES = {
+    "norms",
+    "protect",
+    "kinds",
+    "floor",
+    "ceiling",
+    "freeze",
+    "seed",
+    "reserve",
+}  # keys of the shield section in a plan
 
 
 def scores_path(run: RunConfig) -> Path:

@@ -40,10 +40,15 @@ if len(set(_NAMES)) < len(_NAMES):
 def read_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run file at `path` with its methods' options; see `load_run`.
 
-    Where the method's own options stand for keys of the shield section, those are set. Raises UserError where the run file
-    gives one of them another value.
+    Where the method's own options stand for keys of the shield section, those are set, in every phase. Raises UserError where
+    the run file gives one of them another value.
     """
     run = load_run(path, overrides, {method.name: method.Options for method in METHODS})
+    phases = [replace(phase, run=_decided(path, phase.run)) for phase in run.phases]
+    return replace(run if phases else _decided(path, run), phases=phases)
+
+
+def _decided(path: str | Path, run: RunConfig) -> RunConfig:
     method, defaults = method_of(run), ShieldSection()
     decided = method.decides(run)
     for key, value in decided.items():

@@ -28,6 +28,8 @@ def validate_shield_files(run: RunConfig) -> None:
         given = getattr(shield, name)
         if given is not None:
             existing_file(f"shield.{name}", given, "or leave it out to have it made")
+    for number, path in enumerate(shield.reserve):
+        existing_file(f"shield.reserve.{number}", path)
     for section in ("calibration", "target_calibration"):
         given = getattr(shield, section).path
         for number, path in enumerate(given if isinstance(given, list) else [given]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -53,6 +54,12 @@ def compose(operation: str, shields: Sequence[Shield]) -> Shield:
         calibration=_common([s.calibration for s in shields]),
         made={"operation": operation, "of": [_origin(shield) for shield in shields]},
     )
+
+
+def moved_on(shield: Shield, fingerprint: str, model: str) -> Shield:
+    """The same masks for the model of this fingerprint and name: the shield's own model, trained on since."""
+    made = {"operation": "moved on", "of": [_origin(shield)]}
+    return replace(shield, fingerprint=fingerprint, model=model, masks=dict(shield.masks), made=made)
 
 
 def _combine(operation: str, name: str, shields: Sequence[Shield]) -> Mask:

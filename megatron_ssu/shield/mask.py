@@ -54,6 +54,11 @@ class Mask:
         chunks = (self.packed[i : i + (1 << 20)] for i in range(0, self.packed.size, 1 << 20))
         return sum(int(_ONES[chunk].sum()) for chunk in chunks)
 
+    def equals(self, other: Mask) -> bool:
+        """Whether both freeze the same units."""
+        same = (self.granularity, self.shape) == (other.granularity, other.shape)
+        return same and np.array_equal(self.packed, other.packed)
+
     @property
     def elements_per_unit(self) -> int:
         return {"column": self.shape[0], "row": self.shape[-1], "element": 1}[self.granularity]

@@ -39,8 +39,9 @@ from megatron_ssu.shield.ranking import (
     layer_scores,
     matrix_score,
 )
+from megatron_ssu.shield.reserved import Reserved
 from megatron_ssu.shield.select import ProtectRule, protected
-from megatron_ssu.shield.shield_file import Shield
+from megatron_ssu.shield.shield_file import Shield, load_shield
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,9 @@ class PlanOptions:
     seed: int = 1234  # of the score random, where the scores file has none
     protect: Sequence[ProtectRule] = ()  # a later rule goes before an earlier one
     norms: str = "trainable"  # trainable, frozen, half, half-released
+    reserve: Sequence[
+        str
+    ] = ()  # shield files, of the model or of one that it was trained from; what they train is frozen
 
 
 def check_options(options: PlanOptions) -> None:
@@ -92,6 +96,11 @@ def check_options(options: PlanOptions) -> None:
             f"shield.budget: must be {' or '.join(budgets)} with shield.granularity {options.granularity}, got "
             f"{options.budget}; change one of them"
         )
+    if options.reserve and options.granularity not in MASK_GRANULARITIES:
+        raise UserError(
+            f"shield.reserve: goes with shield.granularity {', '.join(MASK_GRANULARITIES)}, got {options.granularity}; leave "
+            "it out"
+        )
     if options.budget == "layerwise" and options.freeze == "lowest":
         raise UserError(
             "shield.freeze: must be highest with shield.budget layerwise, which freezes most where scores are high; got "
@@ -116,6 +125,8 @@ def plan_shield(
 
     scores: of all matrices; those of the seven linear kinds are planned, the others can be protected.
     frozen_rows: embedding or head name -> (shape, row numbers), the special tokens' rows.
+    options.reserve: of every planned matrix the units that one of these shields trains are frozen first, and count in what
+        the budget gives it; where they are more than that, all of them are frozen.
     weights: matrix name -> tensor [shape] on the CPU; for element granularity of most scores and for norms 'half' and
         'half-released'. One matrix at a time is asked for and not kept.
     before: the same of the checkpoint that score `change` compares with, for element granularity.
@@ -164,6 +175,7 @@ def _unit_masks(
 ) -> dict[str, Mask]:
     """Masks by column, row or element."""
     counts, masks = _counts(scores, options, planned), {}
+    reserved = Reserved([load_shield(path) for path in options.reserve])
     granularity: Granularity = options.granularity  # type: ignore[assignment]
     for name, matrix in planned.items():
         if granularity != "element":
@@ -172,8 +184,18 @@ def _unit_masks(
             values = random_bits(options.seed, name, granularity, matrix.elements)
         else:
             values = element_scores(scores, options.score, matrix, weights, before).reshape(-1)
-        masks[name] = Mask.of(granularity, matrix.shape, freeze_units(values, counts[name], options.freeze))
+        taken = reserved.units(matrix, granularity)
+        masks[name] = Mask.of(granularity, matrix.shape, _frozen(values, counts[name], options, taken))
     return masks
+
+
+def _frozen(values: np.ndarray, count: int, options: PlanOptions, taken: np.ndarray | None) -> np.ndarray:
+    """bool [n]: the `taken` units and, up to `count` together, those that rank first of the others."""
+    if taken is None:
+        return freeze_units(values, count, options.freeze)
+    frozen, free = taken.copy(), np.flatnonzero(~taken)
+    frozen[free] = freeze_units(values[free], count - int(taken.sum()), options.freeze)
+    return frozen
 
 
 def _whole_masks(scores: Scores, options: PlanOptions, planned: Mapping[str, Matrix]) -> dict[str, Mask]:
@@ -298,6 +320,8 @@ def choices(options: PlanOptions) -> dict[str, Any]:
         header["freeze"] = options.freeze
     if score_named(options.score).needs == "seed":
         header["seed"] = options.seed
+    if options.reserve:
+        header["reserve"] = [load_shield(path).digest() for path in options.reserve]
     return header
 
 

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_ssu.engine.optimizer import reset_moments
 from megatron_ssu.engine.ranks import gathered, is_rank_zero, on_all_ranks, on_rank_zero
 from megatron_ssu.errors import UserError, named_line
 from megatron_ssu.io.atomic import to_disk, written_aside
@@ -47,17 +46,8 @@ class Progress:
     """Where a run is."""
 
     iteration: int = 0
-    samples: int = 0  # of the phase's training data, consumed
-    phase: int = 1
-    schedule_start: int = 0  # iteration after which the learning rate's schedule began
+    samples: int = 0  # of the training data, consumed
     skipped: int = 0  # steps skipped in a row, up to now
-
-    def check_phase(self, number: int, path: Path) -> None:
-        """Raises UserError where the run file's phase `number` comes before that of the checkpoint at `path`."""
-        if number < self.phase:
-            raise UserError(
-                f"{path}: train.phase.number was {self.phase} in this checkpoint and is {number} now; phases only go up"
-            )
 
 
 @dataclass
@@ -265,32 +255,23 @@ class Checkpoints:
     ) -> Progress:
         """Load model, optimizer and RNG from a checkpoint of any mesh; collective.
 
-        A greater train.phase.number than the checkpoint's begins a phase: data from its first sample, and as
-        train.phase says the learning rate from its warm-up and the optimizer without its moments.
-
         Raises:
             UserError: the checkpoint is damaged, or belongs to another run.
         """
-        path, phase = self.path(iteration), session.run.train.phase
+        path = self.path(iteration)
         common = on_all_ranks(lambda: self._checked(path))
-        progress = Progress(**common["progress"])
-        new_phase = phase.number > progress.phase
-
-        def compare() -> None:
-            progress.check_phase(phase.number, path)
-            identity.compare(common["identity"], path, new_phase=new_phase)
-
-        on_all_ranks(compare)
+        on_all_ranks(lambda: identity.compare(common["identity"], path))
         states.load_model(session, method, self.storage, path)
         optimizer.compact.read()
         same_mesh = common["mesh"] == states.mesh_facts(session)
         states.load_training(session, optimizer, method, self.storage, path, with_rng=same_mesh)
-        if new_phase:
-            start = progress.iteration if phase.rewarm else progress.schedule_start
-            progress = Progress(progress.iteration, 0, phase.number, start)
-            if phase.reset_optimizer:
-                reset_moments(optimizer.optimizer)
-        return progress
+        return Progress(**common["progress"])
+
+    def load_optimizer(self, iteration: int, session: ParallelModel, optimizer: OptimizerState, method: Method) -> None:
+        """Load a checkpoint's optimizer state alone, under the same shield; collective. Raises UserError for a damaged one."""
+        path = self.path(iteration)
+        on_all_ranks(lambda: self._checked(path))
+        states.load_training(session, optimizer, method, self.storage, path, with_rng=False)
 
     def read_common(self, iteration: int) -> dict[str, Any]:
         """A checkpoint's progress, identity and mesh, without its tensors. Raises UserError where it is damaged."""

@@ -22,14 +22,13 @@ class ExportRecord:
     source_fingerprint: str
     identity: str  # digest of the run's facts (train/identity.py): data, seeds, optimizer, precision, shield
     iteration: int
-    phase: int
     shield: str  # digest of the shield file; "none" for weights that no run has trained
     # Digest of the checkpoint's files: what the identity leaves free, such as the learning rate, shows here.
     checkpoint: str
 
     def __str__(self) -> str:
         return (
-            f"checkpoint {self.checkpoint[:12]}, iteration {self.iteration} of phase {self.phase}, shield "
+            f"checkpoint {self.checkpoint[:12]}, iteration {self.iteration}, shield "
             f"{self.shield[:12]}, from {self.source}"
         )
 
@@ -40,11 +39,11 @@ class ExportRecord:
 
 
 def record_of(
-    source: str, source_fingerprint: str, facts: dict[str, Any], iteration: int, phase: int, checkpoint: str
+    source: str, source_fingerprint: str, facts: dict[str, Any], iteration: int, checkpoint: str
 ) -> ExportRecord:
     """The record of a checkpoint with these identity facts and this digest of its files."""
     shield = facts.get(SHIELD, "none")
-    return ExportRecord(source, source_fingerprint, Identity(facts).digest(), iteration, phase, shield, checkpoint)
+    return ExportRecord(source, source_fingerprint, Identity(facts).digest(), iteration, shield, checkpoint)
 
 
 def read_record(export: Path) -> ExportRecord | None:

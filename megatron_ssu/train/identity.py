@@ -16,7 +16,6 @@ from megatron_ssu.methods.training_facts import section_facts, shown, training_f
 from megatron_ssu.models.hf_config import definition, read_hf_config, weights_part
 from megatron_ssu.shield.shield_file import Shield
 
-_PHASE = ("data.", "train.global_batch_size", "train.optimizer.", "train.regularize.")  # what a new phase may change
 _MODEL = ("model.path (", "model.make_vocab_size_divisible_by", "precision.dtype")  # what decides how weights are read
 METHOD, _METHOD = "method.name", "method."
 SHIELD = "shield.file (its digest)"
@@ -28,15 +27,13 @@ class Identity:
 
     facts: dict[str, Any]
 
-    def compare(self, saved: dict[str, Any], path: Path, *, new_phase: bool = False) -> None:
-        """Raises UserError naming the first key that differs; `new_phase` lets data, batch and optimizer differ."""
+    def compare(self, saved: dict[str, Any], path: Path) -> None:
+        """Raises UserError naming the first key that differs."""
         for key in sorted(self.facts.keys() | saved.keys(), key=lambda key: (key != METHOD, key)):
             was, now = saved.get(key), self.facts.get(key)
-            if was == now or (new_phase and key.startswith(_PHASE)):
+            if was == now:
                 continue
             advice = "change it back, or start in another checkpoint.directory"
-            if key.startswith(_PHASE):
-                advice += ", or raise train.phase.number to begin a new phase"
             raise UserError(f"{path}: {key} was {shown(was)} in this checkpoint and is {shown(now)} now; {advice}")
 
     def compare_method(self, saved: dict[str, Any], path: Path) -> None:

@@ -23,8 +23,7 @@ from megatron_ssu.train.identity import Identity, identity_of, method_facts
 def newest(run: RunConfig, method: Method, checkpoints: Checkpoints) -> int | None:
     """The checkpoint to resume from, or None.
 
-    Raises UserError where there is one and the run is not to resume from it, or would have nothing to train that its phase
-    or its iterations ask for.
+    Raises UserError where there is one and the run is not to resume from it.
     """
     latest = checkpoints.latest()
     if latest is None:
@@ -48,13 +47,6 @@ def newest(run: RunConfig, method: Method, checkpoints: Checkpoints) -> int | No
             "`export` it and start from there in another checkpoint.directory"
         )
     Identity(method_facts(method)).compare_method(common["identity"], path)
-    phase = Progress(**common["progress"]).phase
-    if train.phase.number > phase and train.iterations == latest:
-        raise UserError(
-            f"train.phase.number: {train.phase.number} begins a phase after iteration {latest} of {path} (phase {phase}), and "
-            f"train.iterations is {train.iterations}, so it would train nothing; raise train.iterations, which counts from "
-            "the very beginning"
-        )
     return latest
 
 
@@ -93,7 +85,6 @@ def check_exported(
         raise UserError(f"{checkpoints.folder.parent}: scores and shield are gone; restore them, or export elsewhere")
     identity_of(run, method, shield, digests_of(common["identity"][DOCUMENTS])).compare(common["identity"], path)
     progress = Progress(**common["progress"])
-    progress.check_phase(run.train.phase.number, path)
     expected = checkpoint_record(source, path, common["identity"], progress)
     found = read_record(Path(run.checkpoint.export or ""))
     if found != expected:
@@ -106,4 +97,4 @@ def check_exported(
 def checkpoint_record(source: Source, path: Path, facts: dict[str, Any], progress: Progress) -> ExportRecord:
     """The record of an export of the checkpoint at `path`, which has these identity facts and this progress."""
     fingerprint, files = model_fingerprint(source.path), digest_of_all(path)
-    return record_of(source.name, fingerprint, facts, progress.iteration, progress.phase, files)
+    return record_of(source.name, fingerprint, facts, progress.iteration, files)

@@ -10,15 +10,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_ssu.config.schema import RunConfig
 
 
-def build_schedule(run: RunConfig, optimizer: MegatronOptimizer, start: int = 0) -> OptimizerParamScheduler:
+def build_schedule(run: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """Warm-up from 0 to train.optimizer.lr, then the decay style down to min_lr at the last iteration.
 
     The steps of warm-up are rounded up, as Hugging Face's Trainer does, but leave one step to decay.
-
-    It begins after iteration `start`, and its step 0 is there: a new phase warms up again.
     """
     settings, schedule = run.train.optimizer, run.train.schedule
-    iterations = max(1, run.train.iterations - start)
+    iterations = run.train.iterations
     decay = settings["weight_decay"]
     return OptimizerParamScheduler(
         optimizer,

@@ -156,6 +156,17 @@ def open_sinks(run: RunConfig, start: int, warn: Callable[[str], None]) -> list[
     return sinks
 
 
+def evaluations(path: Path) -> list[Record]:
+    """The evaluations in a metrics.jsonl, by iteration: `iteration` and the losses of the validation sets."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        record = json.loads(line)
+        losses = {key: value for key, value in record.items() if "_valid_loss" in key}
+        if losses:
+            found.append({"iteration": record["iteration"], **losses})
+    return found
+
+
 def check_wandb(run: RunConfig) -> None:
     """Raises UserError where the run asks for Weights & Biases and it cannot start: not installed, or not logged in."""
     if not run.log.wandb_project:

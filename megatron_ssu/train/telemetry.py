@@ -147,6 +147,10 @@ def _memory() -> dict[str, float]:
 class _RankLog(logging.FileHandler):
     """Lines that cannot be written are dropped; logging would print a traceback for each."""
 
+    def close(self) -> None:
+        logging.getLogger().removeHandler(self)
+        super().close()
+
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)

@@ -226,8 +226,8 @@ class Trainer:
 
     def resume(self, progress: Progress) -> None:
         """Put the learning rate where `progress` is; after a checkpoint was loaded."""
-        self.schedule = build_schedule(self.run, self.optimizer, progress.schedule_start)
-        self.schedule.step(increment=progress.iteration - progress.schedule_start)
+        self.schedule = build_schedule(self.run, self.optimizer)
+        self.schedule.step(increment=progress.iteration)
 
     def gather_weights(self) -> None:
         """Bring the weights up to date, which `overlap_param_gather` leaves to the next forward pass; before reading them."""

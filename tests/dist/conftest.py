@@ -18,7 +18,6 @@ SLOW = [
     r"test_resharding::test_a_run_resumes.*\[(?!row-PP2xVPP2|element-TP4)",
     r"test_resume::test_same_mesh.*\[(tp2|vpp-overlap)\]",
     r"test_resume::test_ranks_without_trainable_weights\[(all|rank)\]",
-    r"test_resume::test_a_new_phase",
     r"test_scores::.*\[(llama|selective|infinite|overflow)\]",
     r"test_shield_mesh::.*(llama|trained|all|bf16)",
     r"test_shielded_training::test_an_empty_shield.*\[(fp32-False|fp32-True)\]",

@@ -18,7 +18,6 @@ from megatron_ssu.config.schema import (
     CheckpointSection,
     DataSection,
     LogSection,
-    PhaseSection,
     RunConfig,
     ScheduleSection,
     TrainSection,
@@ -50,8 +49,6 @@ def make_run(
     data = DataSection(train=["a.jsonl"], sequence_length=LENGTH, loader_workers=0, seed=options.pop("data_seed", 1))
     train = {"iterations": 8, "micro_batch_size": 2, "global_batch_size": GLOBAL_BATCH, "eval_interval": 0} | options
     train.setdefault("schedule", ScheduleSection(warmup_fraction=0.2))
-    if isinstance(train.get("phase"), dict):
-        train["phase"] = PhaseSection(**train["phase"])
     return run_config(
         model,
         parallel,
@@ -94,7 +91,7 @@ def train_run(
     shield = load_shield(shield_file) if shield_file else empty
     trainer = Trainer(session, shield)
     identity = identity_of(run, trainer.method, shield, [])
-    checkpoints, progress = Checkpoints(run.checkpoint.directory), Progress(phase=run.train.phase.number)
+    checkpoints, progress = Checkpoints(run.checkpoint.directory), Progress()
     latest = on_rank_zero(checkpoints.latest)
     if latest is not None:
         progress = checkpoints.load(latest, session, identity, trainer.optimizer_state, trainer.method)

@@ -148,29 +148,6 @@ def test_what_may_change_and_what_may_not(ranks, model, shield, tmp_path):
     assert longer[0]["steps"] == 6
 
 
-def test_a_new_phase_warms_up_again_once(ranks, model, tmp_path):
-    def run(iterations, **phase):
-        return work.make_run(
-            str(model),
-            mesh(),
-            str(tmp_path / "run"),
-            iterations=iterations,
-            interval=2,
-            phase=phase,
-            data_seed=phase.get("number", 1),
-        )
-
-    first = ranks.run(work.train_run, 1, run(10))[0]["history"]
-    second = ranks.run(work.train_run, 1, run(20, number=2, reset_optimizer=True), kick=(0, 14, signal.SIGINT))[0]
-    assert second["stopped"][0] == 130
-    third = ranks.run(work.train_run, 1, run(20, number=2, reset_optimizer=True))[0]["history"]
-    lrs = [lr for _, _, lr in (second["history"] | third).values()]
-    assert lrs == [lr for _, _, lr in first.values()], "the schedule begins again"
-    assert third[15][2] > third[20][2]
-    with pytest.raises(Exception, match=r"train\.phase\.number was 2"):
-        ranks.run(work.train_run, 1, run(20, number=1))
-
-
 def test_keep_and_latest(ranks, model, tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     run = work.make_run(str(model), mesh(), str(tmp_path / "run"), interval=2, keep=2)

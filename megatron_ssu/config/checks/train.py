@@ -23,7 +23,6 @@ def validate_train(run: RunConfig, dp: int) -> None:
         at_least(f"train.{name}", getattr(train, name), 0)
     at_least("train.max_skipped", train.max_skipped, 1)
     at_least("train.spike_sigma", train.spike_sigma, 0)
-    at_least("train.phase.number", train.phase.number, 1)
     seconds(train.exit_after)
     validate_batches(run, dp)
     _schedule(run)
