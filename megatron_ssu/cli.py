@@ -201,16 +201,17 @@ def _add_shield_tools(add: Callable) -> None:
 def _add_prepare(add: Callable) -> None:
     command = add(
         "prepare",
-        "Tokenize JSONL files",
+        "Tokenize JSONL files and tables",
         "Either for a run file:\n  megatron-ssu prepare RUN.yaml [KEY=VALUE ...]\n"
         "or any files into one indexed dataset:\n"
-        "  megatron-ssu prepare --model DIR --output PREFIX FILE.jsonl[.gz|.zst] ...",
+        "  megatron-ssu prepare --model DIR --output PREFIX FILE.jsonl[.gz|.zst]|FILE.parquet|FILE.arrow ...",
     )
     command.add_argument("inputs", nargs="+", metavar="RUN.yaml|FILE", help="the run file, or JSONL files")
     command.add_argument("--model", metavar="DIR", help="directory with the tokenizer")
     command.add_argument("--output", metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
     command.add_argument("--workers", type=int, metavar="N", help="tokenizer processes (default 2)")
     command.add_argument("--text-key", metavar="KEY", help="key of the text (default text)")
+    command.add_argument("--loss-on", choices=("all", "answers"), help="chats: where there is loss (default all)")
     command.add_argument("--document-end", metavar="TOKEN", help="ends a document (default: the end-of-text token)")
     command.add_argument("--skip-bad-lines", action="store_true", help="skip and count bad lines instead of stopping")
     command.add_argument("--overwrite", action="store_true", help="replace PREFIX.bin and PREFIX.idx")

@@ -10,6 +10,7 @@ from megatron_ssu.config.checks.checkpoint import validate_checkpoint
 from megatron_ssu.config.checks.data import validate_data
 from megatron_ssu.config.phases import checked_run
 from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.config.sources import Reading
 from megatron_ssu.data.prepare import PrepareReport
 from megatron_ssu.data.prepare import prepare as prepare_files
 from megatron_ssu.data.run_datasets import prepare_run, run_tokenizer
@@ -20,11 +21,12 @@ from megatron_ssu.train.run_lock import held
 def run(run_file: RunConfig | None, options: argparse.Namespace, console: Console) -> int:
     """For a run file, or for single files into one dataset."""
     if run_file is not None:
-        for name in ("workers", "text_key", "document_end", "overwrite", "trust_remote_code"):
+        for name in ("workers", "text_key", "loss_on", "document_end", "overwrite", "trust_remote_code"):
             if getattr(options, name) not in (None, False):
                 raise UserError(
                     f"prepare: --{name.replace('_', '-')} goes with --model and --output; a run file has data.workers, "
-                    "data.text_key, data.document_end and model.trust_remote_code, and makes datasets of changed files anew"
+                    "data.text_key, data.loss_on, data.document_end and model.trust_remote_code, and changed files are "
+                    "prepared anew"
                 )
         prepare_of_run(run_file, console, skip_bad_lines=options.skip_bad_lines)
         return 0
@@ -37,7 +39,7 @@ def run(run_file: RunConfig | None, options: argparse.Namespace, console: Consol
         trust_remote_code=options.trust_remote_code,
         document_end=options.document_end,
         workers=2 if options.workers is None else options.workers,
-        text_key="text" if options.text_key is None else options.text_key,
+        reading=Reading(text_key=options.text_key or "text", loss_on=options.loss_on or "all"),
         skip_bad_lines=options.skip_bad_lines,
         overwrite=options.overwrite,
         console=console,

@@ -19,10 +19,12 @@ from rich.console import Console
 from megatron_ssu.commands.export import export_run
 from megatron_ssu.commands.phases import take_optimizer, train_phases
 from megatron_ssu.commands.start import start
+from megatron_ssu.config.length import with_epochs
 from megatron_ssu.config.load import save_run
-from megatron_ssu.config.schema import RegularizeSection, RunConfig, ScheduleSection
+from megatron_ssu.config.schema import DataSource, RegularizeSection, RunConfig, ScheduleSection
+from megatron_ssu.config.sources import completed, isolates
 from megatron_ssu.config.units import parse_split
-from megatron_ssu.data.datasets import build_train_valid, build_valid
+from megatron_ssu.data.datasets import Parts, Settings, build_valid
 from megatron_ssu.data.indexed import content_digest
 from megatron_ssu.data.run_datasets import Prefixes, data_directory, prepare_run, present_train, run_tokenizer
 from megatron_ssu.data.tokenizer import Tokenizer
@@ -68,6 +70,8 @@ def train_run(run: RunConfig, console: Console, before: RunConfig | None = None)
 
 
 def _train(run: RunConfig, method: Method, source: Source, console: Console, before: RunConfig | None) -> Progress:
+    if run.train.epochs is not None:
+        run = _with_epochs(run, source, console)
     checkpoints = Checkpoints(run.checkpoint.directory)
     latest = on_rank_zero(lambda: newest(run, method, checkpoints))
     exported = on_rank_zero(lambda: may_be_exported(run, latest))
@@ -95,8 +99,9 @@ def _logged(
         return Progress(run.train.iterations, run.train.iterations * run.train.global_batch_size)
     on_rank_zero(lambda: method.check(run, source, begun=latest is not None))
     prefixes = on_rank_zero(lambda: prepare_run(run, tokenizer, console)[0])
+    saved = None if latest is None else on_rank_zero(lambda: checkpoints.read_common(latest)["progress"])
     model = open_model(run, source)
-    datasets = on_all_ranks(lambda: _datasets(run, method, source.dims.vocab, prefixes, tokenizer))
+    datasets = on_all_ranks(lambda: _datasets(run, method, source.dims.vocab, prefixes, tokenizer, saved))
     fresh = partial(build_model, run, source, model.mesh)
     job = Job(model, latest is not None, partial(probe, datasets), fresh, datasets.train_digests)
     del model  # the method may replace it
@@ -171,26 +176,46 @@ def _begin_directory(run: RunConfig) -> None:
     Checkpoints(directory).clean()
 
 
-def _datasets(run: RunConfig, method: Method, vocab: int, prefixes: Prefixes, tokenizer: Tokenizer) -> Datasets:
+def _with_epochs(run: RunConfig, source: Source, console: Console) -> RunConfig:
+    """The run file with the iterations of train.epochs, for which its data is prepared."""
+    tokenizer = on_all_ranks(lambda: run_tokenizer(run))
+    prefixes = on_rank_zero(lambda: prepare_run(run, tokenizer, console)[0])
+    parts = on_all_ranks(lambda: _parts(run, source.dims.vocab, prefixes, tokenizer))
+    assert run.train.epochs is not None
+    return with_epochs(run, parts.samples_in(run.train.epochs))
+
+
+def _settings(run: RunConfig, vocab: int) -> Settings:
+    data = run.data
+    return Settings(data.sequence_length, data.used_split, data.seed, isolates(run), data.weights_in, vocab)
+
+
+def _parts(run: RunConfig, vocab: int, prefixes: Prefixes, tokenizer: Tokenizer) -> Parts:
+    cache, with_valid = data_directory(run) / "index", not prefixes.target_valid and run.train.eval_batches > 0
+    return Parts(prefixes.train, tokenizer, _settings(run, vocab), cache, with_valid=with_valid)
+
+
+def _datasets(
+    run: RunConfig, method: Method, vocab: int, prefixes: Prefixes, tokenizer: Tokenizer, saved: dict[str, Any] | None
+) -> Datasets:
+    """`saved`: the progress of the checkpoint that the run resumes from."""
     _warn_of_unused_documents(run)
-    # More samples begin with the same ones: a probe longer than the run changes nothing that the run reads.
-    samples = max(run.train.iterations, method.probe_iterations) * run.train.global_batch_size
-    valid_samples = 0
-    if not prefixes.target_valid:
-        valid_samples = run.train.eval_batches * run.train.global_batch_size
-    common = {"sequence_length": run.data.sequence_length, "vocab_size": vocab}
-    trained, from_split = build_train_valid(
-        prefixes.train,
-        tokenizer,
-        split=run.data.used_split,
-        seed=run.data.seed,
-        train_samples=samples,
-        valid_samples=valid_samples,
-        cache_dir=data_directory(run) / "index",
-        **common,  # type: ignore[arg-type]
+    batch, settings = run.train.global_batch_size, _settings(run, vocab)
+    parts = _parts(run, vocab, prefixes, tokenizer)
+    trained, change = parts.blend(
+        run.train.iterations * batch,
+        reach=method.probe_iterations * batch,
+        saved=saved and saved["blend"],
+        at=saved["samples"] if saved else 0,
     )
+    if change and is_rank_zero():
+        log.warning("%s", change)
+    from_split = None
+    if not prefixes.target_valid and run.train.eval_batches:
+        from_split = parts.valid(run.train.eval_batches * batch)
+    how = completed(run, DataSource(""))
     watched: dict[str, Any] = {
-        name: build_valid(path, tokenizer, **common)  # type: ignore[arg-type]
+        name: build_valid(path, tokenizer, settings, how)
         for kind, paths in (("source_valid_loss", prefixes.source_valid), ("target_valid_loss", prefixes.target_valid))
         for name, path in _names(kind, paths)
     }

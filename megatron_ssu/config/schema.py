@@ -180,11 +180,34 @@ class ShieldSection:
 
 
 @dataclass
-class DataSource:
-    """One part of a blend."""
+class Ramp:
+    """A weight that changes linearly over the run, by its samples."""
 
-    path: str  # JSONL (.gz, .zst) or the prefix of an indexed dataset (PREFIX.bin, PREFIX.idx)
-    weight: float = 1.0
+    start: float
+    end: float
+
+
+Packing = Literal["stream", "documents", "none"]
+TooLong = Literal["truncate", "drop", "refuse"]
+
+
+@dataclass
+class DataSource:
+    """One part of a blend; what is null is as in the section `data`."""
+
+    # JSONL (.gz, .zst), Parquet, Arrow, a directory of datasets' save_to_disk, the id of a Hugging Face dataset, or the
+    # prefix of an indexed dataset (PREFIX.bin, PREFIX.idx)
+    path: str
+    weight: float | Ramp = 1.0  # in data.weights_in
+    columns: dict[str, str] = field(
+        default_factory=dict
+    )  # what is read (messages, text, instruction, ...) -> its column
+    split: str = "train"  # of a Hugging Face dataset
+    subset: str | None = None  # of a Hugging Face dataset: the name of its configuration
+    loss_on: Literal["all", "answers"] | None = None
+    packing: Packing | None = None
+    too_long: TooLong | None = None
+    wrap: Literal["none", "answer"] | None = None
 
 
 @dataclass
@@ -195,7 +218,18 @@ class DataSection:
     source_valid: str | dict[str, str] | None = None  # watched for forgetting; or several, name: path
     target_valid: str | dict[str, str] | None = None  # null: the valid part of `split`
     split: str | None = None  # train,valid,test fractions of the train documents; null: see `used_split`
+    weights_in: Literal["samples", "tokens", "epochs"] = "samples"  # what the weights of `train` count
     sequence_length: int = 512
+    loss_on: Literal["all", "answers"] = (
+        "all"  # of chats: all tokens, or what the assistant says and the end of its turn
+    )
+    # stream: documents joined and cut every sequence_length tokens; documents: whole ones placed in rows; none: one per row
+    packing: Packing = "stream"
+    too_long: TooLong = "truncate"  # documents that are longer than a row, where packing is not stream
+    # Whether tokens attend to other documents in their row; false: position ids restart too. null: where all is a stream
+    cross_document_attention: bool | None = None
+    wrap: Literal["none", "answer"] = "none"  # answer: plain text becomes the assistant's answer in the chat template
+    wrap_prompt: str = ""  # what the user says before it
     text_key: str = "text"
     document_end: str | None = None  # the token that ends a plain document; null: the tokenizer's end-of-text token
     directory: str | None = None  # where tokenized text is kept; null: data in checkpoint.directory
@@ -236,7 +270,9 @@ class RegularizeSection:
 class TrainSection:
     """The loop."""
 
-    iterations: int = 1000
+    iterations: int = -1  # steps; -1: as tokens or epochs say, else 1000
+    tokens: str | int | None = None  # instead: tokens to train on, such as 200M, padding included
+    epochs: float | None = None  # instead: as many samples as all sources together hold, so many times
     micro_batch_size: int = 1
     global_batch_size: int = 32
     seed: int = 1234

@@ -1,36 +1,45 @@
-"""Training and validation samples from indexed datasets, through megatron-core's GPTDataset and blends.
+"""Training and validation samples from indexed datasets: parts, in a blend, and whole datasets in order.
 
 A sample is a dict of `tokens`, `labels`, `position_ids` (int64 [s]) and `loss_mask` (float32 [s]).
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import math
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.datasets.blended_dataset import BlendedDataset
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType
+from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
+from megatron_ssu.config.schema import DataSource
+from megatron_ssu.config.sources import is_weight
 from megatron_ssu.config.units import parse_split
+from megatron_ssu.data.blend import Blend, Era, Share, continued
 from megatron_ssu.data.gpt_dataset import EpochwiseGPTDataset
-from megatron_ssu.data.indexed import CheckedIndexedDataset, CheckedReader, PrefixInfo, bin_path, check_prefix
-from megatron_ssu.data.loader import iterate
+from megatron_ssu.data.indexed import (
+    CheckedIndexedDataset,
+    CheckedReader,
+    PrefixInfo,
+    bin_path,
+    check_prefix,
+    content_digest,
+    loss_path,
+)
+from megatron_ssu.data.packing import Documents, Layout, RowDataset, best_fit
+from megatron_ssu.data.parts import PackedPart, Part, StreamPart, fitting
 from megatron_ssu.data.tokenizer import Tokenizer
 from megatron_ssu.engine.ranks import on_rank_zero
 from megatron_ssu.errors import UserError, one_line
 
-__all__ = ["WindowDataset", "build_train_valid", "build_valid", "iterate"]
+Sources = Sequence[tuple[str | Path, DataSource]]  # prefixes of indexed datasets, with what the run file says of them
 
 
 class _TokenizerFacts:
@@ -42,92 +51,127 @@ class _TokenizerFacts:
         self.unique_identifiers = OrderedDict(digest=digest)
 
 
-class _CheckedGPTDataset(EpochwiseGPTDataset):
-    """GPTDataset whose reads name file and offset when they fail."""
+@dataclass(frozen=True)
+class Settings:
+    """What all parts of a run have in common."""
 
-    @staticmethod
-    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> CheckedIndexedDataset:
-        return CheckedIndexedDataset(dataset_path, config.tokenizer.vocab_size)
-
-
-class _Builder(BlendedMegatronDatasetBuilder):
-    """The blend's builder, also without torch.distributed: BlendedDataset asks for a rank before it caches."""
-
-    @staticmethod
-    def build_generic_dataset(cls: Any, is_built_on_rank: Callable, synchronize_ranks: bool, *args: Any) -> Any:
-        if cls is BlendedDataset and not torch.distributed.is_initialized():
-            config = copy.copy(args[-1])
-            config.path_to_cache = None
-            args = (*args[:-1], config)
-        return BlendedMegatronDatasetBuilder.build_generic_dataset(cls, is_built_on_rank, synchronize_ranks, *args)
+    sequence_length: int
+    split: str = "1,0,0"
+    seed: int = 1234
+    isolated: bool = False  # documents do not attend to each other
+    weights_in: str = "samples"
+    vocab_size: int | None = None  # ids from it on end the run when they are read; None: the tokenizer's
 
 
-def build_train_valid(
-    sources: Sequence[tuple[str | Path, float]],
-    tokenizer: Tokenizer,
-    *,
-    sequence_length: int,
-    split: str,
-    seed: int,
-    train_samples: int,
-    valid_samples: int,
-    cache_dir: str | Path,
-    vocab_size: int | None = None,
-) -> tuple[Dataset, Dataset | None]:
-    """The train samples and, with `valid_samples` > 0, the valid samples of a blend of (prefix, weight).
+class Parts:
+    """The parts of a run's sources, for training and for validation, and the blends of them.
 
-    Documents are divided by `split`, shuffled by `seed` and repeated as often as `train_samples` asks; a sample may
-    span documents. More `train_samples` begin with the same samples in the same order.
-    Call it on all ranks: rank 0 builds the sample indices under `cache_dir`, the others read them.
-    Ids of at least `vocab_size` (default: the tokenizer's) end the run when read.
-    Raises UserError for damaged or too small datasets, wrong weights or fractions, a `cache_dir` that cannot be written.
+    Call it on all ranks: rank 0 builds sample indices under `cache_dir`, the others read them. Raises UserError for damaged or
+    too small datasets, wrong weights or fractions, a `cache_dir` that cannot be written.
     """
-    if not sources:
-        raise UserError("data.train: empty; name at least one JSONL file or indexed dataset")
-    if train_samples < 1:
-        raise UserError(
-            f"train samples: {train_samples}; train.iterations and train.global_batch_size must be positive"
+
+    def __init__(
+        self, sources: Sources, tokenizer: Tokenizer, settings: Settings, cache_dir: str | Path, *, with_valid: bool
+    ) -> None:
+        if not sources:
+            raise UserError("data.train: empty; name at least one JSONL file or indexed dataset")
+        for path, source in sources:
+            if not is_weight(source.weight):
+                raise UserError(f"data.train: weight {source.weight} of {path}; weights are above 0")
+        self._settings, self._tokenizer = settings, tokenizer
+        self._vocab = settings.vocab_size or tokenizer.vocab_size
+        self._fractions = parse_split(settings.split)
+        self._infos = [check_prefix(path, tokenizer=tokenizer) for path, _ in sources]
+        self._sources = [source for _, source in sources]
+        for info, source in zip(self._infos, self._sources, strict=True):
+            if source.packing == "stream":
+                _check_size(info, settings.split, self._fractions, settings.sequence_length, with_valid=with_valid)
+        self._cache = _cache_folder(Path(cache_dir), self._infos)
+        keys = [content_digest(path)[:16] for path, _ in sources]
+        self.shares = [
+            Share(_key(keys[: n + 1], source), source.path, source.weight) for n, source in enumerate(self._sources)
+        ]
+        self.train = [self._part(*pair, Split.train) for pair in zip(self._infos, self._sources, strict=True)]
+
+    def samples_in(self, epochs: float) -> float:
+        """Samples of a run of so many epochs: what all sources hold, each as often as its weight where weights count epochs."""
+        factors = [1.0] * len(self.train)
+        if self._settings.weights_in == "epochs":
+            factors = [_mean(source) for source in self._sources]
+        return epochs * sum(f * part.samples_per_epoch for f, part in zip(factors, self.train, strict=True))
+
+    def blend(
+        self, samples: int, *, reach: int = 0, saved: dict[str, Any] | None = None, at: int = 0
+    ) -> tuple[Blend, str]:
+        """The training samples of a run of so many, and what changed since the blend `saved` after its sample `at`."""
+        era, change = continued(saved, self.shares, self._settings.weights_in, samples, at)
+        return Blend(self.train, self.shares, self._settings.weights_in, samples, era=era, reach=reach), change
+
+    def valid(self, samples: int) -> Blend:
+        """So many samples of the documents that data.split keeps for validation, in the blend of the run's beginning."""
+        parts = [self._part(*pair, Split.valid) for pair in zip(self._infos, self._sources, strict=True)]
+        return Blend(parts, self.shares, self._settings.weights_in, samples, era=Era())
+
+    def _part(self, info: PrefixInfo, source: DataSource, split: Split) -> Part:
+        settings = self._settings
+        first, last = (round(sum(self._fractions[:n]) * info.sequences) for n in (split.value, split.value + 1))
+        documents = np.arange(first, last)
+        if source.packing != "stream":
+            layout = Layout(settings.sequence_length, self._tokenizer.eos_id or 0, settings.isolated)
+            return PackedPart(info, documents, layout, source, self._vocab, settings.seed)
+        return StreamPart(
+            info,
+            documents,
+            settings.sequence_length,
+            lambda count: self._stream(info, documents, split, count),
+            isolated=settings.isolated,
         )
-    for path, weight in sources:
-        if not (math.isfinite(weight) and weight > 0):
-            raise UserError(f"data.train: weight {weight} of {path}; weights are above 0")
-    shares = parse_split(split)
-    infos = [check_prefix(path, tokenizer=tokenizer) for path, _ in sources]
-    for info in infos:
-        _check_size(info, split, shares, sequence_length, with_valid=valid_samples > 0)
-    facts = _TokenizerFacts(tokenizer.document_end, vocab_size or tokenizer.vocab_size, tokenizer.digest)
-    weights = None if len(sources) == 1 else [float(w) for _, w in sources]
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=sequence_length,
-        blend=([str(path) for path, _ in sources], weights),
-        split=split,
-        path_to_cache=str(_cache_folder(Path(cache_dir), infos)),
-        tokenizer=facts,
-        # megatron asks every part for its fraction, rounded up: for few samples of many parts less than it draws
-        mid_level_dataset_surplus=max(0.005, 2 * (len(sources) + 1) / train_samples),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-    train_share, valid_share, _ = config.split_matrix
-    # Parts that nobody reads are not built: megatron loops forever over a part without documents.
-    config.split_matrix = [train_share, valid_share if valid_samples > 0 else None, None]
-    train, valid, _ = _Builder(_CheckedGPTDataset, [train_samples, valid_samples, 0], lambda: True, config).build()
-    return train, valid
+
+    def _stream(self, info: PrefixInfo, documents: np.ndarray, split: Split, count: int) -> EpochwiseGPTDataset:
+        settings, tokenizer = self._settings, self._tokenizer
+        config = GPTDatasetConfig(
+            random_seed=settings.seed,
+            sequence_length=settings.sequence_length,
+            blend=([str(info.prefix)], None),
+            split=settings.split,
+            path_to_cache=str(self._cache),
+            tokenizer=_TokenizerFacts(tokenizer.document_end, self._vocab, tokenizer.digest),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+
+        def build() -> EpochwiseGPTDataset:
+            low = CheckedIndexedDataset(str(info.prefix), self._vocab)
+            return EpochwiseGPTDataset(low, str(info.prefix), documents.astype(np.int32), count, split, config)
+
+        on_rank_zero(lambda: build() and None)  # which writes the indices
+        return build()
+
+
+def _key(digests: Sequence[str], source: DataSource) -> str:
+    """What identifies the last of these sources: its documents, how they are packed, and of equal ones which it is."""
+    number = Counter(digests)[digests[-1]]
+    how = "" if source.packing == "stream" else f" {source.packing} {source.too_long}"
+    return digests[-1] + how + (f" #{number}" if number > 1 else "")
+
+
+def _mean(source: DataSource) -> float:
+    """A weight over the run."""
+    weight = source.weight
+    return weight if isinstance(weight, float | int) else (weight.start + weight.end) / 2
 
 
 def _check_size(
     info: PrefixInfo, split: str, shares: tuple[float, float, float], sequence_length: int, *, with_valid: bool
 ) -> None:
     """Both parts in use must hold one sample; otherwise megatron repeats documents within a sample or loops forever."""
-    index = CheckedIndexedDataset(str(info.prefix), vocab_size=1 << 62).index
     n = info.sequences
     first = round(shares[0] * n)
     parts = [("train", 0, first)] + ([("valid", first, round((shares[0] + shares[1]) * n))] if with_valid else [])
     for name, begin, end in parts:
-        tokens = int(index.sequence_lengths[begin:end].sum(dtype=np.int64))
+        tokens = int(info.lengths[begin:end].sum(dtype=np.int64))
         if tokens < sequence_length + 1:
             advice = "" if name == "train" else "data.target_valid, a larger valid fraction, "
             raise UserError(
@@ -179,6 +223,7 @@ class WindowDataset(Dataset):
 
     def __post_init__(self) -> None:
         self._reader = CheckedReader(bin_path(self.info.prefix), self.vocab_size)
+        self._masks = CheckedReader(loss_path(self.info.prefix), 2) if self.info.masked else None
 
     def __len__(self) -> int:
         return -(-(self.info.tokens - 1) // self.sequence_length)
@@ -193,6 +238,9 @@ class WindowDataset(Dataset):
         tokens[: count - 1], labels[: count - 1] = stream[:-1], stream[1:]
         loss_mask = torch.zeros(length)
         loss_mask[: count - 1] = 1.0
+        if self._masks is not None:
+            found = self._masks.read(np.uint8, count - 1, start + 1)
+            loss_mask[: count - 1] = torch.from_numpy(found.astype(np.float32))
         return {
             "tokens": torch.from_numpy(tokens),
             "labels": torch.from_numpy(labels),
@@ -201,7 +249,7 @@ class WindowDataset(Dataset):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_reader"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_reader", "_masks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -209,13 +257,24 @@ class WindowDataset(Dataset):
 
 
 def build_valid(
-    prefix: str | Path, tokenizer: Tokenizer, *, sequence_length: int, vocab_size: int | None = None
-) -> WindowDataset:
-    """All of an indexed dataset as windows in order, unshuffled: the same samples in every run and on every mesh.
+    prefix: str | Path, tokenizer: Tokenizer, settings: Settings, source: DataSource | None = None
+) -> Dataset:
+    """All of an indexed dataset in order, unshuffled: the same samples in every run and on every mesh.
 
-    Raises UserError for a damaged dataset, one made with another tokenizer, or one with less than two tokens.
+    As windows over its joined documents; where `source` packs otherwise, as rows of whole documents. Raises UserError for a
+    damaged dataset, one made with another tokenizer, or one with less than two tokens.
     """
     info = check_prefix(prefix, tokenizer=tokenizer)
     if info.tokens < 2:
         raise UserError(f"{prefix}: {info.tokens} token; a validation set needs at least 2")
-    return WindowDataset(info, sequence_length, vocab_size or tokenizer.vocab_size, tokenizer.eos_id or 0)
+    vocab, padding = settings.vocab_size or tokenizer.vocab_size, tokenizer.eos_id or 0
+    length = settings.sequence_length
+    if source is None or source.packing == "stream":
+        return WindowDataset(info, length, vocab, padding)
+    documents = Documents(info, vocab, length + 1)
+    numbers = fitting(np.arange(info.sequences), documents, replace(source, too_long="truncate"))
+    places = np.minimum(info.lengths[numbers], length + 1).astype(np.int64) - 1
+    rows = best_fit(places, length) if source.packing == "documents" else [[i] for i in range(len(numbers))]
+    return RowDataset(
+        documents, [[int(numbers[i]) for i in row] for row in rows], Layout(length, padding, settings.isolated)
+    )

@@ -14,13 +14,14 @@ from typing import Any, Literal
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, get_bin_path
 
-from megatron_ssu.data.jsonl import source_digest
+from megatron_ssu.config.sources import PLAIN, Reading
+from megatron_ssu.data.rows import is_hub_id, is_table, rows_digest
 from megatron_ssu.data.tokenizer import Tokenizer
 from megatron_ssu.errors import UserError, one_line
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
-_SUFFIXES = (".jsonl", ".json", ".gz", ".zst")
+_SUFFIXES = (".jsonl", ".json", ".gz", ".zst", ".parquet", ".arrow")
 _FORMAT = 1  # of what `prepare` writes; part of the cached datasets' names
 _TOKEN_TYPES = (np.uint8, np.int8, np.int16, np.uint16, np.int32, np.int64)
 
@@ -35,6 +36,8 @@ class PrefixInfo:
     documents: int
     tokens: int
     index_digest: str  # sha256 of the .idx file
+    lengths: np.ndarray  # int32 [sequences], in tokens
+    masked: bool  # whether a byte per token says where there is loss (PREFIX.loss)
 
 
 def bin_path(prefix: str | Path) -> Path:
@@ -49,36 +52,45 @@ def meta_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.json")
 
 
-def source_kind(path: str | Path) -> Literal["jsonl", "indexed"]:
-    """Whether `path` is a JSONL file rather than the prefix of an indexed dataset. Raises UserError when it is neither."""
+def loss_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.loss")
+
+
+def source_kind(path: str | Path) -> Literal["jsonl", "table", "indexed"]:
+    """Whether `path` is a JSONL file, another source with rows, or an indexed dataset's prefix. Raises UserError for none."""
+    if is_table(path) or is_hub_id(path):
+        return "table"
     if idx_path(path).exists() or bin_path(path).exists():
         return "indexed"
     if Path(path).is_file():
         if Path(path).suffix in (".bin", ".idx"):
             raise UserError(f"{path}: name an indexed dataset by its prefix, without {Path(path).suffix}")
         return "jsonl"
-    raise UserError(f"{path}: neither a JSONL file nor the prefix of an indexed dataset ({path}.bin, {path}.idx)")
+    raise UserError(
+        f"{path}: neither a JSONL file, a table nor the prefix of an indexed dataset ({path}.bin, {path}.idx)"
+    )
 
 
 def prepared_prefix(
     run_data_dir: Path,
     source_path: str | Path,
     tokenizer_digest: str,
-    text_key: str,
+    reading: Reading = PLAIN,
     chat_template: str | dict[str, str] | None = None,
     marks: Sequence[int] = (),
 ) -> Path:
     """The prefix under which a run keeps the tokenized `source_path`.
 
-    The same for every command that asks: the source's stem and a digest of its content, tokenizer, text key, chat template
-    and the tokenizer's `marks`.
+    The same for every command that asks: the source's stem and a digest of its content, tokenizer, chat template, how it is
+    read, and the tokenizer's `marks`.
     Raises UserError when the source cannot be read.
     """
     name = Path(source_path).name
     while Path(name).suffix in _SUFFIXES:
         name = Path(name).stem
-    parts = [_FORMAT, source_digest(source_path), tokenizer_digest, text_key, chat_template]
-    key = json.dumps([*parts, list(marks)] if marks else parts)
+    parts = [_FORMAT, rows_digest(source_path, reading), tokenizer_digest, reading.text_key, chat_template]
+    parts += [list(marks)] if marks else []
+    key = json.dumps([*parts, reading.choices()] if reading.choices() else parts, sort_keys=True)
     return Path(run_data_dir) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
@@ -113,7 +125,22 @@ def check_prefix(prefix: str | Path, *, tokenizer: Tokenizer | None = None) -> P
     if tokenizer is not None:
         _check_note(meta_path(prefix), tokenizer)
     digest = hashlib.sha256(raw).hexdigest()
-    return PrefixInfo(Path(prefix), dtype, len(lengths), len(documents) - 1, tokens, digest)
+    masked = _is_masked(prefix, tokens)
+    return PrefixInfo(Path(prefix), dtype, len(lengths), len(documents) - 1, tokens, digest, lengths, masked)
+
+
+def _is_masked(prefix: str | Path, tokens: int) -> bool:
+    """Whether a mask is there, of the right size. Raises UserError where it is not and should be."""
+    mask, choices = loss_path(prefix), _noted(meta_path(prefix), "reading", {})
+    if not isinstance(choices, dict):
+        raise UserError(f"{meta_path(prefix)}: not metadata that `prepare` wrote (reading)")
+    if choices.get("loss_on", "all") == "all":
+        return False
+    size = mask.stat().st_size if mask.is_file() else None
+    if size != tokens:
+        what = "missing" if size is None else f"{size} bytes long"
+        raise UserError(f"{mask}: {what}, and must have a byte for each of {tokens} tokens; prepare the text again")
+    return True
 
 
 def _parse_index(index: Path, raw: bytes) -> tuple[type, np.ndarray, np.ndarray, np.ndarray]:
@@ -168,6 +195,8 @@ def content_digest(prefix: str | Path) -> str:
         eos = _noted(note, "eos", _ABSENT)  # null for a tokenizer without eos_token
         if begin or (eos is not _ABSENT and end != eos):  # other plain documents begin with nothing and end with eos
             sources.append(json.dumps([begin, end]))
+        if choices := _noted(note, "reading", None):
+            sources.append(json.dumps(choices, sort_keys=True))
     except (KeyError, TypeError) as error:
         raise UserError(f"{note}: not metadata that `prepare` wrote ({one_line(error)})") from error
     return hashlib.sha256(json.dumps([index, *sources]).encode()).hexdigest()
@@ -245,6 +274,30 @@ class CheckedReader:
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
             os.close(self._fd)
+
+
+class MaskReader:
+    """The masks of an indexed dataset's documents, read as their tokens are."""
+
+    def __init__(self, info: PrefixInfo) -> None:
+        self._info = info
+        self._starts = np.cumsum(info.lengths, dtype=np.int64) - info.lengths
+        self._open()
+
+    def _open(self) -> None:
+        self._reader = CheckedReader(loss_path(self._info.prefix), 2)
+
+    def get(self, document: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """uint8 [length]: 1 where there is loss, from token `offset` of a document on."""
+        count = int(self._info.lengths[document]) - offset if length is None else int(length)
+        return self._reader.read(np.uint8, count, int(self._starts[document]) + int(offset))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_reader"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
 
 
 class CheckedIndexedDataset(IndexedDataset):

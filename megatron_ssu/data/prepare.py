@@ -24,14 +24,16 @@ from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from megatron_ssu.data.indexed import bin_path, check_prefix, idx_path, meta_path, prepared_prefix
-from megatron_ssu.data.jsonl import LineReader, source_digest
+from megatron_ssu.config.sources import PLAIN, Reading
+from megatron_ssu.data.indexed import bin_path, check_prefix, idx_path, loss_path, meta_path, prepared_prefix
+from megatron_ssu.data.rows import Rows, is_hub_id, is_table, open_rows, rows_digest, size_of
 from megatron_ssu.data.tokenize_worker import Batch, Encoded, EncodeJob, encode_batch, encode_file, start_process
 from megatron_ssu.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ssu.errors import UserError, one_line
@@ -74,7 +76,7 @@ def prepare(
     trust_remote_code: bool = False,
     document_end: str | None = None,
     workers: int = 2,
-    text_key: str = "text",
+    reading: Reading = PLAIN,
     append_eod: bool = True,
     skip_bad_lines: bool = False,
     overwrite: bool = False,
@@ -97,19 +99,20 @@ def prepare(
     job = EncodeJob(
         str(model_path),
         trust_remote_code,
-        text_key,
+        reading,
         begin=tuple(tokenizer.document_begin),
         end=tokenizer.document_end if append_eod else None,
         turn_end=tokenizer.eos_id,
         skip_bad_lines=skip_bad_lines,
     )
-    sources = [{"name": p.name, "bytes": p.stat().st_size, "sha256": source_digest(p)} for p in paths]
+    sources = [{"name": p.name, "bytes": size_of(p), "sha256": rows_digest(p, reading)} for p in paths]
     with _terminate_as_exception(), _workspace(prefix) as folder:
         try:
             builder = IndexedDatasetBuilder(str(folder / "data.bin"), DType.optimal_dtype(tokenizer.vocab_size))
             with builder.data_file, _pool(1 if total < small_input else workers, job, folder) as submit:
                 show = console if progress and console is not None and console.is_terminal else None
-                report = _run(paths, prefix, job, submit, max(2, 2 * workers), builder, show, total)
+                with _loss_file(folder, reading) as loss:
+                    report = _run(paths, prefix, job, submit, max(2, 2 * workers), builder, loss, show, total)
                 builder.finalize(str(folder / "data.idx"))
             note = {**asdict(report), "prefix": prefix.name, "sources": sources, **_note(job, tokenizer, builder.dtype)}
             (folder / "data.json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
@@ -130,7 +133,8 @@ def _note(job: EncodeJob, tokenizer: Tokenizer, dtype: type) -> dict[str, object
         "document_begin": list(job.begin),
         "document_end": job.end,
         "eos": tokenizer.eos_id,
-        "text_key": job.text_key,
+        "text_key": job.reading.text_key,
+        **({"reading": job.reading.choices()} if job.reading.choices() else {}),
         "dtype": np.dtype(dtype).name,
     }
 
@@ -142,12 +146,12 @@ def _check_inputs(paths: list[Path], prefix: Path, workers: int, overwrite: bool
     if workers < 1:
         raise UserError(f"workers: {workers}; at least 1 is needed")
     for path in paths:
-        if not path.is_file():
+        if not path.is_file() and not is_table(path) and not is_hub_id(path):
             raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
-    existing = [f for f in (bin_path(prefix), idx_path(prefix), meta_path(prefix)) if f.exists()]
+    existing = [f for f in (bin_path(prefix), idx_path(prefix), meta_path(prefix), loss_path(prefix)) if f.exists()]
     if existing and not overwrite:
         raise UserError(f"{existing[0]}: exists already; remove it, choose another output or ask for --overwrite")
-    return sum(p.stat().st_size for p in paths)
+    return sum(size_of(p) for p in paths)
 
 
 def _run(
@@ -157,6 +161,7 @@ def _run(
     submit: _Submit,
     in_flight: int,
     builder: IndexedDatasetBuilder,
+    loss: BinaryIO | None,
     console: Console | None,
     total: int,
 ) -> PrepareReport:
@@ -164,7 +169,7 @@ def _run(
     documents = tokens = skipped = empty = read_before = 0
     with _progress(console, total) as advance:
         for path in paths:
-            reader, lines = LineReader(path), 0
+            reader, lines = open_rows(path, job.reading), 0
             pending: deque[Callable[[], Encoded]] = deque()
             batches = _batches(reader)
             while True:
@@ -178,23 +183,25 @@ def _run(
                 encoded = _result(pending.popleft(), path)
                 if encoded.first_bad is not None:
                     _complain(path, encoded, job, logged=skipped)
-                for ids in encoded.documents:
+                for ids, mask in zip(encoded.documents, encoded.masks, strict=True):
                     builder.add_document(np.asarray(ids), [len(ids)])
                     tokens += len(ids)
+                    if loss is not None:
+                        loss.write(b"\1" * len(ids) if mask is None else mask)
                 documents += len(encoded.documents)
                 skipped += encoded.skipped
                 empty += encoded.empty
                 advance(read_before + reader.bytes_read, documents, tokens)
             if not lines:
                 raise UserError(f"{path}: no documents in it")
-            read_before += path.stat().st_size
+            read_before += size_of(path)
     if not documents:
         names = ", ".join(map(str, paths))
         raise UserError(f"{names}: no documents left ({skipped} bad lines skipped, {empty} without a token)")
     return PrepareReport(prefix, documents, tokens, skipped, empty, total)
 
 
-def _batches(reader: LineReader) -> Iterator[Batch]:
+def _batches(reader: Rows) -> Iterator[Batch]:
     batch: Batch = []
     size = 0
     for number, line in reader:
@@ -223,6 +230,16 @@ def _complain(path: Path, encoded: Encoded, job: EncodeJob, *, logged: int) -> N
         raise UserError(f"{path}:{number}: {message}")
     if not logged:
         logger.warning("%s:%d: %s (skipped; further bad lines are only counted)", path, number, message)
+
+
+@contextmanager
+def _loss_file(folder: Path, reading: Reading) -> Iterator[BinaryIO | None]:
+    """Where the documents' masks are written, a byte per token; None where there is loss on every token."""
+    if reading.loss_on == "all":
+        yield None
+        return
+    with (folder / "data.loss").open("wb") as file:
+        yield file
 
 
 @contextmanager
@@ -338,11 +355,15 @@ def _publish(folder: Path, prefix: Path) -> None:
             os.fsync(written.fileno())
     idx_path(prefix).unlink(missing_ok=True)  # an old index must not meet new data
     try:
+        loss_path(prefix).unlink(missing_ok=True)
+        if (folder / "data.loss").exists():
+            os.replace(folder / "data.loss", loss_path(prefix))
         os.replace(folder / "data.bin", bin_path(prefix))
         os.replace(folder / "data.json", meta_path(prefix))
         os.replace(folder / "data.idx", idx_path(prefix))
     except BaseException:  # a signal between two of them
         if not idx_path(prefix).exists():
             bin_path(prefix).unlink(missing_ok=True)
+            loss_path(prefix).unlink(missing_ok=True)
             meta_path(prefix).unlink(missing_ok=True)
         raise

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_ssu.config.schema import DataSource, RunConfig
+from megatron_ssu.config.sources import reading, train_sources, valid_sources
 from megatron_ssu.data.indexed import check_prefix, idx_path, prepared_prefix, source_kind
 from megatron_ssu.data.prepare import PrepareReport, prepare
 from megatron_ssu.data.tokenizer import Tokenizer, load_tokenizer
@@ -18,22 +19,9 @@ from megatron_ssu.errors import UserError
 class Prefixes:
     """The indexed datasets of a run."""
 
-    train: list[tuple[Path, float]]  # prefix, weight
+    train: list[tuple[Path, DataSource]]
     source_valid: dict[str, Path]  # by name; '' where the run file gives one path
     target_valid: dict[str, Path]
-
-
-def train_sources(run: RunConfig) -> list[DataSource]:
-    """data.train as a list of weighted sources."""
-    listed = [run.data.train] if isinstance(run.data.train, str) else run.data.train
-    return [DataSource(s) if isinstance(s, str) else s for s in listed]
-
-
-def valid_sources(given: str | dict[str, str] | None) -> dict[str, str]:
-    """data.source_valid or data.target_valid as name -> path; the name of a single path is ''."""
-    if not given:
-        return {}
-    return {"": given} if isinstance(given, str) else dict(given)
 
 
 def run_tokenizer(run: RunConfig) -> Tokenizer:
@@ -55,11 +43,12 @@ def prepare_run(
     """
     reports: list[PrepareReport] = []
 
-    def prefix_of(path: str) -> Path:
+    def prefix_of(source: DataSource) -> Path:
+        path = source.path
         if source_kind(path) == "indexed":
             check_prefix(path, tokenizer=tokenizer)
             return Path(path)
-        prefix = _prepared(run, path, tokenizer)
+        prefix = _prepared(run, source, tokenizer)
         if not idx_path(prefix).exists():  # the last of its files to get its name
             try:
                 prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +62,7 @@ def prepare_run(
                     trust_remote_code=run.model.trust_remote_code,
                     document_end=run.data.document_end,
                     workers=run.data.workers,
-                    text_key=run.data.text_key,
+                    reading=reading(run, source),
                     skip_bad_lines=skip_bad_lines,
                     overwrite=True,
                     console=console,
@@ -81,9 +70,9 @@ def prepare_run(
             )
         return prefix
 
-    train = [(prefix_of(s.path), s.weight) for s in train_sources(run)]
+    train = [(prefix_of(source), source) for source in train_sources(run)]
     valid = [
-        {name: prefix_of(path) for name, path in valid_sources(given).items()}
+        {name: prefix_of(DataSource(path)) for name, path in valid_sources(given).items()}
         for given in (run.data.source_valid, run.data.target_valid)
     ]
     return Prefixes(train, *valid), reports
@@ -94,7 +83,7 @@ def present_train(run: RunConfig, tokenizer: Tokenizer) -> list[Path | None]:
     found = []
     for source in train_sources(run):
         indexed = source_kind(source.path) == "indexed"
-        prefix = Path(source.path) if indexed else _prepared(run, source.path, tokenizer)
+        prefix = Path(source.path) if indexed else _prepared(run, source, tokenizer)
         found.append(prefix if indexed or idx_path(prefix).exists() else None)
     return found
 
@@ -104,12 +93,12 @@ def data_directory(run: RunConfig) -> Path:
     return Path(run.data.directory or Path(run.checkpoint.directory) / "data")
 
 
-def _prepared(run: RunConfig, path: str, tokenizer: Tokenizer) -> Path:
+def _prepared(run: RunConfig, source: DataSource, tokenizer: Tokenizer) -> Path:
     return prepared_prefix(
         data_directory(run),
-        path,
+        source.path,
         tokenizer.digest,
-        run.data.text_key,
+        reading(run, source),
         chat_template=tokenizer.chat_template,
         marks=tokenizer.marks,
     )

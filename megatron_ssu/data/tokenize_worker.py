@@ -11,7 +11,8 @@ from functools import lru_cache
 from multiprocessing import parent_process
 from pathlib import Path
 
-from megatron_ssu.data.chat import encode_chat, is_chat
+from megatron_ssu.config.sources import Reading
+from megatron_ssu.data.chat import encode_answer, encode_training_chat, is_chat, renamed
 from megatron_ssu.data.jsonl import BadLine, parse_object, text_of
 from megatron_ssu.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ssu.errors import one_line
@@ -25,7 +26,7 @@ class EncodeJob:
 
     model_path: str
     trust_remote_code: bool
-    text_key: str
+    reading: Reading
     begin: tuple[int, ...]  # ids put before every document of plain text
     end: int | None  # id put after every document
     turn_end: int | None  # id that may end a chat instead
@@ -37,6 +38,9 @@ class Encoded:
     """One batch, tokenized, in the order of its lines."""
 
     documents: list[list[int]] = field(default_factory=list)
+    masks: list[bytes | None] = field(
+        default_factory=list
+    )  # of each document: bytes, 1 where there is loss; None: everywhere
     skipped: int = 0  # bad lines
     empty: int = 0  # documents without a token
     first_bad: tuple[int, str] | None = None  # line number and complaint of the first bad line
@@ -46,22 +50,28 @@ def encode_batch(job: EncodeJob, batch: Batch) -> Encoded:
     """Tokenize a batch of lines. Without `skip_bad_lines` the first bad line ends it (`first_bad`).
 
     A line with `text_key` is plain text, in which nothing is a special token. A line with a chat instead (`messages`,
-    `conversations`, `instruction`) is rendered with the chat template, special tokens and all.
+    `conversations`, `instruction`, `prompt`) is rendered with the chat template, special tokens and all.
     """
-    result = Encoded()
+    result, reading = Encoded(), job.reading
     tokenizer = _tokenizer(job.model_path, job.trust_remote_code)
-    chats: list[list[int] | None] = []  # of every good line: the ids of its chat, or None for text
+    answers = reading.loss_on == "answers"
+    chats: list[tuple[list[int], bytes | None] | None] = []  # of every good line: its chat, or None for text
     texts: list[str] = []
     numbers: list[int] = []
     for number, line in batch:
         try:
-            value = parse_object(line)
-            if job.text_key in value or not is_chat(value):
-                texts.append(text_of(value, job.text_key))
+            value = renamed(parse_object(line), reading.columns)
+            if reading.text_key not in value and is_chat(value):
+                chats.append(encode_training_chat(value, tokenizer, answers=answers))
+                continue
+            text = text_of(value, reading.text_key)
+            if reading.wrap == "answer":
+                wrapped = encode_answer(text, reading.wrap_prompt, tokenizer)
+                chats.append((wrapped[0], wrapped[1] if answers else None))
+            else:
+                texts.append(text)
                 numbers.append(number)
                 chats.append(None)
-            else:
-                chats.append(encode_chat(value, tokenizer))
         except BadLine as error:
             result.skipped += 1
             result.first_bad = result.first_bad or (number, str(error))
@@ -69,7 +79,7 @@ def encode_batch(job: EncodeJob, batch: Batch) -> Encoded:
                 return result
     plain = iter(_encode(tokenizer, texts, numbers))
     for chat in chats:
-        ids = next(plain) if chat is None else chat
+        ids, mask = (next(plain), None) if chat is None else chat
         if not ids:
             result.empty += 1
             continue
@@ -77,7 +87,9 @@ def encode_batch(job: EncodeJob, batch: Batch) -> Encoded:
             ids = [*job.begin, *ids]  # templates begin and end a chat themselves
         if job.end is not None and (chat is None or ids[-1] not in (job.end, job.turn_end)):
             ids = [*ids, job.end]
+            mask = None if mask is None else mask + b"\1"
         result.documents.append(ids)
+        result.masks.append(mask)
     return result
 
 

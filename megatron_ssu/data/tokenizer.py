@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megatron_ssu.data.jsonl import BadLine
 from megatron_ssu.errors import UserError, one_line
 
 # Any of these holds a vocabulary; without one transformers may build an empty tokenizer and say nothing.
@@ -149,7 +151,28 @@ class Tokenizer(ABC):
         """Jinja source, or several by name; None without one."""
         return None
 
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    @property
+    def marks_answers(self) -> bool:
+        """Whether the chat template says itself what the assistant says: {% generation %}."""
+        return False
+
+    def encode_marked(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Ids of a chat, and for each whether the template marks it as the assistant's; where `marks_answers`."""
+        raise NotImplementedError
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode_rendered`, and from which to which character each token is. Raises BadLine where that is not known."""
+        raise BadLine(f"the tokenizer in {self.path} does not say where its tokens are; set data.loss_on: all")
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Any] | None = None,
+    ) -> str:
         """`messages` in the model's chat format. Raises UserError where it has none; its errors pass through."""
         raise UserError(f"{self.path}: the tokenizer has no chat template, so chats cannot be rendered")
 
@@ -269,11 +292,45 @@ class _HuggingFaceTokenizer(Tokenizer):
     def chat_template(self) -> str | dict[str, str] | None:
         return self._hf.chat_template
 
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    @property
+    def marks_answers(self) -> bool:
+        template = self.chat_template
+        return bool(re.search(r"\{%-?\s*generation\s*-?%\}", template)) if isinstance(template, str) else False
+
+    def encode_marked(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> tuple[list[int], list[int]]:
+        found = self._hf.apply_chat_template(
+            [dict(m) for m in messages],
+            tools=tools,  # type: ignore[arg-type]
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        assert not isinstance(found, str | list)
+        return list(found["input_ids"]), list(found["assistant_masks"])
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        if not self._hf.is_fast:
+            return super().encode_with_offsets(text)
+        found = self._hf(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return found["input_ids"], found["offset_mapping"]
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Any] | None = None,
+    ) -> str:
         if not self.has_chat_template:
             return super().render_chat(messages)
         conversation = [dict(m) for m in messages]
-        text = self._hf.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = self._hf.apply_chat_template(
+            conversation,
+            tools=tools,  # type: ignore[arg-type]
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
         return str(text)
 
     def special_token_ids_of_chat_template(self) -> list[int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ssu.config.coerce import show
+from megatron_ssu.config.length import with_iterations
 from megatron_ssu.config.load import load_run
 from megatron_ssu.config.schema import RunConfig, ShieldSection
 from megatron_ssu.errors import UserError
@@ -44,8 +45,8 @@ def read_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     the run file gives one of them another value.
     """
     run = load_run(path, overrides, {method.name: method.Options for method in METHODS})
-    phases = [replace(phase, run=_decided(path, phase.run)) for phase in run.phases]
-    return replace(run if phases else _decided(path, run), phases=phases)
+    phases = [replace(phase, run=with_iterations(_decided(path, phase.run))) for phase in run.phases]
+    return replace(run if phases else with_iterations(_decided(path, run)), phases=phases)
 
 
 def _decided(path: str | Path, run: RunConfig) -> RunConfig:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from megatron_ssu.config.schema import Ramp
+from megatron_ssu.config.sources import isolates, train_sources
+
 if TYPE_CHECKING:
     from megatron_ssu.config.schema import RunConfig
 
@@ -24,15 +27,18 @@ _FREE_OPTIMIZER = (
     *("optimizer_cpu_offload", "optimizer_offload_fraction", "use_torch_optimizer_for_cpu_offload", "pin_cpu_"),
 )
 DOCUMENTS = "data.train (its documents' digests)"
+BLEND = ("data.train (", "data.weights_in")  # how keys begin that may change while a run goes on: see data/blend.py
 
 
 def training_facts(run: RunConfig, train_digests: Sequence[str]) -> dict[str, Any]:
     """By run-file key, as JSON: all but model, method and regularizers. `train_digests`: of the indexed datasets."""
-    from megatron_ssu.data.run_datasets import train_sources
-
+    sources = train_sources(run)
     facts = {
-        "data.train (its weights)": [source.weight for source in train_sources(run)],
+        "data.train (its weights)": [_weight(source.weight) for source in sources],
+        "data.train (its packing)": [[source.packing, source.too_long] for source in sources],
         DOCUMENTS: [digest[:16] for digest in train_digests],
+        "data.weights_in": run.data.weights_in,
+        "data.cross_document_attention": not isolates(run),
         "data.split": run.data.used_split,
         "data.seed": run.data.seed,
         "data.sequence_length": run.data.sequence_length,
@@ -45,6 +51,10 @@ def training_facts(run: RunConfig, train_digests: Sequence[str]) -> dict[str, An
     facts |= section_facts("precision", run.precision.transformer)
     facts |= section_facts("train.optimizer", run.train.optimizer, _FREE_OPTIMIZER)
     return facts
+
+
+def _weight(weight: float | Ramp) -> Any:
+    return [weight.start, weight.end] if isinstance(weight, Ramp) else weight
 
 
 def section_facts(name: str, values: dict[str, Any], free: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.config.sources import counts_tokens, isolates
 from megatron_ssu.engine.device import has_cuda, local_device
 from megatron_ssu.engine.mesh import Mesh
 from megatron_ssu.errors import UserError
@@ -71,6 +72,7 @@ def transformer_config(run: RunConfig, family: Family, hf: dict[str, Any], dims:
         "bf16": dtype is torch.bfloat16,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
+        "calculate_per_token_loss": counts_tokens(run),
         **family.settings(hf, dims),
     }
     if has_cuda():
@@ -85,6 +87,8 @@ def transformer_config(run: RunConfig, family: Family, hf: dict[str, Any], dims:
         if run.parallel.virtual_pipeline:
             # On gloo the batched exchange of the interleaved schedule delivers wrong tensors without an error.
             fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    if isolates(run):
+        fields["masked_softmax_fusion"] = False  # its causal kernel reads no mask
     fields |= run.parallel.transformer | run.precision.transformer | run.model.transformer
     try:
         return TransformerConfig(**fields)

@@ -27,6 +27,7 @@ from megatron_ssu.engine.ranks import gathered, is_rank_zero, on_all_ranks, on_r
 from megatron_ssu.errors import UserError, named_line
 from megatron_ssu.io.atomic import to_disk, written_aside
 from megatron_ssu.methods.base import Method
+from megatron_ssu.methods.training_facts import BLEND
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.train import sharded_state as states
@@ -48,6 +49,7 @@ class Progress:
     iteration: int = 0
     samples: int = 0  # of the training data, consumed
     skipped: int = 0  # steps skipped in a row, up to now
+    blend: dict[str, Any] | None = None  # what continues the blend of the training data; see data/blend.py
 
 
 @dataclass
@@ -260,7 +262,7 @@ class Checkpoints:
         """
         path = self.path(iteration)
         common = on_all_ranks(lambda: self._checked(path))
-        on_all_ranks(lambda: identity.compare(common["identity"], path))
+        on_all_ranks(lambda: identity.compare(common["identity"], path, free=BLEND))
         states.load_model(session, method, self.storage, path)
         optimizer.compact.read()
         same_mesh = common["mesh"] == states.mesh_facts(session)

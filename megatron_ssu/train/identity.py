@@ -27,11 +27,11 @@ class Identity:
 
     facts: dict[str, Any]
 
-    def compare(self, saved: dict[str, Any], path: Path) -> None:
-        """Raises UserError naming the first key that differs."""
+    def compare(self, saved: dict[str, Any], path: Path, *, free: tuple[str, ...] = ()) -> None:
+        """Raises UserError naming the first key that differs; those that begin with one of `free` may."""
         for key in sorted(self.facts.keys() | saved.keys(), key=lambda key: (key != METHOD, key)):
             was, now = saved.get(key), self.facts.get(key)
-            if was == now:
+            if was == now or key.startswith(free):
                 continue
             advice = "change it back, or start in another checkpoint.directory"
             raise UserError(f"{path}: {key} was {shown(was)} in this checkpoint and is {shown(now)} now; {advice}")

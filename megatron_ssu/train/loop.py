@@ -12,11 +12,13 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ssu.config.units import seconds
+from megatron_ssu.data.blend import Blend
 from megatron_ssu.data.loader import lost_loader
 from megatron_ssu.errors import STATUS_RANK_LOST, TrainingStopped
 from megatron_ssu.train.backends import backends
 from megatron_ssu.train.callbacks.base import Callback
 from megatron_ssu.train.callbacks.checkpoint_saver import CheckpointSaver
+from megatron_ssu.train.callbacks.data_read import DataRead
 from megatron_ssu.train.callbacks.evaluation import Evaluation
 from megatron_ssu.train.callbacks.loss_spikes import LossSpikes
 from megatron_ssu.train.callbacks.phase_times import PhaseTimes
@@ -37,6 +39,11 @@ class Datasets:
     train: Any
     watched: dict[str, Any] = field(default_factory=dict)
     train_digests: list[str] = field(default_factory=list)  # of the indexed datasets in `train`
+
+    @property
+    def blend(self) -> Blend | None:
+        """The training samples, where they are a blend of parts."""
+        return self.train if isinstance(self.train, Blend) else None
 
 
 class Loop:
@@ -139,6 +146,7 @@ def train(
         SkippedSteps(checkpoints),
         Evaluation(),
         CheckpointSaver(checkpoints, identity),
+        DataRead(),
         PhaseTimes(),
     )
     loop = Loop(trainer, datasets, telemetry, progress, checkpoints, (*own, *callbacks))

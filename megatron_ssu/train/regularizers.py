@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -31,7 +32,7 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.methods.base import Method
 from megatron_ssu.models.parallel_model import ParallelModel, build_model
 from megatron_ssu.ops.kl_divergence import kl_divergence
-from megatron_ssu.train.micro_batches import Batch, read_batch, run_schedule
+from megatron_ssu.train.micro_batches import Batch, read_batch, run_chunk, run_schedule
 
 CHUNK = 1 << 23  # elements that temporaries are made of at a time
 # Settings that a model which is only run forward has no use for; of some it would keep its inputs.
@@ -172,7 +173,9 @@ class SourcePredictions:
             return [iter(one) for one in read] if mesh.virtual else iter(read[0])
 
         self._logits = deque(
-            run_schedule(run, _forward_step, self.source.chunks, again(), count, forward_only=True, collect=True)
+            run_schedule(
+                run, partial(_forward_step, run), self.source.chunks, again(), count, forward_only=True, collect=True
+            )
         )
         return again()
 
@@ -181,7 +184,7 @@ class SourcePredictions:
         """[b, s, V / TP]: those of the micro-batch whose turn it is."""
         if self.source.mesh.pipeline > 1:
             return self._logits.popleft()
-        return self.source.chunks[0](batch["tokens"], batch["position_ids"], None)
+        return run_chunk(self.source.chunks[0], batch)
 
     def divergence(self, batch: Batch, logits: Tensor) -> Tensor:
         """[b, s] fp32: by token of a micro-batch whose logits [b, s, V / TP] the model has given. On the last stage."""
@@ -198,9 +201,8 @@ class SourcePredictions:
         return found
 
 
-def _forward_step(iterator: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
-    batch = read_batch(iterator)
-    return chunk(batch["tokens"], batch["position_ids"], None), lambda logits, non_loss_data: logits
+def _forward_step(run: RunConfig, iterator: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+    return run_chunk(chunk, read_batch(iterator, run)), lambda logits, non_loss_data: logits
 
 
 def forward_run(run: RunConfig) -> RunConfig:

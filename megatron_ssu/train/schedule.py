@@ -16,7 +16,7 @@ def build_schedule(run: RunConfig, optimizer: MegatronOptimizer) -> OptimizerPar
     The steps of warm-up are rounded up, as Hugging Face's Trainer does, but leave one step to decay.
     """
     settings, schedule = run.train.optimizer, run.train.schedule
-    iterations = run.train.iterations
+    iterations = max(1, run.train.iterations)
     decay = settings["weight_decay"]
     return OptimizerParamScheduler(
         optimizer,

@@ -25,6 +25,8 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_ssu.compact.trial import tried_gemm
+from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.config.sources import counts_tokens
 from megatron_ssu.data.loader import iterate
 from megatron_ssu.engine.autograd import after_backward
 from megatron_ssu.engine.device import has_cuda, local_device
@@ -36,21 +38,28 @@ from megatron_ssu.methods.base import Method, nothing_frozen
 from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.shield.shield_file import Shield
 from megatron_ssu.train.checkpoints import Progress
-from megatron_ssu.train.micro_batches import Batch, read_batch, run_schedule
+from megatron_ssu.train.micro_batches import Batch, read_batch, run_chunk, run_schedule
 from megatron_ssu.train.optimizer_state import OptimizerState
 from megatron_ssu.train.phases import Phases
 from megatron_ssu.train.regularizers import Regularizers, SourcePredictions
 from megatron_ssu.train.schedule import build_schedule
 from megatron_ssu.train.update_norms import update_norms
 
+LossReport = dict[str, Tensor]
 
-def language_model_loss(loss: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+
+def language_model_loss(
+    loss: Tensor, mask: Tensor, *, by_tokens: bool = False
+) -> tuple[Tensor, LossReport] | tuple[Tensor, Tensor, LossReport]:
     """Mean over the real tokens of a micro-batch: loss [b, s] fp32, mask [b, s]; and [sum, tokens] to report.
 
-    Under context parallelism it is this rank's part of that mean: the ranks' parts add up to it.
+    Under context parallelism it is this rank's part of that mean: the ranks' parts add up to it. With `by_tokens` it is the
+    sum, and after it how many tokens they are: megatron divides by those of the whole global batch.
     """
     total, tokens = (loss.float() * mask).sum(), mask.sum()
     report = torch.stack([total.detach().double(), tokens.double()])
+    if by_tokens:
+        return total, tokens.to(torch.int), {"loss": report}
     group = parallel_state.get_context_parallel_group()
     if group.size() > 1:
         tokens = tokens.clone()
@@ -59,28 +68,28 @@ def language_model_loss(loss: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, T
 
 
 def forward_step(
-    iterator: Iterator[Batch], chunk: torch.nn.Module, kl: SourcePredictions | None = None
+    run: RunConfig, iterator: Iterator[Batch], chunk: torch.nn.Module, kl: SourcePredictions | None = None
 ) -> tuple[Tensor, Any]:
     """megatron's forward step: one micro-batch, or this rank's part of its sequences, through one model chunk."""
-    batch = read_batch(iterator)
+    batch, by_tokens = read_batch(iterator, run), counts_tokens(run)
     if kl is not None:
-        output = chunk(batch["tokens"], batch["position_ids"], None)
-        return output, lambda logits: loss_with_kl(kl, chunk, batch, logits)
-    output = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return output, lambda loss: language_model_loss(loss, batch["loss_mask"])
+        output = run_chunk(chunk, batch)
+        return output, lambda logits: loss_with_kl(kl, chunk, batch, logits, by_tokens=by_tokens)
+    output = run_chunk(chunk, batch, batch["labels"])
+    return output, lambda loss: language_model_loss(loss, batch["loss_mask"], by_tokens=by_tokens)
 
 
 def loss_with_kl(
-    kl: SourcePredictions, chunk: torch.nn.Module, batch: Batch, logits: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
+    kl: SourcePredictions, chunk: torch.nn.Module, batch: Batch, logits: Tensor, *, by_tokens: bool = False
+) -> tuple[Tensor, LossReport] | tuple[Tensor, Tensor, LossReport]:
     """As `language_model_loss`, which it reports, with the divergence added; logits [b, s, V / TP], which are overwritten."""
-    added, report = language_model_loss(kl.divergence(batch, logits), batch["loss_mask"])
-    kl.count(report["loss"])
+    added, *_, divergences = language_model_loss(kl.divergence(batch, logits), batch["loss_mask"], by_tokens=by_tokens)
+    kl.count(divergences["loss"])
     cross_entropy = get_attr_wrapped_model(chunk, "compute_language_model_loss")
     # It takes logits [s, b, V / TP] for labels [b, s]; with both the other way round nothing is copied.
     losses = cross_entropy(batch["labels"].t(), logits).t()
-    loss, report = language_model_loss(losses, batch["loss_mask"])
-    return loss + kl.coefficient * added, report
+    loss, *rest = language_model_loss(losses, batch["loss_mask"], by_tokens=by_tokens)
+    return loss + kl.coefficient * added, *rest  # type: ignore[return-value]
 
 
 def mean_loss(reports: list[dict[str, Tensor]], votes: Sequence[float] = ()) -> tuple[float, list[float]]:
@@ -124,7 +133,8 @@ class Trainer:
         if run.parallel.transformer.get("gradient_accumulation_fusion", True):
             accumulate_in_gemm(session.chunks)
         self.ddp_config = DistributedDataParallelConfig(
-            use_distributed_optimizer=True, **ddp_fields(run.parallel.ddp, nccl=has_cuda())
+            use_distributed_optimizer=True,
+            **ddp_fields(run.parallel.ddp, average=has_cuda() and not counts_tokens(run)),
         )
         self.chunks = [
             DistributedDataParallel(session.config, self.ddp_config, chunk, disable_bucketing=index > 0)
@@ -173,7 +183,7 @@ class Trainer:
         )
 
     def _forward_step(self, iterator: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
-        output, loss = forward_step(iterator, chunk, self.regularizers.kl if chunk.training else None)
+        output, loss = forward_step(self.run, iterator, chunk, self.regularizers.kl if chunk.training else None)
         if self._follows_backward and output.requires_grad:
             number = next(i for i, own in enumerate(self.chunks) if own is chunk)
             after_backward(output, lambda: self.method.after_backward(number))
@@ -292,9 +302,9 @@ class Trainer:
             yield batch
 
 
-def ddp_fields(fields: dict[str, Any], *, nccl: bool) -> dict[str, Any]:
-    """DDP's settings; gradients are reduced in fp32, and averaged by NCCL in passing, unless asked otherwise."""
-    return {"grad_reduce_in_fp32": True, "average_in_collective": nccl, **fields}
+def ddp_fields(fields: dict[str, Any], *, average: bool) -> dict[str, Any]:
+    """DDP's settings; gradients are reduced in fp32, and with `average` averaged in passing, unless asked otherwise."""
+    return {"grad_reduce_in_fp32": True, "average_in_collective": average, **fields}
 
 
 def current_lr(optimizer: MegatronOptimizer) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 import megatron_ssu as ssu
+from megatron_ssu.config.schema import CheckpointSection, ModelSection, RunConfig
 from megatron_ssu.data.loader import iterate
 from megatron_ssu.errors import UserError
 from megatron_ssu.train.trainer import forward_step, mean_loss
@@ -90,7 +92,7 @@ def evaluate(ddp: list[Any], virtual: int | None, iterator: Any, *, forward_only
     """A pass of megatron's schedule over one global batch."""
     data = parallel_state.get_data_parallel_world_size()
     reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=partial(forward_step, RunConfig(ModelSection(""), CheckpointSection(""))),
         data_iterator=iterator,
         model=ddp if virtual else ddp[0],
         num_microbatches=GLOBAL_BATCH // (MICRO_BATCH * data),

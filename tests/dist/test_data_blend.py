@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ssu.data.datasets import build_train_valid
+from megatron_ssu.config.schema import DataSource, Ramp
+from megatron_ssu.data.datasets import Parts, Settings
 from megatron_ssu.data.prepare import prepare
 from megatron_ssu.data.tokenizer import load_tokenizer
 from tests.dist.ranks import RankError, Ranks
@@ -14,18 +15,13 @@ from tests.unit.data_makers import TEXTS, make_hf_tokenizer, write_jsonl
 
 def blend(folder: str, cache: str) -> list[torch.Tensor]:
     root = Path(folder)
-    sources = [(root / "a", 2.0), (root / "b", 1.0)]
-    train, valid = build_train_valid(
-        sources,
-        load_tokenizer(root / "model"),
-        sequence_length=16,
-        split="80,20",
-        seed=3,
-        train_samples=60,
-        valid_samples=6,
-        cache_dir=cache,
-    )
-    assert valid is not None
+    sources = [
+        (root / name, DataSource(name, weight, packing=packing, too_long="truncate"))
+        for name, weight, packing in (("a", 2.0, "stream"), ("b", Ramp(1.0, 0.5), "documents"))
+    ]
+    settings = Settings(16, split="80,20", seed=3, weights_in="tokens")
+    parts = Parts(sources, load_tokenizer(root / "model"), settings, cache, with_valid=True)
+    train, valid = parts.blend(60)[0], parts.valid(6)
     return [torch.stack([d[i]["tokens"] for i in range(n)]) for d, n in ((train, 60), (valid, 6))]
 
 

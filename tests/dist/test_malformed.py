@@ -263,7 +263,6 @@ ROWS = [
     row("export by another method", nothing, "export run.yaml --output out method.name=none", "method.name was 'ssu'"),
     row("changed calibration", nothing, RESUME + " shield.calibration.samples=5", "begun/scores.safetensors", "begun"),
     row("changed seed", nothing, RESUME + " train.seed=7", "train.seed was 1234"),
-    row("changed data", nothing, RESUME + " data.train=valid.jsonl", "data.train"),
     row("changed file", text("text.jsonl", '{"text": "Other words."}\n' * 40), RESUME, "data.train", "documents"),
     row("a run that began is not to go on", nothing, RESUME + " checkpoint.resume=false", "checkpoint.resume", "iter_0000001"),
     row("plan anew under a run", nothing, PLAN.replace("=new", "=begun") + " shield.ratio=0.25", "begun/shield.safetensors", "began"),

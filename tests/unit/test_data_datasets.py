@@ -9,10 +9,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from megatron.core.datasets.blended_dataset import BlendedDataset
 
-from megatron_ssu.config.schema import DataSection
-from megatron_ssu.data.datasets import build_train_valid, build_valid, iterate
+from megatron_ssu.config.schema import DataSection, DataSource
+from megatron_ssu.data.datasets import Parts, Settings, build_valid
+from megatron_ssu.data.loader import iterate
 from megatron_ssu.data.prepare import prepare
 from megatron_ssu.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ssu.errors import UserError
@@ -48,7 +48,14 @@ def build(folder: Path, tokenizer: Tokenizer, cache: Path, **changed):
         "cache_dir": cache,
     }
     settings.update(changed)
-    return build_train_valid(settings.pop("sources"), tokenizer, **settings)
+    sources = [
+        (path, DataSource(str(path), weight, packing="stream", too_long="truncate"))
+        for path, weight in settings["sources"]
+    ]
+    common = Settings(settings["sequence_length"], settings["split"], settings["seed"])
+    parts = Parts(sources, tokenizer, common, settings["cache_dir"], with_valid=settings["valid_samples"] > 0)
+    valid = parts.valid(settings["valid_samples"]) if settings["valid_samples"] else None
+    return parts.blend(settings["train_samples"])[0], valid
 
 
 def stream_of(prefix: Path) -> list[int]:
@@ -74,10 +81,11 @@ def test_train_samples_are_shifted_pieces_of_the_documents(folder: Path, tokeniz
 
 def test_train_covers_its_part_once_and_shuffles_by_seed(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     def tokens(seed: int, cache: str) -> torch.Tensor:
+        count = (len(stream_of(folder / "a")) - 1) // S
         train, _ = build(
-            folder, tokenizer, tmp_path / cache, seed=seed, train_samples=1, split="1,0,0", valid_samples=0
+            folder, tokenizer, tmp_path / cache, seed=seed, train_samples=count, split="1,0,0", valid_samples=0
         )
-        return torch.stack([train[i]["labels"] for i in range(len(train))])
+        return torch.stack([train[i]["labels"] for i in range(count)])
 
     one, again, other = tokens(7, "x"), tokens(7, "y"), tokens(8, "x")
     assert torch.equal(one, again) and not torch.equal(one, other)
@@ -88,14 +96,14 @@ def test_train_covers_its_part_once_and_shuffles_by_seed(folder: Path, tokenizer
 
 def test_no_document_is_in_train_and_valid(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     train, valid = build(folder, tokenizer, tmp_path, sources=[(folder / "b", 1.0)], train_samples=1, valid_samples=1)
-    n_train, n_valid = ({int(i) for i in d.document_index} for d in (train, valid))
+    n_train, n_valid = ({int(i) for i in d.parts[0]._dataset.document_index} for d in (train, valid))
     assert n_train == set(range(80)) and n_valid == set(range(80, 100))
 
 
 def test_blend_draws_in_proportion(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     sources = [(folder / "a", 3.0), (folder / "b", 1.0)]
     train, valid = build(folder, tokenizer, tmp_path, sources=sources, train_samples=200, valid_samples=8)
-    assert isinstance(train, BlendedDataset) and len(train) >= 200 and len(valid) >= 8
+    assert len(train) == 200 and len(valid) == 8
     digits = {i for d in "01" for i in tokenizer.encode(d)}
     from_b = [float(np.mean([t in digits for t in train[i]["tokens"].tolist()])) > 0.3 for i in range(200)]
     assert sum(from_b) == 50
@@ -131,7 +139,6 @@ def test_cache_survives_a_killed_writer_and_follows_the_data(
     ("changed", "message"),
     [
         ({"sources": []}, "data.train: empty"),
-        ({"train_samples": 0}, "train samples: 0"),
         ({"split": "99,1,x"}, r"data.split: .*, got '99,1,x'"),
         ({"split": "0,1,0"}, "leaves nothing to train on"),
         ({"split": "999,1,0"}, r"/a: the valid part of data.split '999,1,0' has 0 of 120 documents, 0 tokens"),
@@ -161,17 +168,8 @@ def test_with_a_target_valid_all_documents_train_unless_a_split_is_given(
     folder: Path, tokenizer: Tokenizer, tmp_path: Path, given: str | None, documents: int
 ) -> None:
     data = DataSection(split=given, target_valid="valid.jsonl")
-    train, valid = build_train_valid(
-        [(folder / "a", 1.0)],
-        tokenizer,
-        sequence_length=S,
-        split=data.used_split,
-        seed=1,
-        train_samples=10,
-        valid_samples=0,
-        cache_dir=tmp_path,
-    )
-    assert valid is None and len(train.document_index) == documents
+    train, valid = build(folder, tokenizer, tmp_path, split=data.used_split, train_samples=10, valid_samples=0)
+    assert valid is None and train.parts[0].documents == documents
     assert DataSection(split=given).used_split == (given or "99,1,0")
 
 
@@ -179,7 +177,7 @@ def test_with_a_target_valid_all_documents_train_unless_a_split_is_given(
 
 
 def test_windows_predict_every_token_once(folder: Path, tokenizer: Tokenizer) -> None:
-    valid, stream = build_valid(folder / "a", tokenizer, sequence_length=S), stream_of(folder / "a")
+    valid, stream = build_valid(folder / "a", tokenizer, Settings(S)), stream_of(folder / "a")
     assert (len(stream) - 1) % S, "the last window should be a partial one"
     assert len(valid) == (len(stream) - 1) // S + 1
     tokens, labels = [], []
@@ -196,7 +194,7 @@ def test_windows_predict_every_token_once(folder: Path, tokenizer: Tokenizer) ->
 def test_valid_of_another_tokenizer_or_cut_is_refused(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     other = load_tokenizer(make_hf_tokenizer(tmp_path / "other", vocab_size=290))
     with pytest.raises(UserError, match=r"a\.json: tokenized with another tokenizer"):
-        build_valid(folder / "a", other, sequence_length=S)
+        build_valid(folder / "a", other, Settings(S))
 
 
 # ---- batches

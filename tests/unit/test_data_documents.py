@@ -58,12 +58,12 @@ def test_another_begin_or_end_makes_other_datasets(tmp_path: Path) -> None:
     prefixes, contents = set(), set()
     for number, end in enumerate((None, "<|eot_id|>")):
         tokenizer = load_tokenizer(model, document_end=end)
-        prefixes.add(prepared_prefix(tmp_path, text, tokenizer.digest, "text"))
+        prefixes.add(prepared_prefix(tmp_path, text, tokenizer.digest))
         prepare([text], tmp_path / f"out{number}", model, document_end=end)
         contents.add(content_digest(tmp_path / f"out{number}"))
     definition = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps({**definition, "eos_token": "<|end_of_text|>"}))
-    prefixes.add(prepared_prefix(tmp_path, text, load_tokenizer(model).digest, "text"))
+    prefixes.add(prepared_prefix(tmp_path, text, load_tokenizer(model).digest))
     assert len(prefixes) == 3 and len(contents) == 2
 
 
@@ -110,9 +110,7 @@ def test_plain_text_makes_no_token_that_the_template_writes(tmp_path: Path) -> N
     assert tool in tokenizer.encode_rendered(text)
     for other in TEXTS:
         assert tokenizer.encode(other) == hf(other, add_special_tokens=False)["input_ids"]
-    names = {
-        prepared_prefix(tmp_path, write_jsonl(tmp_path / "t.jsonl", TEXTS), "d", "text", marks=m) for m in ([], [320])
-    }
+    names = {prepared_prefix(tmp_path, write_jsonl(tmp_path / "t.jsonl", TEXTS), "d", marks=m) for m in ([], [320])}
     assert len(names) == 2
 
 

@@ -18,6 +18,7 @@ import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ssu.config.schema import CheckpointSection, DataSection, ModelSection, RunConfig
+from megatron_ssu.config.sources import Reading
 from megatron_ssu.data import jsonl
 from megatron_ssu.data.indexed import CheckedIndexedDataset, check_prefix, content_digest, prepared_prefix, source_kind
 from megatron_ssu.data.jsonl import LineReader, source_digest
@@ -120,7 +121,7 @@ def test_text_key_empty_documents_blank_lines_and_several_frames(tmp_path: Path,
     frames = b"".join(zstandard.compress(json.dumps({"body": t}).encode() + b"\n") for t in ("three", "four"))
     (tmp_path / "b.jsonl.zst").write_bytes(frames)
     report = prepare(
-        [plain, tmp_path / "b.jsonl.zst"], tmp_path / "out", model, text_key="body", append_eod=False, workers=1
+        [plain, tmp_path / "b.jsonl.zst"], tmp_path / "out", model, reading=Reading("body"), append_eod=False, workers=1
     )
     tokenizer = load_tokenizer(model)
     assert (report.documents, report.empty) == (4, 1)
@@ -349,13 +350,15 @@ def test_prepared_prefix_depends_on_content_tokenizer_and_key(tmp_path: Path) ->
     copy = write_jsonl(tmp_path / "b" / "text.jsonl.gz", TEXTS)
     copy.write_bytes(source.read_bytes())
     os.utime(copy, (0, 0))
-    name = prepared_prefix(tmp_path, source, "d", "text")
+    name = prepared_prefix(tmp_path, source, "d")
     assert name.parent == tmp_path and name.name.startswith("text-") and len(name.name) == len("text-") + 12
-    assert prepared_prefix(tmp_path, copy, "d", "text") == name
-    assert len({name, *(prepared_prefix(tmp_path, source, d, k) for d, k in (("e", "text"), ("d", "body")))}) == 3
-    assert prepared_prefix(tmp_path, source, "d", "text", chat_template="{{ messages }}") != name
+    assert prepared_prefix(tmp_path, copy, "d") == name
+    assert (
+        len({name, *(prepared_prefix(tmp_path, source, d, Reading(k)) for d, k in (("e", "text"), ("d", "body")))}) == 3
+    )
+    assert prepared_prefix(tmp_path, source, "d", chat_template="{{ messages }}") != name
     copy.write_bytes(gzip.compress(b"other"))
-    assert prepared_prefix(tmp_path, copy, "d", "text") != name
+    assert prepared_prefix(tmp_path, copy, "d") != name
 
 
 def test_a_large_source_is_known_by_its_content_and_not_by_its_times(

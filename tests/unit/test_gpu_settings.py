@@ -84,9 +84,9 @@ def test_a_run_may_be_resumed_with_other_fused_kernels(monkeypatch: pytest.Monke
 
 
 def test_gradients_are_averaged_by_nccl_alone() -> None:
-    assert ddp_fields({}, nccl=True)["average_in_collective"]
-    assert not ddp_fields({}, nccl=False)["average_in_collective"]
-    assert not ddp_fields({"average_in_collective": False}, nccl=True)["average_in_collective"]
+    assert ddp_fields({}, average=True)["average_in_collective"]
+    assert not ddp_fields({}, average=False)["average_in_collective"]
+    assert not ddp_fields({"average_in_collective": False}, average=True)["average_in_collective"]
 
 
 class EngineLinear(torch.nn.Linear):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from megatron_ssu.config.checks.files import data_path
 from megatron_ssu.config.checks.values import at_least
-from megatron_ssu.config.schema import DataSource, RunConfig
+from megatron_ssu.config.schema import DataSource, Ramp, RunConfig
+from megatron_ssu.config.sources import is_weight, isolates, train_sources
 from megatron_ssu.config.units import parse_split
 from megatron_ssu.errors import UserError
 
@@ -24,16 +23,17 @@ def validate_data(run: RunConfig) -> None:
         )
     if not data.train:
         raise UserError("data.train: missing; name a JSONL file or the prefix of an indexed dataset, or a list of them")
-    if isinstance(data.train, str):
-        data_path("data.train", data.train)
-    else:
-        for number, part in enumerate(data.train):
-            source = part if isinstance(part, DataSource) else DataSource(part)
-            data_path(f"data.train.{number}", source.path)
-            if not (math.isfinite(source.weight) and source.weight > 0):
-                raise UserError(
-                    f"data.train.{number}.weight: must be above 0, got {source.weight}; leave the part out instead"
-                )
+    for number, source in enumerate(train_sources(run)):
+        key = "data.train" if isinstance(data.train, str) else f"data.train.{number}"
+        data_path(key, source.path)
+        if not is_weight(source.weight):
+            raise UserError(f"{key}.weight: must be above 0, got {_shown(source.weight)}; leave the part out instead")
+        _columns(key, source)
+    if isolates(run) and run.parallel.context > 1:
+        raise UserError(
+            "data.cross_document_attention: false does not go with parallel.context_parallel_size: "
+            f"{run.parallel.context}; set one of them otherwise"
+        )
     for name in ("source_valid", "target_valid"):
         given = getattr(data, name)
         if isinstance(given, dict):
@@ -41,3 +41,28 @@ def validate_data(run: RunConfig) -> None:
                 data_path(f"data.{name}.{key}", path)
         elif given is not None:
             data_path(f"data.{name}", given)
+
+
+FIELDS = (
+    "text",
+    "prompt",
+    "completion",
+    "messages",
+    "conversations",
+    "tools",
+    "instruction",
+    "input",
+    "output",
+    "system",
+)
+
+
+def _columns(key: str, source: DataSource) -> None:
+    """Refuse a mapping to what nobody reads."""
+    for name in source.columns:
+        if name not in FIELDS:
+            raise UserError(f"{key}.columns: must map one of {', '.join(FIELDS)}, got {name!r}")
+
+
+def _shown(weight: float | Ramp) -> str:
+    return f"{weight.start} to {weight.end}" if isinstance(weight, Ramp) else str(weight)

@@ -16,9 +16,10 @@ from megatron_ssu.errors import UserError
 def validate_train(run: RunConfig, dp: int) -> None:
     """Check batches against `dp` data-parallel ranks, schedule, optimizer, data, shield and checkpoint settings."""
     train = run.train
-    positive = ("iterations", "micro_batch_size", "global_batch_size")
-    for name in positive:
+    for name in ("micro_batch_size", "global_batch_size"):
         at_least(f"train.{name}", getattr(train, name), 1)
+    if train.epochs is None:
+        at_least("train.iterations", train.iterations, 1)
     for name in ("eval_interval", "eval_batches"):
         at_least(f"train.{name}", getattr(train, name), 0)
     at_least("train.max_skipped", train.max_skipped, 1)

@@ -35,7 +35,7 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
     *((f"model.{name}", _INFERENCE) for name in ("inference_*", "flash_decode", "use_inference_*", "mlp_chunks_*")),
     *((f"model.{name}", "is not supported") for name in ("*kitchen*", "quant_recipe", "test_mode")),
     ("model.init_model_with_meta_device", _FSDP),
-    ("model.calculate_per_token_loss", "the loss is a mean over the tokens of a micro-batch"),
+    ("model.calculate_per_token_loss", "the data decides it: see data.loss_on and data.packing"),
     ("model.pipeline_model_parallel_layout", "cannot be checked; use num_layers_in_first/last_pipeline_stage"),
     ("parallel.hybrid_context_parallel", "is not supported"),
     ("parallel.tp_comm_overlap", "nothing here sets up the communication buffers that it needs"),

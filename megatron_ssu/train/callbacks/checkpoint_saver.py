@@ -52,6 +52,8 @@ class CheckpointSaver(Callback):
         if self._saved == progress.iteration:
             return
         trainer.mark("checkpoint")
+        if loop.datasets.blend is not None:
+            progress.blend = loop.datasets.blend.state(progress.samples)
         with trainer.phases("checkpoint"):
             self._finish_pending(loop)
             trainer.gather_weights()
