@@ -167,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", metavar="FILE", help="write the figures there as well")
     _add_shield_tools(add)
+    _add_generate(add)
     return parser
 
 
@@ -196,6 +197,44 @@ def _add_shield_tools(add: Callable) -> None:
     command.add_argument("operation", choices=("union", "intersection", "difference"))
     command.add_argument("shields", nargs="+", metavar="SHIELD", help="two shield files or more")
     command.add_argument("--output", required=True, metavar="FILE", help="the shield file to make")
+
+
+def _add_generate(add: Callable) -> None:
+    command = add(
+        "generate",
+        "Let a model answer prompts",
+        "Writes chats that can be trained on. Stopped at any time, the same command goes on; options as in replay.generate.\n"
+        "  megatron-ssu generate MODEL PROMPTS.jsonl --output ANSWERS.jsonl\n"
+        "Runs alone, in --processes, or on every rank of torchrun.",
+    )
+    command.add_argument("model", metavar="MODEL", help="Hugging Face directory of an instruct model")
+    command.add_argument(
+        "prompts", metavar="PROMPTS", help="JSONL, Parquet or Arrow: chats, instructions, prompts or text"
+    )
+    command.add_argument(
+        "--output", required=True, metavar="FILE", help="JSONL file to make; FILE.json says what it is made of"
+    )
+    command.add_argument("--samples", type=int, metavar="N", help="prompts drawn by the seed (default: all)")
+    command.add_argument("--seed", type=int, metavar="N", help="of the draw and of sampling (default 1234)")
+    command.add_argument("--temperature", type=float, metavar="T", help="0, the default: the likeliest token each time")
+    command.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens of this mass")
+    command.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
+    command.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default 512)")
+    command.add_argument("--batch-size", type=int, metavar="N", help="prompts that are answered together (default 8)")
+    command.add_argument("--backend", choices=("auto", "transformers", "vllm"), help="auto: vLLM where it is installed")
+    command.add_argument("--dtype", choices=("auto", "bf16", "fp32"), help="auto: that of the model's files")
+    command.add_argument("--too-long", choices=("refuse", "drop"), help="prompts that are too long (default: refuse)")
+    command.add_argument("--processes", type=int, default=1, metavar="N", help="share the work (default 1)")
+    command.add_argument("--trust-remote-code", action="store_true", help="run the model's own code, if it has any")
+    kept = command.add_argument_group("answers that are kept")
+    kept.add_argument("--min-tokens", type=int, metavar="N", help="shortest (default 1)")
+    kept.add_argument("--max-tokens", type=int, metavar="N", help="longest")
+    kept.add_argument("--unended", dest="ends", action="store_const", const=False, help="also those cut at the limit")
+    kept.add_argument(
+        "--max-repetition", type=float, metavar="F", help="greatest fraction of repeated 4-grams (default 0.5)"
+    )
+    kept.add_argument("--language", metavar="NAME", help="latin, ethiopic, ... or, by langid, en, am, ...")
+    kept.add_argument("--identifier", choices=("script", "langid"), help="what tells languages apart (default: script)")
 
 
 def _add_prepare(add: Callable) -> None:

@@ -18,9 +18,12 @@ from megatron_ssu.commands.start import start
 from megatron_ssu.config.load import save_run
 from megatron_ssu.config.phases import checked_run, phase_export, phase_runs
 from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.config.sources import replays
 from megatron_ssu.data.run_datasets import prepare_run, run_tokenizer
 from megatron_ssu.engine.ranks import on_all_ranks, on_rank_zero
 from megatron_ssu.errors import UserError
+from megatron_ssu.generate.answers import open_job
+from megatron_ssu.generate.replay import NAME
 from megatron_ssu.io.atomic import write_text
 from megatron_ssu.methods.options import check_names
 from megatron_ssu.methods.planned import shield_path
@@ -130,6 +133,8 @@ def _prepare(run: RunConfig, console: Console) -> None:
             with _named(run, number):
                 own = checked_run(run, number)
                 prepare_run(own, run_tokenizer(own), console)
+                if own.replay.generate is not None and replays(own):  # what cannot be asked
+                    open_job(run.model.path, NAME, own.replay.generate, trust_remote_code=own.model.trust_remote_code)
 
 
 def _with_given_shield(run: RunConfig, number: int, phase: RunConfig) -> RunConfig:

@@ -22,7 +22,7 @@ from megatron_ssu.commands.start import start
 from megatron_ssu.config.length import with_epochs
 from megatron_ssu.config.load import save_run
 from megatron_ssu.config.schema import DataSource, RegularizeSection, RunConfig, ScheduleSection
-from megatron_ssu.config.sources import completed, isolates
+from megatron_ssu.config.sources import completed, isolates, replay_sources, replays
 from megatron_ssu.config.units import parse_split
 from megatron_ssu.data.datasets import Parts, Settings, build_valid
 from megatron_ssu.data.indexed import content_digest
@@ -33,6 +33,7 @@ from megatron_ssu.engine.ranks import gathered, is_rank_zero, on_all_ranks, on_r
 from megatron_ssu.errors import STATUS_NOT_FINITE, TrainingStopped, UserError
 from megatron_ssu.estimate.flops import flops_per_token
 from megatron_ssu.estimate.hardware import peak_flops
+from megatron_ssu.generate.replay import with_answers
 from megatron_ssu.methods.base import Job, Method, nothing_frozen
 from megatron_ssu.methods.registry import method_of
 from megatron_ssu.models.parallel_model import ParallelModel, build_model, open_model
@@ -70,6 +71,8 @@ def train_run(run: RunConfig, console: Console, before: RunConfig | None = None)
 
 
 def _train(run: RunConfig, method: Method, source: Source, console: Console, before: RunConfig | None) -> Progress:
+    if run.replay.generate is not None and replays(run):
+        run = with_answers(run, source, console)
     if run.train.epochs is not None:
         run = _with_epochs(run, source, console)
     checkpoints = Checkpoints(run.checkpoint.directory)
@@ -187,7 +190,16 @@ def _with_epochs(run: RunConfig, source: Source, console: Console) -> RunConfig:
 
 def _settings(run: RunConfig, vocab: int) -> Settings:
     data = run.data
-    return Settings(data.sequence_length, data.used_split, data.seed, isolates(run), data.weights_in, vocab)
+    return Settings(
+        data.sequence_length,
+        data.used_split,
+        data.seed,
+        isolates(run),
+        data.weights_in,
+        vocab,
+        replayed=len(replay_sources(run)),
+        replay=run.replay.fraction,
+    )
 
 
 def _parts(run: RunConfig, vocab: int, prefixes: Prefixes, tokenizer: Tokenizer) -> Parts:

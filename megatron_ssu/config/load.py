@@ -53,7 +53,7 @@ ALIASES = {
 }
 
 # Sections that a phase may give for itself.
-PHASE_SECTIONS = ("method", "shield", "data", "train")
+PHASE_SECTIONS = ("method", "shield", "data", "train", "replay")
 # Keys of which one stands for the others: a phase that gives one takes none of the others from above.
 _ALTERNATIVES: dict[KeyPath, frozenset[str]] = {
     ("train",): frozenset(("iterations", "tokens", "epochs")),

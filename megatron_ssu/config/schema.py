@@ -1,4 +1,4 @@
-"""What a run file may say: nine sections, each a dataclass; facts only, no behaviour.
+"""What a run file may say: ten sections and phases, each a dataclass; facts only, no behaviour.
 
 megatron-core's own dataclasses are the schema of their own fields. A section that takes some of them has a `dict` field
 whose metadata names the dataclass (`megatron`); with `inline` the fields stand directly in the section, else under the
@@ -211,6 +211,47 @@ class DataSource:
 
 
 @dataclass
+class FilterSection:
+    """Which generated answers are kept."""
+
+    min_tokens: int = 1
+    max_tokens: int | None = None
+    ends: bool = True  # the model ended its turn within max_new_tokens
+    max_repetition: float = 0.5  # greatest fraction of an answer's 4-grams of tokens that repeat an earlier one
+    language: str | None = (
+        None  # of `identifier`: a script of Unicode (latin, ethiopic, ...) or a language code (en, am, ...)
+    )
+    identifier: Literal["script", "langid"] = "script"
+
+
+@dataclass
+class GenerateSection:
+    """Answers of a model to prompts."""
+
+    prompts: str  # JSONL or a table: chats, of which a last answer is left out, instructions, prompts or text
+    samples: int | None = None  # prompts drawn by `seed`; null: all
+    seed: int = 1234
+    temperature: float = 0.0  # 0: the likeliest token each time
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    max_new_tokens: int = 512
+    batch_size: int = 8  # prompts that are answered together
+    backend: Literal["auto", "transformers", "vllm"] = "auto"  # auto: vLLM where it is installed
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: that of the model's files
+    too_long: Literal["refuse", "drop"] = "refuse"  # prompts that with max_new_tokens exceed the model's positions
+    filter: FilterSection = field(default_factory=FilterSection)
+
+
+@dataclass
+class ReplaySection:
+    """Earlier ability that is repeated beside what data.train names."""
+
+    fraction: float | Ramp = 0.0  # of all that is trained on, in data.weights_in (of tokens, where that is epochs)
+    path: str | list[str | DataSource] | None = None  # real data, as in data.train
+    generate: GenerateSection | None = None  # or answers of the model that the run, or phase, starts from
+
+
+@dataclass
 class DataSection:
     """What is trained on and what is watched."""
 
@@ -348,6 +389,7 @@ class RunConfig:
     method: MethodSection = field(default_factory=MethodSection)
     shield: ShieldSection = field(default_factory=ShieldSection)
     data: DataSection = field(default_factory=DataSection)
+    replay: ReplaySection = field(default_factory=ReplaySection)
     train: TrainSection = field(default_factory=TrainSection)
     log: LogSection = field(default_factory=LogSection)
     phases: list[Phase] = field(

@@ -32,8 +32,23 @@ PLAIN = Reading()
 
 
 def train_sources(run: RunConfig) -> list[DataSource]:
-    """data.train as a list of sources, none of whose fields is null but `subset`."""
-    listed = [run.data.train] if isinstance(run.data.train, str) else run.data.train
+    """data.train and then replay.path as a list of sources, none of whose fields is null but `subset`."""
+    return [*_listed(run, run.data.train), *replay_sources(run)]
+
+
+def replay_sources(run: RunConfig) -> list[DataSource]:
+    """The last of `train_sources`: those that are replayed."""
+    return _listed(run, run.replay.path or []) if replays(run) else []
+
+
+def replays(run: RunConfig) -> bool:
+    """Whether a part of what is trained on is replay."""
+    fraction = run.replay.fraction
+    return max(fraction.start, fraction.end) > 0 if isinstance(fraction, Ramp) else fraction > 0
+
+
+def _listed(run: RunConfig, given: str | list[str | DataSource]) -> list[DataSource]:
+    listed = [given] if isinstance(given, str) else given
     return [completed(run, s if isinstance(s, DataSource) else DataSource(s)) for s in listed]
 
 

@@ -33,11 +33,16 @@ class Share:
     key: str
     path: str
     weight: float | Ramp
+    replay: float | Ramp | None = None  # of a part that is replayed: what all such parts together are of the whole
 
     @property
     def facts(self) -> list[Any]:
-        weight = self.weight
-        return [self.key, self.path, [weight.start, weight.end] if isinstance(weight, Ramp) else weight]
+        found = [self.key, self.path, _plain(self.weight)]
+        return found if self.replay is None else [*found, _plain(self.replay)]
+
+    @property
+    def ramped(self) -> bool:
+        return isinstance(self.weight, Ramp) or isinstance(self.replay, Ramp)
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class Blend(Dataset):
 
     @property
     def _ramped(self) -> bool:
-        return any(isinstance(share.weight, Ramp) for share in self.shares)
+        return any(share.ramped for share in self.shares)
 
     def _drawn(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """int16 [count], int64 [count]: part, and number within the part, of the era's samples."""
@@ -131,8 +136,13 @@ class Blend(Dataset):
         rows = [np.array([weight_at(s.weight, f) for f in at]) for s in self.shares]
         if self.weights_in == "epochs":
             rows = [row * part.tokens_per_epoch for row, part in zip(rows, self.parts, strict=True)]
-        weights = np.stack(rows)
-        return weights / weights.sum(axis=0)
+        weights, replayed = np.stack(rows), np.array([share.replay is not None for share in self.shares])
+        if not replayed.any() or replayed.all():
+            return weights / weights.sum(axis=0)
+        fraction = np.array([weight_at(self.shares[int(np.argmax(replayed))].replay or 0.0, f) for f in at])
+        for group, whole in ((replayed, fraction), (~replayed, 1 - fraction)):
+            weights[group] *= whole / weights[group].sum(axis=0)
+        return weights
 
     def _cumulative(self, total: float) -> tuple[np.ndarray, np.ndarray]:
         """Points [n] of the era in [0, total], and each part's cumulative share [parts, n] there."""
@@ -188,21 +198,25 @@ def continued(
     """
     if saved is None:
         return Era(), ""
-    before = {path: key for key, path, _ in saved["shares"]}
+    before = {path: key for key, path, *_ in saved["shares"]}
     for share in shares:
         was = before.get(share.path)
-        if was is not None and was != share.key and share.key not in [key for key, _, _ in saved["shares"]]:
+        if was is not None and was != share.key and share.key not in before.values():
             raise UserError(
                 f"data.train: {share.path} has other documents, or is packed otherwise, than when the run began; restore it, "
                 "or give the new text another name"
             )
-    facts, ramped = [share.facts for share in shares], any(isinstance(share.weight, Ramp) for share in shares)
+    facts, ramped = [share.facts for share in shares], any(share.ramped for share in shares)
     same = (facts, weights_in) == (saved["shares"], saved["weights_in"])
     if same and saved["samples"] == (samples if ramped else None):
         start, drawn = saved["era"]
         return Era(start, dict(drawn)), ""
-    shown = ", ".join(f"{path} {_shown(weight)}" for _, path, weight in facts)
+    shown = ", ".join(f"{path} {_shown(weight)}" for _, path, weight, *_ in facts)
     return Era(at, dict(saved["drawn"])), f"data.train changed: from sample {at} on {shown} (in {weights_in})"
+
+
+def _plain(weight: float | Ramp) -> Any:
+    return [weight.start, weight.end] if isinstance(weight, Ramp) else weight
 
 
 def _shown(weight: Any) -> str:

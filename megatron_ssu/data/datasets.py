@@ -19,7 +19,7 @@ from megatron.core.datasets.indexed_dataset import DType
 from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
-from megatron_ssu.config.schema import DataSource
+from megatron_ssu.config.schema import DataSource, Ramp
 from megatron_ssu.config.sources import is_weight
 from megatron_ssu.config.units import parse_split
 from megatron_ssu.data.blend import Blend, Era, Share, continued
@@ -61,6 +61,8 @@ class Settings:
     isolated: bool = False  # documents do not attend to each other
     weights_in: str = "samples"
     vocab_size: int | None = None  # ids from it on end the run when they are read; None: the tokenizer's
+    replayed: int = 0  # how many sources, the last ones, are replay
+    replay: float | Ramp = 0.0  # fraction of the blend that they are together
 
 
 class Parts:
@@ -89,16 +91,27 @@ class Parts:
         self._cache = _cache_folder(Path(cache_dir), self._infos)
         keys = [content_digest(path)[:16] for path, _ in sources]
         self.shares = [
-            Share(_key(keys[: n + 1], source), source.path, source.weight) for n, source in enumerate(self._sources)
+            Share(
+                _key(keys[: n + 1], source),
+                source.path,
+                source.weight,
+                settings.replay if n >= len(sources) - settings.replayed else None,
+            )
+            for n, source in enumerate(self._sources)
         ]
         self.train = [self._part(*pair, Split.train) for pair in zip(self._infos, self._sources, strict=True)]
 
     def samples_in(self, epochs: float) -> float:
-        """Samples of a run of so many epochs: what all sources hold, each as often as its weight where weights count epochs."""
-        factors = [1.0] * len(self.train)
+        """Samples of a run of so many epochs: what all sources hold, each as often as its weight where weights count epochs.
+
+        Replay comes on top.
+        """
+        own = len(self.train) - self._settings.replayed
+        factors = [1.0] * own
         if self._settings.weights_in == "epochs":
-            factors = [_mean(source) for source in self._sources]
-        return epochs * sum(f * part.samples_per_epoch for f, part in zip(factors, self.train, strict=True))
+            factors = [_mean(source.weight) for source in self._sources[:own]]
+        samples = sum(f * part.samples_per_epoch for f, part in zip(factors, self.train[:own], strict=True))
+        return epochs * samples / (1 - (_mean(self._settings.replay) if self._settings.replayed else 0.0))
 
     def blend(
         self, samples: int, *, reach: int = 0, saved: dict[str, Any] | None = None, at: int = 0
@@ -157,9 +170,8 @@ def _key(digests: Sequence[str], source: DataSource) -> str:
     return digests[-1] + how + (f" #{number}" if number > 1 else "")
 
 
-def _mean(source: DataSource) -> float:
+def _mean(weight: float | Ramp) -> float:
     """A weight over the run."""
-    weight = source.weight
     return weight if isinstance(weight, float | int) else (weight.start + weight.end) / 2
 
 

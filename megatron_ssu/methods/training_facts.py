@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_ssu.config.schema import Ramp
-from megatron_ssu.config.sources import isolates, train_sources
+from megatron_ssu.config.sources import isolates, replay_sources, train_sources
 
 if TYPE_CHECKING:
     from megatron_ssu.config.schema import RunConfig
@@ -37,6 +37,7 @@ def training_facts(run: RunConfig, train_digests: Sequence[str]) -> dict[str, An
         "data.train (its weights)": [_weight(source.weight) for source in sources],
         "data.train (its packing)": [[source.packing, source.too_long] for source in sources],
         DOCUMENTS: [digest[:16] for digest in train_digests],
+        "data.train (its replay)": [len(replay_sources(run)), _weight(run.replay.fraction)],
         "data.weights_in": run.data.weights_in,
         "data.cross_document_attention": not isolates(run),
         "data.split": run.data.used_split,

@@ -263,7 +263,7 @@ def test_epochs_read_every_chat_so_often(ranks, world, packing):
         ({"train": [{"path": CHATS, "columns": {"massages": "messages"}}]}, ("data.train.0.columns", "massages", "messages")),
         ({"train": [{"path": CHATS, "columns": {"messages": "talk"}}]}, ("chat.jsonl:1", "no column 'talk'")),
         ({"train": TEXT, "wrap": "answers"}, ("data.wrap", "'none' or 'answer'")),
-        ({"train": CHATS, "packing": "documents", "too_long": "refuse", "sequence_length": 8}, ("chat.jsonl: document", "tokens")),
+        ({"train": CHATS, "packing": "none", "too_long": "refuse", "sequence_length": 8}, ("chat.jsonl: document", "tokens")),
         ({"train": CHATS, "packing": "documents", "loss_on": "answers", "sequence_length": 2}, ("chat.jsonl", "none of its")),
         ({"train": "world/none.parquet"}, ("data.train", "none.parquet", "does not exist")),
         ({"train": "world/bad.jsonl", "loss_on": "answers"}, ("bad.jsonl:2", "no turn of the assistant")),

@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -194,7 +195,7 @@ def test_a_stream_has_masks_and_isolated_positions(world):
         positions = sample["position_ids"].numpy()
         starts = np.flatnonzero(positions == 0)
         assert (np.diff(positions)[np.isin(np.arange(1, S), starts, invert=True)] == 1).all()
-        for a, b in zip(starts[:-1], starts[1:], strict=True):  # documents that begin and end in the row
+        for a, b in pairwise(starts):  # documents that begin and end in the row
             if a > 0:
                 key = tuple(sample["tokens"][a:b].tolist())
                 assert key in by_text and tuple(sample["loss_mask"][a - 1 : b - 1].tolist()) == by_text[key]

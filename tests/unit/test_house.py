@@ -28,6 +28,7 @@ FLOORS = (
     "methods",
     "estimate",
     "train",
+    "generate",
     "commands",
     ("cli", "api"),
     "__main__",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from megatron_ssu.config.checks.files import data_path
-from megatron_ssu.config.checks.values import at_least
-from megatron_ssu.config.schema import DataSource, Ramp, RunConfig
-from megatron_ssu.config.sources import is_weight, isolates, train_sources
+from megatron_ssu.config.checks.values import at_least, seed_in_range
+from megatron_ssu.config.schema import DataSource, GenerateSection, Ramp, RunConfig
+from megatron_ssu.config.sources import is_weight, isolates, replay_sources, replays, train_sources
 from megatron_ssu.config.units import parse_split
 from megatron_ssu.errors import UserError
+from megatron_ssu.io.extras import require
 
 
 def validate_data(run: RunConfig) -> None:
@@ -23,8 +24,13 @@ def validate_data(run: RunConfig) -> None:
         )
     if not data.train:
         raise UserError("data.train: missing; name a JSONL file or the prefix of an indexed dataset, or a list of them")
+    validate_replay(run)
+    own = len(train_sources(run)) - len(replay_sources(run))
     for number, source in enumerate(train_sources(run)):
-        key = "data.train" if isinstance(data.train, str) else f"data.train.{number}"
+        section, given, at = (
+            ("data.train", data.train, number) if number < own else ("replay.path", run.replay.path, number - own)
+        )
+        key = section if isinstance(given, str) else f"{section}.{at}"
         data_path(key, source.path)
         if not is_weight(source.weight):
             raise UserError(f"{key}.weight: must be above 0, got {_shown(source.weight)}; leave the part out instead")
@@ -41,6 +47,46 @@ def validate_data(run: RunConfig) -> None:
                 data_path(f"data.{name}.{key}", path)
         elif given is not None:
             data_path(f"data.{name}", given)
+
+
+def validate_replay(run: RunConfig) -> None:
+    """Check the section `replay`, and that its files are there."""
+    replay = run.replay
+    ends = (replay.fraction.start, replay.fraction.end) if isinstance(replay.fraction, Ramp) else (replay.fraction,)
+    if not all(0 <= end < 1 for end in ends):
+        raise UserError(f"replay.fraction: must be at least 0 and less than 1, got {_shown(replay.fraction)}")
+    if replay.path and replay.generate:
+        raise UserError("replay.generate: does not go with replay.path; leave one of them out")
+    if not replays(run):
+        return
+    if not replay.path and not replay.generate:
+        raise UserError(
+            f"replay.path: missing, and replay.fraction is {_shown(replay.fraction)}; name data, or replay.generate"
+        )
+    if replay.generate:
+        validate_generate(replay.generate, "replay.generate")
+
+
+def validate_generate(section: GenerateSection, key: str) -> None:
+    """Check how answers are to be generated, and that prompts are there; `key` is what the section is called."""
+    data_path(f"{key}.prompts", section.prompts)
+    for name in ("max_new_tokens", "batch_size"):
+        at_least(f"{key}.{name}", getattr(section, name), 1)
+    if section.samples is not None:
+        at_least(f"{key}.samples", section.samples, 1)
+    at_least(f"{key}.top_k", section.top_k, 0)
+    at_least(f"{key}.temperature", section.temperature, 0)
+    seed_in_range(f"{key}.seed", section.seed)
+    for name, value in (("top_p", section.top_p), ("filter.max_repetition", section.filter.max_repetition)):
+        if not 0 < value <= 1:
+            raise UserError(f"{key}.{name}: must be above 0 and at most 1, got {value}")
+    at_least(f"{key}.filter.min_tokens", section.filter.min_tokens, 0)
+    if section.filter.max_tokens is not None:
+        at_least(f"{key}.filter.max_tokens", section.filter.max_tokens, max(1, section.filter.min_tokens))
+    if section.backend == "vllm":
+        require(f"{key}.backend: vllm", "vllm", "vllm")
+    if section.filter.language is not None and section.filter.identifier == "langid":
+        require(f"{key}.filter.identifier: langid", "langid", "language")
 
 
 FIELDS = (
