@@ -66,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "megatron_ssu.engine.mesh" in sys.modules:  # else no process group was started
         sys.modules["megatron_ssu.engine.mesh"].stop_processes()
     settle()
-    if output.lost and status == 0 and options.command in ("estimate", "inspect"):  # called for what they print
+    if (
+        output.lost and status == 0 and options.command in ("estimate", "inspect", "compare", "similarity")
+    ):  # called for what they print
         print_error(f"megatron-ssu: standard output cannot be written: {output.lost}; write it elsewhere")
         status = 2
     sys.exit(status)
@@ -168,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="FILE", help="write the figures there as well")
     _add_shield_tools(add)
     _add_generate(add)
+    _add_measures(add)
     return parser
 
 
@@ -197,6 +200,34 @@ def _add_shield_tools(add: Callable) -> None:
     command.add_argument("operation", choices=("union", "intersection", "difference"))
     command.add_argument("shields", nargs="+", metavar="SHIELD", help="two shield files or more")
     command.add_argument("--output", required=True, metavar="FILE", help="the shield file to make")
+
+
+def _add_measures(add: Callable) -> None:
+    command = add(
+        "compare",
+        "Compare models with a base: how far weights and hidden states drifted",
+        "With --text also hidden states and predictions, alone or on the mesh of --run under torchrun.",
+    )
+    command.add_argument("models", nargs="+", metavar="DIR", help="Hugging Face directories; the first is the base")
+    command.add_argument("--text", metavar="FILE", help="JSONL of chats or text that the models read")
+    command.add_argument("--samples", type=int, default=64, metavar="N", help="of the text, drawn by seed (64)")
+    command.add_argument("--sequence-length", type=int, default=512, metavar="N", help="tokens per row (512)")
+    command.add_argument("--seed", type=int, default=1234, metavar="N", help="of the draw (1234)")
+    command.add_argument("--micro-batch-size", type=int, default=1, metavar="N", help="rows at a time (1)")
+    command.add_argument(
+        "--run", dest="run_file", metavar="RUN.yaml", help="mesh and precision are as in this run file"
+    )
+    command.add_argument("--output", metavar="DIR", help="draw PNG files there")
+    command.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    command = add("similarity", "Compare sets of instructions by their mean embeddings (DES)")
+    command.add_argument("data", nargs="+", metavar="DATA", help="JSONL, Parquet or Arrow: chats, instructions or text")
+    command.add_argument("--encoder", metavar="DIR", help="a sentence-transformers directory, such as LaBSE's")
+    command.add_argument("--model", metavar="DIR", help="or a language model, whose hidden states are averaged")
+    command.add_argument("--layer", type=int, default=-1, metavar="N", help="of the language model (-1: the last)")
+    command.add_argument("--samples", type=int, default=1000, metavar="N", help="instructions of each set (1000)")
+    command.add_argument("--seed", type=int, default=1234, metavar="N", help="of the draw (1234)")
+    command.add_argument("--batch-size", type=int, default=16, metavar="N", help="instructions at a time (16)")
+    command.add_argument("--json", metavar="FILE", help="write the figures there as well")
 
 
 def _add_generate(add: Callable) -> None:

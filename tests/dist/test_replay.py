@@ -75,7 +75,9 @@ def test_a_phase_replays_what_its_model_answers(ranks, world, monkeypatch, capsy
     folder = world / "runs" / "straight" / "phases"
     answers = (folder / "2-two" / "replay.jsonl").read_text()
     monkeypatch.chdir(world)
-    command = f"generate {folder}/1-one/model prompts.jsonl --output again.jsonl --samples 8 --max-new-tokens 16 --dtype fp32"
+    command = (
+        f"generate {folder}/1-one/model prompts.jsonl --output again.jsonl --samples 8 --max-new-tokens 16 --dtype fp32"
+    )
     with pytest.raises(SystemExit) as status:
         main([*command.split(), "--temperature", "0.8", "--unended", "--max-repetition", "1.0"])
     assert status.value.code == 0, capsys.readouterr().err

@@ -28,6 +28,7 @@ FLOORS = (
     "methods",
     "estimate",
     "train",
+    "drift",
     "generate",
     "commands",
     ("cli", "api"),
