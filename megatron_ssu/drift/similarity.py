@@ -1,10 +1,11 @@
 """How alike two sets of instructions are: dataset embedding similarity (DES, arXiv 2410.16006).
 
-    DES = e1 . e2 / (|e1| |e2|),  e = the mean embedding of a set's instructions: what users say, not the
-    answers
+    DES = e1 . e2 / (|e1| |e2|)
 
-An instruction is embedded by a sentence-transformers model, or by a language model as the mean over its tokens of a layer's hidden
-states.
+where e is the mean embedding of a set's instructions: what users say, not what is answered.
+
+An instruction is embedded by a sentence-transformers model, or by a language model as the mean over its tokens of a layer's
+hidden states.
 """
 
 from __future__ import annotations

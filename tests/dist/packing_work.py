@@ -45,20 +45,29 @@ def gradients(
     micro_batch: int,
     target: str,
     transformer: dict[str, Any] | None = None,
+    dtype: str = "fp32",
+    isolated: bool = True,
+    precision: dict[str, Any] | None = None,
     **train_options: Any,
 ) -> dict[str, Any]:
     """Loss of one global batch of these samples and its evaluation; its gradients are exported to `target` as weights are."""
     run = work.run_config(
         model,
         parallel,
+        dtype,
         data=DataSection(
-            train=["x"], sequence_length=samples[0]["tokens"].numel(), packing="documents", loader_workers=0
+            train=["x"],
+            sequence_length=samples[0]["tokens"].numel(),
+            packing="documents",
+            cross_document_attention=not isolated,
+            loader_workers=0,
         ),
         train=TrainSection(
             iterations=1, micro_batch_size=micro_batch, global_batch_size=len(samples), eval_batches=1, **train_options
         ),
     )
     run.model.transformer |= transformer or {}
+    run.precision.transformer.update(precision or {})
     session = open_model(run)
     trainer = Trainer(session)
     rows = Rows(samples)

@@ -29,7 +29,7 @@ from megatron_ssu.scoring.calibration_pass import MicroBatch, calibration_pass
 from megatron_ssu.shield.mask import Mask
 from megatron_ssu.shield.shield_file import Shield, load_shield
 from megatron_ssu.shield.verify import verify
-from megatron_ssu.train import loop
+from megatron_ssu.train import trainer as training
 from megatron_ssu.train.trainer import Trainer
 from tests.dist import compact_work, work
 from tests.dist.test_compact import part_shield
@@ -152,7 +152,7 @@ def test_an_empty_shield_is_stock_megatron(precision, model):
 
 def compact_gradients(model, shield, precision, gemm):
     """fp32 gradients of the compact parameters by name after the micro-batches of the first step."""
-    with mock.patch.object(loop, "tried_gemm", lambda config: gemm):
+    with mock.patch.object(training, "tried_gemm", lambda config: gemm):
         trainer = trainer_of(model, shield, precision)
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
@@ -186,7 +186,7 @@ def test_compact_gradients_follow_the_dense_path(precision, model, tmp_path):
     shield = random_shield(model, tmp_path / "shield.safetensors")
     histories = []
     for trial in (tried_gemm, lambda config: None):
-        with mock.patch.object(loop, "tried_gemm", trial):
+        with mock.patch.object(training, "tried_gemm", trial):
             options = {"dtype": "bf16", "shield_file": str(shield), "precision": FP8.get(precision)}
             histories.append(np.array(work.train_steps(str(model), work.mesh(), 10, **options)["history"]))
     compact, dense = histories
