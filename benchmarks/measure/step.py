@@ -30,7 +30,7 @@ from megatron_ssu.engine.device import device_name, has_cuda
 from megatron_ssu.engine.mesh import start_processes
 from megatron_ssu.estimate.flops import flops_per_token
 from megatron_ssu.estimate.hardware import peak_flops
-from megatron_ssu.train.phases import Clock, HostClock, StreamClock
+from megatron_ssu.train.times import Clock, HostClock, StreamClock
 from megatron_ssu.train.trainer import Trainer
 
 WARMUP = 2  # steps that are not counted
@@ -128,7 +128,7 @@ def bookkeeping(timers: Timers) -> Iterator[None]:
 def timed_step(trainer: Trainer, data: Any, *, shield: bool = True) -> dict[str, float]:
     """Seconds of one step by phase; with `shield` those of gathers and scatters too, for which the host marks every one."""
     timers = trainer.session.config.timers = Timers(StreamClock() if has_cuda() else HostClock())
-    trainer.phases.take()
+    trainer.times.take()
     with bookkeeping(timers) if shield else nullcontext():
         finish()
         begin = time.perf_counter()
@@ -137,7 +137,7 @@ def timed_step(trainer: Trainer, data: Any, *, shield: bool = True) -> dict[str,
         spent = {"step": time.perf_counter() - begin}
     seconds = timers.seconds()
     spent |= {name: seconds.get(key, 0.0) for name, key in PHASES.items()}
-    return spent | {"optimizer": trainer.phases.take()["optimizer"], "shield": seconds.get("shield", 0.0)}
+    return spent | {"optimizer": trainer.times.take()["optimizer"], "shield": seconds.get("shield", 0.0)}
 
 
 def finish() -> None:

@@ -74,7 +74,7 @@ class StockTrainer(Trainer):
             chunk.zero_grad_buffer()
         reports = self._schedule(batches, self.micro_batches, forward_only=False)
         loss, lr = mean_loss(reports)[0], current_lr(self.optimizer)
-        with self.phases("optimizer"):
+        with self.times("optimizer"):
             done, norm, _ = self.optimizer.step()
             self.optimizer.zero_grad()
             self.schedule.step(increment=1)

@@ -20,8 +20,8 @@ from megatron_ssu.train.callbacks.base import Callback
 from megatron_ssu.train.callbacks.checkpoint_saver import CheckpointSaver
 from megatron_ssu.train.callbacks.data_read import DataRead
 from megatron_ssu.train.callbacks.evaluation import Evaluation
+from megatron_ssu.train.callbacks.event_times import EventTimes
 from megatron_ssu.train.callbacks.loss_spikes import LossSpikes
-from megatron_ssu.train.callbacks.phase_times import PhaseTimes
 from megatron_ssu.train.callbacks.skipped_steps import SkippedSteps
 from megatron_ssu.train.callbacks.step_log import StepLog
 from megatron_ssu.train.checkpoints import Checkpoints, Progress
@@ -147,7 +147,7 @@ def train(
         Evaluation(),
         CheckpointSaver(checkpoints, identity),
         DataRead(),
-        PhaseTimes(),
+        EventTimes(),
     )
     loop = Loop(trainer, datasets, telemetry, progress, checkpoints, (*own, *callbacks))
     telemetry.say(backends(trainer.session.chunks, trainer.optimizer, trainer.session.config.attention_backend.name))

@@ -74,7 +74,7 @@ class Telemetry:
         return iteration % self.run.log.interval == 0 or iteration == self.run.train.iterations
 
     def step(self, iteration: int, record: dict[str, Any], seconds: dict[str, float] | None = None) -> None:
-        """After every training step: loss, grad_norm, lr, ...; `seconds` by phase."""
+        """After every training step: loss, grad_norm, lr, ...; `seconds` by what they went to."""
         if not self.active:
             return
         seconds = seconds or {}

@@ -40,9 +40,9 @@ from megatron_ssu.shield.shield_file import Shield
 from megatron_ssu.train.checkpoints import Progress
 from megatron_ssu.train.micro_batches import Batch, read_batch, run_chunk, run_schedule
 from megatron_ssu.train.optimizer_state import OptimizerState
-from megatron_ssu.train.phases import Phases
 from megatron_ssu.train.regularizers import Regularizers, SourcePredictions
 from megatron_ssu.train.schedule import build_schedule
+from megatron_ssu.train.times import Times
 from megatron_ssu.train.update_norms import update_norms
 
 LossReport = dict[str, Tensor]
@@ -148,7 +148,7 @@ class Trainer:
         self._follows_backward = type(self.method).after_backward is not Method.after_backward
         self.compact.start()
         self.regularizers = Regularizers(session, self.optimizer, self.compact)  # no checkpoint is loaded yet
-        self.phases = Phases()
+        self.times = Times()
         self.mark: Callable[[str], None] = lambda doing: None  # called with what the loop begins
         self.waits: Callable[[], AbstractContextManager] = nullcontext  # around what reads numbers of all ranks
         self.schedule = build_schedule(run, self.optimizer)
@@ -206,7 +206,7 @@ class Trainer:
         both numbers are the same on all.
         """
         self.mark("forward-backward")
-        with self.phases("forward-backward"):
+        with self.times("forward-backward"):
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             batches = self.regularizers.ahead(batches, self.micro_batches)
@@ -214,7 +214,7 @@ class Trainer:
             with self.waits():
                 loss, counts = mean_loss(reports, votes())
         self.mark("optimizer")
-        with self.phases("optimizer"):
+        with self.times("optimizer"):
             self.compact.drop_gradients()
             step = Step(loss, math.nan, current_lr(self.optimizer), votes=counts)
             step.grad_norm = prepare_step(
@@ -256,7 +256,7 @@ class Trainer:
         """Mean loss per token over a validation set, at most train.eval_batches global batches of it."""
         size = self.run.train.global_batch_size
         samples = min(len(dataset), self.run.train.eval_batches * size)
-        batches = self._iterators(dataset, 0, phase="evaluation", stop=samples, pad_to=size, workers=0)
+        batches = self._iterators(dataset, 0, what="evaluation", stop=samples, pad_to=size, workers=0)
         for chunk in self.chunks:
             chunk.eval()
         reports: list[dict[str, Tensor]] = []
@@ -273,10 +273,10 @@ class Trainer:
         """Training batches from sample `consumed` on."""
         return self._iterators(dataset, consumed, workers=-(-self.run.data.loader_workers // self.mesh.chunks))
 
-    def _iterators(self, dataset: Any, consumed: int, *, workers: int, phase: str = "data", **options: Any) -> Any:
+    def _iterators(self, dataset: Any, consumed: int, *, workers: int, what: str = "data", **options: Any) -> Any:
         def one() -> Iterator[Batch]:
             return self._timed(
-                phase,
+                what,
                 iterate(
                     dataset,
                     micro_batch_size=self.run.train.micro_batch_size,
@@ -290,11 +290,11 @@ class Trainer:
 
         return [one() for _ in self.chunks] if self.mesh.virtual else one()
 
-    def _timed(self, phase: str, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the time until each is there is booked on `phase`."""
+    def _timed(self, what: str, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the time until each is there is booked on `what`."""
         while True:
             self.mark("data")
-            with self.phases(phase):
+            with self.times(what):
                 batch = next(batches, None)
             self.mark("forward-backward")
             if batch is None:

@@ -29,7 +29,7 @@ from megatron_ssu.shield.shield_file import Shield
 from megatron_ssu.train import identity
 from megatron_ssu.train.backends import backends, library
 from megatron_ssu.train.identity import identity_of
-from megatron_ssu.train.phases import Phases
+from megatron_ssu.train.times import Times
 from megatron_ssu.train.trainer import ddp_fields
 from megatron_ssu.train.watchdog import Watchdog
 from tests.unit.test_validate import LLAMA
@@ -234,34 +234,34 @@ class StepClock:
         return second - first if second <= self.reached else None
 
 
-def test_phases_book_each_moment_once() -> None:
+def test_times_book_each_moment_once() -> None:
     clock = StepClock()
-    phases = Phases(clock)
-    with phases("forward-backward"):
+    times = Times(clock)
+    with times("forward-backward"):
         clock.now = 1.0
-        with phases("data"):
+        with times("data"):
             clock.now = 3.0
         clock.now = 7.0
-        with phases("data"):
+        with times("data"):
             clock.now = 7.5
         clock.now = 8.0
-    clock.now = 9.0  # in no phase
-    with phases("optimizer"):
+    clock.now = 9.0  # in no part
+    with times("optimizer"):
         clock.now = 10.0
-    assert phases.take() == {"forward-backward": 5.5, "data": 2.5, "optimizer": 1.0}
-    assert phases.take() == {}
+    assert times.take() == {"forward-backward": 5.5, "data": 2.5, "optimizer": 1.0}
+    assert times.take() == {}
 
 
 def test_what_the_gpu_has_not_finished_counts_later() -> None:
     clock = StepClock()
-    phases = Phases(clock)
+    times = Times(clock)
     for name, end in (("forward-backward", 4.0), ("optimizer", 5.0)):
-        with phases(name):
+        with times(name):
             clock.now = end
     clock.reached = 4.0
-    assert phases.take() == {"forward-backward": 4.0}
+    assert times.take() == {"forward-backward": 4.0}
     clock.reached = 5.0
-    assert phases.take() == {"optimizer": 1.0}
+    assert times.take() == {"optimizer": 1.0}
 
 
 def test_a_rank_that_reads_a_number_of_all_ranks_is_said_to_wait() -> None:

@@ -54,7 +54,7 @@ class CheckpointSaver(Callback):
         trainer.mark("checkpoint")
         if loop.datasets.blend is not None:
             progress.blend = loop.datasets.blend.state(progress.samples)
-        with trainer.phases("checkpoint"):
+        with trainer.times("checkpoint"):
             self._finish_pending(loop)
             trainer.gather_weights()
             path = self.checkpoints.save(

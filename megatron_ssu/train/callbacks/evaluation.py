@@ -23,6 +23,6 @@ class Evaluation(Callback):
             self._evaluate(loop)
 
     def _evaluate(self, loop: Loop) -> None:
-        with loop.trainer.phases("evaluation"):
+        with loop.trainer.times("evaluation"):
             losses = {name: loop.trainer.evaluate(data) for name, data in loop.datasets.watched.items()}
         loop.emit("on_evaluation", losses)

@@ -20,7 +20,7 @@ class StepLog(Callback):
         record |= step.terms | step.update_norms
         if step.skipped:
             record["skipped"] = True
-        loop.telemetry.step(loop.progress.iteration, record, loop.trainer.phases.take())
+        loop.telemetry.step(loop.progress.iteration, record, loop.trainer.times.take())
 
     def on_evaluation(self, loop: Loop, losses: dict[str, float]) -> None:
         loop.telemetry.evaluation(loop.progress.iteration, losses)

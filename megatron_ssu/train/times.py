@@ -1,7 +1,7 @@
-"""Where a run's time goes: seconds by phase (data, forward-backward, optimizer, evaluation, checkpoint).
+"""Where a run's time goes: seconds by what they went to (data, forward-backward, optimizer, evaluation, checkpoint).
 
-A moment belongs to the innermost phase that is open. On CUDA, where Python is ahead of the GPU, phases are bounded by
-events in the stream: time is booked on the phase whose kernels took it, and nothing is synchronised to measure it. A wait
+A moment belongs to the innermost part that is open. On CUDA, where Python is ahead of the GPU, parts are bounded by
+events in the stream: time is booked on the part whose kernels took it, and nothing is synchronised to measure it. A wait
 for data that the GPU spends on earlier kernels so costs nothing.
 """
 
@@ -46,13 +46,13 @@ class StreamClock:
         return first.elapsed_time(second) / 1e3 if second.query() else None
 
 
-class Phases:
-    """`with phases(name)` books the time within, less that of inner phases."""
+class Times:
+    """`with times(name)` books the time within, less that of inner parts."""
 
     def __init__(self, clock: Clock | None = None) -> None:
         self._clock: Clock = clock or (StreamClock() if has_cuda() else HostClock())
-        self._open: list[tuple[str, Any]] = []  # phases around, each with the mark from which it is not booked yet
-        self._spent: deque[tuple[str, Any, Any]] = deque()  # phase and its two marks, not read yet
+        self._open: list[tuple[str, Any]] = []  # parts around, each with the mark from which it is not booked yet
+        self._spent: deque[tuple[str, Any, Any]] = deque()  # part and its two marks, not read yet
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -71,7 +71,7 @@ class Phases:
                 self._open[-1] = (self._open[-1][0], end)
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call. What the GPU has not finished counts in a later one."""
+        """Seconds by name since the last call. What the GPU has not finished counts in a later one."""
         taken: dict[str, float] = {}
         while self._spent:
             name, first, second = self._spent[0]

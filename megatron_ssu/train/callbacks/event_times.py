@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from megatron_ssu.train.loop import Loop
 
 
-class PhaseTimes(Callback):
-    """Records the seconds of evaluations and saves by phase."""
+class EventTimes(Callback):
+    """Records the seconds of evaluations and saves by what they went to."""
 
     def on_evaluation(self, loop: Loop, losses: dict[str, float]) -> None:
         self._record(loop)
@@ -20,5 +20,5 @@ class PhaseTimes(Callback):
         self._record(loop)
 
     def _record(self, loop: Loop) -> None:
-        taken = loop.trainer.phases.take()
+        taken = loop.trainer.times.take()
         loop.telemetry.record(loop.progress.iteration, {f"seconds_{k}": round(v, 6) for k, v in taken.items()})
