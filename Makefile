@@ -1,4 +1,4 @@
-# make demo, make test: everything is set up first, into .venv, once, with the extras that demo and tests need.
+# make demo, make two-phases, make test: everything is set up first, into .venv, once, with the extras that demo and tests need.
 #
 #   make test-fast   unit tests, a minute
 #   make test        lint, types, unit tests and the distributed tests that guard the promises, some ten minutes on two cores
@@ -22,10 +22,13 @@ export MEGATRON_SSU_KILLS ?= 15
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -p no:cacheprovider -n $(JOBS) --dist worksteal
 
-.PHONY: demo test test-fast test-rest test-slurm test-all gpu-report lint format clean
+.PHONY: demo two-phases test test-fast test-rest test-slurm test-all gpu-report lint format clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo/run.py --output demo_out
+
+two-phases: $(READY)
+	$(BIN)/python examples/two_phases/run.py --output two_phases_out
 
 test: lint
 	$(PYTEST) tests/unit tests/dist tests/gpu -m "not slow"
@@ -68,5 +71,5 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	touch $(READY)
 
 clean:
-	rm -rf .venv build demo_out *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv build demo_out two_phases_out study_out *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find megatron_ssu -name '*.so' -delete

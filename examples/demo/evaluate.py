@@ -41,7 +41,9 @@ def text_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts:
 
 
 @torch.no_grad()
-def chat_matches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: list[dict]) -> dict[str, float]:
+def chat_matches(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: list[dict], limit: int = ANSWER_TOKENS
+) -> dict[str, float]:
     """Share of each task's chats whose whole greedy answer is the expected one, letter for letter."""
     tokenizer.padding_side = "left"
     hits: Counter[str] = Counter()
@@ -55,7 +57,7 @@ def chat_matches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cha
         answers = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            max_new_tokens=ANSWER_TOKENS,
+            max_new_tokens=limit,
             do_sample=False,
         )[:, batch["input_ids"].shape[1] :]
         for chat, answer in zip(part, answers.tolist()):

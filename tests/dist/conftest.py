@@ -9,7 +9,7 @@ share_a_device()  # commands that tests run in their own process
 # What `make test` leaves to `make test-rest`: further models, meshes and options of what it tries itself, and what guards
 # none of the three promises. Regular expressions over FILE::TEST[PARAMETERS].
 SLOW = [
-    "test_(context|checkpoint_memory|estimate|tools|real_data|scaling)::",
+    "test_(two_phases|context|checkpoint_memory|estimate|tools|real_data|scaling)::",
     r"test_faults::test_a_loader_process",
     r"test_faults::test_a_full_disk.*\[(common|metadata)-|test_faults::test_a_full_disk.*True\]",
     r"test_faults::test_a_signal.*\[True\]",
