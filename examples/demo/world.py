@@ -216,10 +216,11 @@ def write_world(output: Path, seed: int, size: WorldSize) -> dict[str, int]:
         train = draw_texts(random.Random(f"{language} train {seed}"), count, tell)
         files[f"{language}_valid.jsonl"] = valid
         files[f"{language}_train.jsonl"] = (row for row in train if row["text"] not in seen)
-    return {name: _write_jsonl(output / name, rows) for name, rows in files.items()}
+    return {name: write_jsonl(output / name, rows) for name, rows in files.items()}
 
 
-def _write_jsonl(path: Path, rows: Iterable[dict]) -> int:
+def write_jsonl(path: Path, rows: Iterable[dict]) -> int:
+    """Write a line per row; returns how many."""
     count = 0
     with written_aside(path) as part, part.open("w", encoding="utf-8") as file:
         for row in rows:

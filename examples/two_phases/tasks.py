@@ -14,14 +14,11 @@ The events of examples/demo/world.py are told in one sentence each, and asked ab
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-from megatron_ssu.io.atomic import written_aside
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 from world import (
@@ -33,6 +30,7 @@ from world import (
     draw_chats,
     draw_events,
     source_sentence,
+    write_jsonl,
     write_world,
 )
 
@@ -107,7 +105,7 @@ def write_tasks(output: Path, seed: int, size: Size) -> dict[str, int]:
         "language.jsonl": _rows(language, teller.target),
         "counterparts.jsonl": _rows(language, teller.english),
     }
-    return {name: _write(output / name, rows) for name, rows in files.items()}
+    return {name: write_jsonl(output / name, rows) for name, rows in files.items()}
 
 
 def _events(rng: random.Random, count: int, taken: set[str]) -> Iterator[tuple[Event, str]]:
@@ -129,15 +127,6 @@ def _rows(events: Iterable[tuple[Event, str]], tell: Callable[[Event, str], tupl
         asked, answer = tell(event, question)
         messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         yield {"task": question, "messages": messages}
-
-
-def _write(path: Path, rows: Iterable[dict]) -> int:
-    count = 0
-    with written_aside(path) as part, part.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
-    return count
 
 
 def main() -> None:
