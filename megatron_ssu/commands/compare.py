@@ -28,7 +28,7 @@ def run(run_file: None, options: argparse.Namespace, console: Console) -> int:
         require("--output", "matplotlib", "plots")
     target = check_writable(options.json) if options.json else None
     pictures = check_folder(options.output) if options.output else None
-    sources = [open_source(path) for path in options.models]
+    sources = [open_source(path, "compare") for path in options.models]
     hidden = _hidden(options, sources) if options.text else []
     if int(os.environ.get("RANK", "0")) == 0:
         _report(sources, compare_weights(sources[0], sources[1:]), hidden, console, target, pictures)

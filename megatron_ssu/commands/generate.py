@@ -33,7 +33,7 @@ def run(run_file: None, options: argparse.Namespace, console: Console) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _on_ranks(options, section, console)
         return 0
-    job = open_job(options.model, options.output, section, trust_remote_code=options.trust_remote_code)
+    job = _job(options, section)
     if is_made(job):
         console.print(f"{job.output}: made already; nothing to do", highlight=False, soft_wrap=True)
         return 0
@@ -56,6 +56,10 @@ def section_of(options: argparse.Namespace) -> GenerateSection:
     return replace(section, **own, filter=replace(section.filter, **kept))
 
 
+def _job(options: argparse.Namespace, section: GenerateSection) -> Job:
+    return open_job(options.model, options.output, section, trust_remote_code=options.trust_remote_code, key="generate")
+
+
 def _on_ranks(options: argparse.Namespace, section: GenerateSection, console: Console) -> None:
     """Under torchrun or SLURM every rank answers its share."""
     from megatron_ssu.engine.mesh import start_processes
@@ -65,9 +69,7 @@ def _on_ranks(options: argparse.Namespace, section: GenerateSection, console: Co
     if options.processes > 1:
         raise UserError("--processes: does not go with torchrun, whose ranks share the work; leave it out")
     start_processes()
-    job = on_all_ranks(
-        lambda: open_job(options.model, options.output, section, trust_remote_code=options.trust_remote_code)
-    )
+    job = on_all_ranks(lambda: _job(options, section))
     if on_rank_zero(lambda: is_made(job)):
         console.print(f"{job.output}: made already; nothing to do", highlight=False, soft_wrap=True)
         return

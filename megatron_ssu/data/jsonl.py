@@ -114,7 +114,8 @@ def parse_object(line: bytes) -> dict[str, Any]:
 def text_of(value: dict[str, Any], text_key: str = "text") -> str:
     """The text in a line's object. Raises BadLine."""
     if text_key not in value:
-        raise BadLine(f"no {text_key!r} in it (keys: {', '.join(map(repr, list(value)[:8])) or 'none'})")
+        keys = ", ".join(map(repr, list(value)[:8])) or "none"
+        raise BadLine(f"no {text_key!r} in it (keys: {keys}); name its columns under `columns`")
     text = value[text_key]
     if not isinstance(text, str):
         raise BadLine(f"{text_key!r} is not a string but {_json_type(text)}")

@@ -25,6 +25,7 @@ from megatron_ssu.data.jsonl import BadLine, parse_object
 from megatron_ssu.data.rows import open_rows
 from megatron_ssu.errors import UserError, named_line
 from megatron_ssu.io.extras import require
+from megatron_ssu.models.hf_config import read_hf_config
 
 _RESAMPLES = 200
 
@@ -111,6 +112,7 @@ def hidden_encoder(directory: str | Path, batch_size: int, layer: int) -> Encode
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    read_hf_config(str(directory), "--model")
     try:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype="auto")

@@ -61,10 +61,18 @@ class Job:
 
 
 def open_job(
-    model: str | Path, output: str | Path, section: GenerateSection, *, trust_remote_code: bool = False
+    model: str | Path,
+    output: str | Path,
+    section: GenerateSection,
+    *,
+    trust_remote_code: bool = False,
+    key: str = "model.path",
 ) -> Job:
-    """Read the prompts and check them against the model. Raises UserError as `read_prompts`, and for a model that is none."""
-    source = open_source(model)
+    """Read the prompts and check them against the model, which `key` named.
+
+    Raises UserError as `read_prompts`, and for a model that is none.
+    """
+    source = open_source(model, key)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     prompts, dropped = read_prompts(section.prompts, tokenizer, section, source.dims.positions)
     facts = {

@@ -28,9 +28,9 @@ class Source:
         return self.path.resolve().name
 
 
-def open_source(path: str | Path) -> Source:
-    """Raises UserError where the directory is not that of a supported model, or lacks files."""
+def open_source(path: str | Path, key: str = "model.path") -> Source:
+    """`key` named it. Raises UserError where the directory is not that of a supported model, or lacks files."""
     path = Path(path)
-    hf = read_hf_config(str(path))
+    hf = read_hf_config(str(path), key)
     family, dims = read_family(hf, path)
     return Source(path, hf, family, dims, HFCheckpoint(path))

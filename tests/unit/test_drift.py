@@ -237,7 +237,7 @@ def test_bad_arguments_of_similarity(models, tmp_path, capsys):
             "b.jsonl:2",
             "c.jsonl:1: no turn of a user",
             "none.jsonl",
-            "cannot load it",
+            "config.json is missing",
             "--layer",
             "sentence_transformers",
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -138,3 +139,17 @@ def test_light_modules_load_neither_megatron_nor_torch_distributed():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_extra_that_a_message_names_is_there() -> None:
+    project = (ROOT.parent / "pyproject.toml").read_text()
+    section = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = \[", section, re.MULTILINE))
+    calls = [
+        node
+        for path in MODULES.values()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require"
+    ]
+    named = {argument.value for call in calls for argument in call.args[2:] if isinstance(argument, ast.Constant)}
+    assert len(calls) > 5 and named <= extras
