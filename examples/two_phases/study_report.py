@@ -60,11 +60,11 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _similar(results: Mapping[str, Any]) -> str:
-    """How alike either first phase and the second are, and how far phase 1 itself moved from English of the base."""
-    head = ["phase 1", "DES", "MPD", "of its own update", "cosine of updates"]
+    """How alike the instructions of either first phase and the second are, and how far apart the base is after each alone."""
+    head = ["phase 1", "DES", "MPD", "of phase 2's update", "of phase 1's update", "cosine of updates"]
     rows = []
     for english, pairs in results["apart"].items():
-        keys = ("difference", "relative_to_first_update", "cosine")
+        keys = ("difference", "relative_to_first_update", "relative_to_second_update", "cosine_of_updates")
         values = [_spread([pair[key] for pair in pairs]) for key in keys]
         des = results["similarity"][english]
         rows.append([english, f"{des['value']:.3f} ± {des['spread']:.3f}", *values])

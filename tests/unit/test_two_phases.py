@@ -71,7 +71,7 @@ def test_every_cell_is_a_run_file(english, method, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(cell.run_file()))
     run = read_run(path)
-    assert run.train.seed == 3
+    assert run.train.seed == 3 and run.data.seed == 1236
     assert run.checkpoint.export == cell.model and run.model.path == (
         "hf/base" if not cell.method else f"hf/{english}-3"
     )
@@ -88,7 +88,12 @@ def test_the_report_is_of_means_and_deviations(tmp_path):
         drift = {"weights": {"relative": 0.1, "moved": 0.5}, "hidden": {"kl": 2.0, "layers": layers}}
         return {"EA": ea, "MA": ma, "mean": (ea + ma) / 2, "drift": drift}
 
-    pair = {"difference": 3.0, "relative_to_first_update": 0.75, "cosine": 0.5}
+    pair = {
+        "difference": 3.0,
+        "relative_to_first_update": 0.75,
+        "relative_to_second_update": 0.6,
+        "cosine_of_updates": 0.5,
+    }
     after = {"EA": 1.0, "MA": 0.0, "mean": 0.5}
     results = {
         "seeds": [1, 2],
@@ -102,6 +107,6 @@ def test_the_report_is_of_means_and_deviations(tmp_path):
     text = (tmp_path / "two-phases.md").read_text()
     assert text.count("| SSU | 0.500 ± 0.354 | 0.500 ± 0.000 | 0.500 ± 0.177 | 2.000 ± 0.000 | 0.500 ± 0.000 |") == 2
     assert text.count("| after phase 1 | 1.000 ± 0.000 | 0.000 ± 0.000 | 0.500 ± 0.000 |  |") == 2
-    assert "| similar | 0.900 ± 0.010 | 3.000 ± 0.000 | 0.750 ± 0.000 | 0.500 ± 0.000 |" in text
+    assert "| similar | 0.900 ± 0.010 | 3.000 ± 0.000 | 0.750 ± 0.000 | 0.600 ± 0.000 | 0.500 ± 0.000 |" in text
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert (tmp_path / "two-phases.png").stat().st_size > 10_000
