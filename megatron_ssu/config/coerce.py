@@ -183,7 +183,8 @@ class Reader:
         optional = types.NoneType in arms
         if value is None and optional:
             return None
-        if optional and isinstance(value, str) and value.lower() == "none":
+        chosen = any(get_origin(arm) is Literal and value in get_args(arm) for arm in arms)
+        if optional and isinstance(value, str) and value.lower() == "none" and not chosen:
             self._wrong(hint, value, path, "for nothing write null, or leave the key out")
         arms = tuple(arm for arm in arms if arm is not types.NoneType and settable(arm))
         if len(arms) == 1:

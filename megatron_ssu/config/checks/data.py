@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_ssu.config.checks.files import data_path
+from megatron_ssu.config.checks.files import ROWS, data_path
 from megatron_ssu.config.checks.values import at_least, seed_in_range
 from megatron_ssu.config.schema import DataSource, GenerateSection, Ramp, RunConfig
-from megatron_ssu.config.sources import is_weight, isolates, replay_sources, replays, train_sources
+from megatron_ssu.config.sources import is_weight, isolates, replay_sources, replays, train_sources, weight_at
 from megatron_ssu.config.units import parse_split
 from megatron_ssu.errors import UserError
 from megatron_ssu.io.extras import require
@@ -35,6 +35,14 @@ def validate_data(run: RunConfig) -> None:
         if not is_weight(source.weight):
             raise UserError(f"{key}.weight: must be above 0, got {_shown(source.weight)}; leave the part out instead")
         _columns(key, source)
+        if ROWS.fullmatch(source.path) and (source.split != "train" or source.subset is not None):
+            raise UserError(
+                f"{key}: split and subset must be left out for a file, got {source.path}; name another file"
+            )
+    for section, sources in (("data.train", train_sources(run)[:own]), ("replay.path", train_sources(run)[own:])):
+        for end, fraction in (("beginning", 0.0), ("end", 1.0)):
+            if sources and not any(weight_at(source.weight, fraction) for source in sources):
+                raise UserError(f"{section}: a weight must be above 0 at the {end} of the run, got 0 of all of them")
     if isolates(run) and run.parallel.context > 1:
         raise UserError(
             "data.cross_document_attention: false does not go with parallel.context_parallel_size: "

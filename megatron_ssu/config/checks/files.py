@@ -10,14 +10,14 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.io.extras import installed
 
 _JSONL = re.compile(r".*\.(jsonl|json)(\.gz|\.zst)?")
-_ROWS = re.compile(r".*\.((jsonl|json)(\.gz|\.zst)?|parquet|arrow)")
+ROWS = re.compile(r".*\.((jsonl|json)(\.gz|\.zst)?|parquet|arrow)")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SAVED_DATASET = ("state.json", "dataset_dict.json")
 
 
 def data_path(key: str, path: str) -> None:
     """Refuse a `path` that is neither a file of rows, a dataset, nor the prefix of an indexed dataset."""
-    if _ROWS.fullmatch(path):
+    if ROWS.fullmatch(path):
         return existing_file(key, path)
     if Path(path).is_dir() and not Path(f"{path}.idx").exists():
         return _dataset_directory(key, path)
