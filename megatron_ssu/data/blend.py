@@ -101,12 +101,16 @@ class Blend(Dataset):
         }
 
     def read(self, samples: int) -> list[dict[str, Any]]:
-        """By part, of the first `samples` of the run: path, samples, tokens without padding, and epochs over its documents."""
-        found = []
+        """By part, of the first `samples` of the run: path, a name of its own, samples, tokens without padding, epochs."""
+        found: list[dict[str, Any]] = []
         for part, share, count in zip(self.parts, self.shares, self.drawn(samples).tolist(), strict=True):
             tokens = part.total_tokens(count)
             epochs = tokens / max(part.tokens_per_epoch, 1)
-            found.append({"path": share.path, "samples": count, "tokens": tokens, "epochs": round(epochs, 4)})
+            again = sum(other["path"] == share.path for other in found)
+            name = f"{share.path} #{again + 1}" if again else share.path  # a path may be read in two ways
+            found.append(
+                {"path": share.path, "name": name, "samples": count, "tokens": tokens, "epochs": round(epochs, 4)}
+            )
         return found
 
     @property
@@ -118,8 +122,9 @@ class Blend(Dataset):
         if len(self.parts) == 1:
             return np.zeros(count, np.int16), np.arange(count, dtype=np.int64) + self._first[0]
         if self.weights_in == "samples":
-            ones = [np.ones(count + 1, dtype=np.int64)] * len(self.parts)
-            return self._merged(count, float(self._length), ones)
+            points, shares = self._cumulative(float(self._length))
+            ends = [_extended(points, share, float(count + len(self.parts))) for share in shares]
+            return self._merged(count, float(self._length), [np.ones(int(end) + 2, dtype=np.int64) for end in ends])
         total = self._expected_tokens()
         for _ in range(8):  # the run's tokens follow from the order, and the order, under a ramp, from them
             sizes = [self._sizes(part, total * count / self._length) for part in range(len(self.parts))]
@@ -156,8 +161,12 @@ class Blend(Dataset):
 
     def _merged(self, count: int, total: float, sizes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """The first `count` samples by due time, in an era of length `total`; `sizes`: what parts' samples take of it."""
-        points, shares = self._cumulative(total)
-        due = [_inverse(points, share, np.cumsum(size) - size / 2) for share, size in zip(shares, sizes, strict=True)]
+        middles = [np.cumsum(size) - size / 2 for size in sizes]
+        if self._ramped:
+            points, shares = self._cumulative(total)
+            due = [_inverse(points, share, middle) for share, middle in zip(shares, middles, strict=True)]
+        else:  # the same to the last bit in a longer run
+            due = [middle / weight for weight, middle in zip(self._weights(np.zeros(1))[:, 0], middles, strict=True)]
         parts = [np.full(len(size), part, dtype=np.int16) for part, size in enumerate(sizes)]
         numbers = [first + np.arange(len(size), dtype=np.int64) for first, size in zip(self._first, sizes, strict=True)]
         order = np.argsort(np.concatenate(due), kind="stable")[:count]
@@ -176,6 +185,12 @@ class Blend(Dataset):
         share = self._cumulative(total)[1][part, -1]
         count = int(1.1 * share / mean + found.samples_per_epoch) + 2
         return found.tokens(first + count)[first:]
+
+
+def _extended(points: np.ndarray, share: np.ndarray, at: float) -> float:
+    """The cumulative `share` at `at`, which may be beyond the last point."""
+    slope = (share[-1] - share[-2]) / (points[-1] - points[-2])
+    return float(np.interp(at, points, share) + max(at - points[-1], 0.0) * slope)
 
 
 def _inverse(points: np.ndarray, share: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -198,10 +213,9 @@ def continued(
     """
     if saved is None:
         return Era(), ""
-    before = {path: key for key, path, *_ in saved["shares"]}
     for share in shares:
-        was = before.get(share.path)
-        if was is not None and was != share.key and share.key not in before.values():
+        was = {key for key, path, *_ in saved["shares"] if path == share.path}
+        if was and not was & {other.key for other in shares}:
             raise UserError(
                 f"data.train: {share.path} has other documents, or is packed otherwise, than when the run began; restore it, "
                 "or give the new text another name"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -95,6 +96,21 @@ class _Ends:
         return (np.arange(offset, offset + count) == whole - 1).astype(np.uint8)
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Documents in rows: `documents` int64 [n], and where each row starts and the last one ends in it, int64 [rows + 1]."""
+
+    documents: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def row(self, number: int) -> list[int]:
+        found: list[int] = self.documents[self.starts[number] : self.starts[number + 1]].tolist()
+        return found
+
+
 class PackedPart:
     """Whole documents in rows: several by best fit, or one in each."""
 
@@ -115,7 +131,8 @@ class PackedPart:
         self._alone = source.packing == "none"
         self.documents = len(self._numbers)
         self.tokens_per_epoch = int(self._places.sum())
-        self._epochs: dict[int, list[list[int]]] = {}  # the last two that were asked for
+        self._epochs: dict[int, _Rows] = {}  # the last two that were asked for
+        self._sums: dict[int, np.ndarray] = {}  # tokens of the rows of an epoch
         self._rows = len(self._epoch(0))
         self.samples_per_epoch = float(self._rows)
 
@@ -123,34 +140,39 @@ class PackedPart:
         pass
 
     def tokens(self, count: int) -> np.ndarray:
-        epochs = -(-count // self._rows)
-        sums = [int(self._places[row].sum()) for epoch in range(epochs) for row in self._epoch(epoch)]
-        return np.array(sums[:count], dtype=np.int64)
+        epochs = max(1, -(-count // self._rows))
+        return np.concatenate([self._tokens_of(epoch) for epoch in range(epochs)])[:count]
 
     def total_tokens(self, count: int) -> int:
         epochs, rest = divmod(count, self._rows)
-        begun = sum(int(self._places[row].sum()) for row in self._epoch(epochs)[:rest]) if rest else 0
+        begun = int(self._tokens_of(epochs)[:rest].sum()) if rest else 0
         return epochs * self.tokens_per_epoch + begun
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         epoch, row = divmod(number, self._rows)
-        found = [self._documents.get(int(self._numbers[i])) for i in self._epoch(epoch)[row]]
+        found = [self._documents.get(int(self._numbers[i])) for i in self._epoch(epoch).row(row)]
         return sample_of(found, self._layout)
 
-    def _epoch(self, epoch: int) -> list[list[int]]:
+    def _tokens_of(self, epoch: int) -> np.ndarray:
+        if epoch not in self._sums:
+            rows = self._epoch(epoch)
+            self._sums[epoch] = np.add.reduceat(self._places[rows.documents], rows.starts[:-1])
+        return self._sums[epoch]
+
+    def _epoch(self, epoch: int) -> _Rows:
         """The rows of an epoch, as numbers into `_numbers`."""
         if epoch not in self._epochs:
             self._epochs = dict([*self._epochs.items()][-1:])
             self._epochs[epoch] = self._packed(epoch)
         return self._epochs[epoch]
 
-    def _packed(self, epoch: int) -> list[list[int]]:
+    def _packed(self, epoch: int) -> _Rows:
         order = self._generator(0, epoch).permutation(len(self._numbers))
         if self._alone:
-            return [[int(i)] for i in order]
+            return _Rows(order, np.arange(len(order) + 1))
         rows = best_fit(self._places[order], self._layout.length)
-        shuffled = self._generator(1, epoch).permutation(len(rows))
-        return [[int(order[i]) for i in rows[row]] for row in shuffled]
+        shuffled = [rows[row] for row in self._generator(1, epoch).permutation(len(rows))]
+        return _Rows(order[np.concatenate(shuffled)], np.cumsum([0, *map(len, shuffled)]))
 
     def _generator(self, purpose: int, epoch: int) -> np.random.RandomState:
         return np.random.RandomState([self._seed, purpose, epoch])
@@ -162,6 +184,11 @@ def fitting(numbers: np.ndarray, documents: Documents, source: DataSource) -> np
     One that is cut before the first token with loss is dropped, with a warning. Raises UserError where one is too long and is
     to be refused, or where none is left.
     """
+    if not len(numbers):
+        raise UserError(
+            f"{source.path}: a part of data.split has none of its {documents.info.sequences} documents; give "
+            "data.target_valid, or other fractions"
+        )
     lengths, longest = documents.info.lengths[numbers], documents.longest
     advice = "raise data.sequence_length, or set data.too_long"
     long = numbers[lengths > longest]

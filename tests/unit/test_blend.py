@@ -151,3 +151,38 @@ def test_another_text_under_the_same_name_is_refused():
     state = Blend([Counted([8])], shares(1.0), "samples", 10).state(5)
     with pytest.raises(UserError, match=r"data\.train: 0\.jsonl has other documents"):
         continued(state, [Share("other", "0.jsonl", 1.0)], "samples", 10, 5)
+
+
+@pytest.mark.parametrize("weights", [(1, 3, 5), (0.7, 0.2, 0.1), (0.05, 0.15, 0.8), (1 / 3, 1 / 3, 1 / 3)])
+@pytest.mark.parametrize("unit", ["samples", "tokens"])
+def test_a_longer_run_begins_alike_whatever_the_weights(weights, unit):
+    """Many samples are due at the same time; rounding must not decide between them by the run's length."""
+    parts = [Counted([8]), Counted([8, 4]), Counted([16])]
+    short, long = (Blend(parts, shares(*map(float, weights)), unit, n) for n in (3000, 6001))
+    assert drawn(short, 0, 3000) == drawn(long, 0, 3000)
+
+
+def test_a_path_may_be_read_in_two_ways():
+    """As it is when a source is listed once in documents and once as a stream."""
+    parts, twice = [Counted([8]), Counted([8])], [Share("a", "x.jsonl", 1.0), Share("b", "x.jsonl", 2.0)]
+    blend = Blend(parts, twice, "samples", 90)
+    assert [found["name"] for found in blend.read(90)] == ["x.jsonl", "x.jsonl #2"]
+    state = json.loads(json.dumps(blend.state(30)))
+    era, change = continued(state, twice, "samples", 90, 30)
+    assert change == "" and drawn(Blend(parts, twice, "samples", 90, era=era), 30, 90) == drawn(blend, 30, 90)
+    assert "from sample 30" in continued(state, twice[1:], "samples", 90, 30)[1]
+    with pytest.raises(UserError, match=r"x\.jsonl has other documents"):
+        continued(state, [Share("c", "x.jsonl", 1.0)], "samples", 90, 30)
+
+
+def test_a_small_part_of_a_long_run_takes_little_memory():
+    class Asked(Counted):
+        most = 0
+
+        def tokens(self, count):
+            self.most = max(self.most, count)
+            return super().tokens(count)
+
+    parts = [Asked([8]), Asked([8])]
+    Blend(parts, shares(999.0, 1.0), "tokens", 100_000)
+    assert parts[0].most >= 99_900 and parts[1].most < 10_000

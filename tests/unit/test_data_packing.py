@@ -161,6 +161,11 @@ def test_nothing_that_fits_is_refused(world):
         Parts([(world / "chats", source)], load_tokenizer(world / "model"), Settings(2), world / "c", with_valid=False)
 
 
+def test_an_empty_part_of_the_split_is_named(world):
+    with pytest.raises(UserError, match=r"chats\.jsonl: a part of data\.split has none of its 82 documents; give"):
+        part(world, split="0.0001,1,0")
+
+
 def test_a_split_divides_documents(world):
     assert part(world, split="3,1,0").documents in (60, 61, 62)
 

@@ -17,7 +17,7 @@ class DataRead(Callback):
         if loop.datasets.blend is None:
             return
         record = {
-            f"{unit}_read/{found['path']}": found[unit]
+            f"{unit}_read/{found['name']}": found[unit]
             for found in loop.datasets.blend.read(loop.progress.samples)
             for unit in ("samples", "tokens", "epochs")
         }
@@ -28,6 +28,6 @@ class DataRead(Callback):
             return
         for found in loop.datasets.blend.read(loop.progress.samples):
             loop.telemetry.say(
-                f"read of {found['path']}: {found['samples']:,} samples, {found['tokens']:,} tokens, "
+                f"read of {found['name']}: {found['samples']:,} samples, {found['tokens']:,} tokens, "
                 f"{found['epochs']:.4g} epochs"
             )
