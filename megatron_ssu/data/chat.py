@@ -18,16 +18,23 @@ _ROLES = {
     "model": "assistant",
     "system": "system",
 }
+_FORMS = ("messages", "conversations", "instruction", "prompt")  # by each of which a chat is known
 
 
 def is_chat(value: dict[str, Any]) -> bool:
     """Whether a line's object holds a chat rather than text."""
-    return any(key in value for key in ("messages", "conversations", "instruction", "prompt"))
+    return any(key in value for key in _FORMS)
 
 
-def renamed(value: dict[str, Any], columns: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """A row in which what is read goes by its own name, not its column's. Raises BadLine where a column is missing."""
-    found = {key: member for key, member in value.items() if key not in [column for _, column in columns]}
+def renamed(value: dict[str, Any], columns: Sequence[tuple[str, str]], text_key: str = "text") -> dict[str, Any]:
+    """A row in which what is read goes by its own name, not its column's; where that is a chat or text, in no other form.
+
+    Raises BadLine where a column is missing.
+    """
+    taken = {column for _, column in columns}
+    if any(name in _FORMS or name == text_key for name, _ in columns):
+        taken |= {*_FORMS, text_key}
+    found = {key: member for key, member in value.items() if key not in taken}
     for name, column in columns:
         if column not in value:
             raise BadLine(f"no column {column!r} in it (columns: {', '.join(map(repr, list(value)[:8])) or 'none'})")
@@ -53,9 +60,7 @@ def encode_training_chat(
     messages = read_sample(value)
     if isinstance(messages, str):
         raise BadLine("not a chat")
-    tools = value.get("tools") or None
-    if tools is not None and not isinstance(tools, list):
-        raise BadLine("'tools' is not a list")
+    tools = tools_of(value)
     if not tokenizer.has_chat_template:
         raise BadLine(f"a chat, but the tokenizer in {tokenizer.path} has no chat template; give `text` lines instead")
     if not answers:
@@ -70,14 +75,24 @@ def encode_training_chat(
     return ids, bytes(any(begin < high and end > low for low, high in spans) for begin, end in offsets)
 
 
+def tools_of(value: dict[str, Any]) -> list[Any] | None:
+    """The tools of a row, which the chat template describes. Raises BadLine."""
+    tools = value.get("tools") or None
+    if tools is not None and not isinstance(tools, list):
+        raise BadLine("'tools' is not a list")
+    return tools
+
+
 def encode_answer(text: str, prompt: str, tokenizer: Tokenizer) -> tuple[list[int], bytes]:
     """Plain text as the assistant's answer to `prompt`, in the chat template; bytes as above. Raises BadLine.
 
-    Nothing in the text becomes a special token.
+    Nothing in the text becomes a special token. Of blanks alone there are none.
     """
     if not tokenizer.has_chat_template:
         raise BadLine(f"data.wrap: answer, but the tokenizer in {tokenizer.path} has no chat template; leave it out")
     text, user = check_unicode(text.strip()), {"role": "user", "content": prompt}
+    if not text:
+        return [], b""
     before = _rendered(tokenizer, [user], None, prompt=True)
     whole = _rendered(tokenizer, [user, {"role": "assistant", "content": text}], None)
     if not whole.startswith(before + text):

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_ssu.config.checks.files import SAVED_DATASET
-from megatron_ssu.config.sources import Reading
+from megatron_ssu.config.sources import PLAIN, Reading
 from megatron_ssu.data.jsonl import LineReader, source_digest
 from megatron_ssu.errors import UserError, named_line
 from megatron_ssu.io.extras import require
@@ -66,7 +66,8 @@ def rows_digest(path: str | Path, reading: Reading) -> str:
     if is_hub_id(path):
         files = [Path(entry["filename"]) for entry in _dataset(path, reading).cache_files]
     elif Path(path).is_dir():
-        files = _files(Path(path)) or sorted(Path(path).rglob("*.arrow"))
+        files = _files(Path(path))
+        files = _of_split(files, path, reading) if files else sorted(Path(path).rglob("*.arrow"))
     else:
         return source_digest(path)
     return hashlib.sha256("\n".join(source_digest(file) for file in files).encode()).hexdigest()
@@ -90,12 +91,38 @@ class TableReader:
         self.bytes_read = size
 
 
+_SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
+
+
+def _of_split(files: Sequence[Path], path: str | Path, reading: Reading) -> list[Path]:
+    """The files of the split, where names begin with one as on the hub (train-00000-of-00002.parquet); else all of them.
+
+    Raises UserError for a split that no file is of, and for a subset, which files do not have.
+    """
+    if reading.subset is not None:
+        raise UserError(
+            f"{path}: subset must be left out for files, got {reading.subset!r}; name the files of the subset"
+        )
+    splits = {file: re.split(r"[-_.]", file.name)[0] for file in files}
+    there = sorted(set(splits.values()) & {*_SPLITS, reading.split})
+    if not there:
+        if reading.split != PLAIN.split:
+            raise UserError(
+                f"{path}: split must be left out, got {reading.split!r}: no file's name says of which it is"
+            )
+        return list(files)
+    if reading.split not in there:
+        raise UserError(f"{path}: split must be one of {', '.join(there)}, got {reading.split!r}")
+    return [file for file in files if splits[file] == reading.split]
+
+
 def _batches(path: str | Path, reading: Reading) -> tuple[int, Iterator[list[dict[str, Any]]]]:
     """How many rows there are, and batches of them."""
     place = Path(path)
     files = [place] if place.suffix in _TABLES and place.is_file() else _files(place) if place.is_dir() else []
     if files:
         require(f"{path}", "pyarrow", "data")
+        files = _of_split(files, path, reading) if place.is_dir() else files
         tables = [_parquet(file) if file.suffix == ".parquet" else _arrow(file) for file in files]
         return sum(count for count, _ in tables), (batch for _, read in tables for batch in read())
     dataset = _dataset(path, reading)
@@ -138,6 +165,8 @@ def _dataset(path: str | Path, reading: Reading) -> Any:
         else:
             found = datasets.load_dataset(str(path), reading.subset)
     if not isinstance(found, datasets.DatasetDict):
+        if reading.split != PLAIN.split:
+            raise UserError(f"{path}: split must be left out, got {reading.split!r}: the saved dataset has no splits")
         return found
     if reading.split not in found:
         raise UserError(f"{path}: split must be one of {', '.join(found)}, got {reading.split!r}")

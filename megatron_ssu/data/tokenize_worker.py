@@ -60,7 +60,7 @@ def encode_batch(job: EncodeJob, batch: Batch) -> Encoded:
     numbers: list[int] = []
     for number, line in batch:
         try:
-            value = renamed(parse_object(line), reading.columns)
+            value = renamed(parse_object(line), reading.columns, reading.text_key)
             if reading.text_key not in value and is_chat(value):
                 chats.append(encode_training_chat(value, tokenizer, answers=answers))
                 continue

@@ -106,6 +106,11 @@ def test_what_cannot_be_marked_is_refused(tmp_path, template, value, message):
         encode_training_chat(value, tokenizer_of(tmp_path, template), answers=True)
 
 
+@pytest.mark.parametrize("text", ["", "  \n\t "])
+def test_blanks_are_wrapped_in_nothing(tmp_path, text):
+    assert encode_answer(text, "Go on.", tokenizer_of(tmp_path, PLAIN)) == ([], b"")
+
+
 def test_text_cannot_be_wrapped_without_a_template_that_keeps_it(tmp_path):
     with pytest.raises(BadLine, match="no chat template"):
         encode_answer("x", "", load_tokenizer(make_sentencepiece(tmp_path)))

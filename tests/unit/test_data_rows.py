@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from megatron_ssu.config.load import load_run
 from megatron_ssu.config.schema import CheckpointSection, DataSection, DataSource, ModelSection, RunConfig
 from megatron_ssu.config.sources import Reading, reading, train_sources
 from megatron_ssu.data.prepare import prepare
@@ -85,6 +86,44 @@ def test_columns_have_their_own_names(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        ((("messages", "chat"),), {"chat": ROWS[0]["conversation"]}),
+        ((("prompt", "q"), ("completion", "a")), {"q": "Columns?", "a": "learn"}),
+        ((("instruction", "q"), ("output", "a")), {"q": "Columns?", "a": "learn"}),
+        ((("text", "body"),), {"body": "Columns?"}),
+    ],
+)  # fmt: skip
+def test_mapped_columns_win_over_what_else_is_in_the_row(folder, tmp_path, columns, row):
+    others = {
+        "text": "unread",
+        "messages": [{"role": "user", "content": "unread"}],
+        "prompt": "unread",
+        "completion": "x",
+    }
+    for name, given in (("a", row), ("b", others | row)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(given) + "\n")
+        prepare(
+            [tmp_path / f"{name}.jsonl"], tmp_path / name, folder / "model", reading=Reading(columns=columns), workers=1
+        )
+    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
+
+
+def test_a_folder_of_parquet_files_has_the_splits_that_its_names_say(folder, tmp_path):
+    for name, number in (("train-00000-of-00002", 0), ("train-00001-of-00002", 1), ("test-00000-of-00001", 0)):
+        (tmp_path / f"{name}.parquet").write_bytes((folder / "parts" / f"{number}.parquet").read_bytes())
+    assert [len(list(open_rows(tmp_path, Reading(split=s)))) for s in ("train", "test")] == [len(ROWS), 100]
+    assert len({rows_digest(tmp_path, Reading(split=s)) for s in ("train", "test")}) == 2
+    with pytest.raises(UserError, match=r"split must be one of test, train, got 'validation'"):
+        list(open_rows(tmp_path, Reading(split="validation")))
+    with pytest.raises(UserError, match=r"subset must be left out for files, got 'small'"):
+        list(open_rows(tmp_path, Reading(subset="small")))
+    for name in ("parts", "saved"):
+        with pytest.raises(UserError, match=rf"{name}: split must be left out, got 'test'"):
+            list(open_rows(folder / name, Reading(split="test")))
+
+
+@pytest.mark.parametrize(
     ("name", "how", "message"),
     [
         (
@@ -135,3 +174,12 @@ def test_a_source_takes_from_the_section_what_it_does_not_say():
     assert (first.loss_on, first.packing, first.wrap) == ("answers", "documents", "none")
     assert reading(run, first) == Reading("body", loss_on="answers")
     assert reading(run, second) == Reading("body", (("text", "body"),), wrap="answer", wrap_prompt="Go on.")
+
+
+def test_a_source_may_say_none_where_the_section_says_something(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "model: {path: m}\ncheckpoint: {directory: c}\ndata:\n  packing: documents\n  wrap: answer\n"
+        "  train: [a, {path: b, packing: none, wrap: none}]\n"
+    )
+    first, second = train_sources(load_run(tmp_path / "run.yaml"))
+    assert (first.packing, first.wrap, second.packing, second.wrap) == ("documents", "answer", "none", "none")
