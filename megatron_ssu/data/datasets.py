@@ -106,12 +106,30 @@ class Parts:
 
         Replay comes on top.
         """
-        own = len(self.train) - self._settings.replayed
+        settings = self._settings
+        own = len(self.train) - settings.replayed
         factors = [1.0] * own
-        if self._settings.weights_in == "epochs":
+        if settings.weights_in == "epochs":
             factors = [_mean(source.weight) for source in self._sources[:own]]
-        samples = sum(f * part.samples_per_epoch for f, part in zip(factors, self.train[:own], strict=True))
-        return epochs * samples / (1 - (_mean(self._settings.replay) if self._settings.replayed else 0.0))
+        parts = list(zip(factors, self.train[:own], strict=True))
+        samples = sum(factor * part.samples_per_epoch for factor, part in parts)
+        if not settings.replayed:
+            return epochs * samples
+        beside = _mean(settings.replay) / (1 - _mean(settings.replay))  # replay for one of the rest
+        if settings.weights_in == "samples":
+            return epochs * samples * (1 + beside)
+        tokens = sum(factor * part.tokens_per_epoch for factor, part in parts)
+        return epochs * (samples + tokens * beside / self._tokens_per_replayed())
+
+    def _tokens_per_replayed(self) -> float:
+        """Mean tokens of a sample of replay."""
+        own = len(self.train) - self._settings.replayed
+        parts = self.train[own:]
+        tokens = np.array([_mean(source.weight) for source in self._sources[own:]])
+        if self._settings.weights_in == "epochs":
+            tokens = tokens * np.array([part.tokens_per_epoch for part in parts])
+        per_sample = np.array([part.tokens_per_epoch / part.samples_per_epoch for part in parts])
+        return float(tokens.sum() / (tokens / per_sample).sum())
 
     def blend(
         self, samples: int, *, reach: int = 0, saved: dict[str, Any] | None = None, at: int = 0

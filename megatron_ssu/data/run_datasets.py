@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_ssu.config.schema import DataSource, RunConfig
-from megatron_ssu.config.sources import reading, train_sources, valid_sources
+from megatron_ssu.config.sources import completed, reading, train_sources, valid_sources
 from megatron_ssu.data.indexed import check_prefix, idx_path, prepared_prefix, source_kind
 from megatron_ssu.data.prepare import PrepareReport, prepare
 from megatron_ssu.data.tokenizer import Tokenizer, load_tokenizer
@@ -46,7 +46,7 @@ def prepare_run(
     def prefix_of(source: DataSource) -> Path:
         path = source.path
         if source_kind(path) == "indexed":
-            check_prefix(path, tokenizer=tokenizer)
+            _check_masked(source, check_prefix(path, tokenizer=tokenizer).masked)
             return Path(path)
         prefix = _prepared(run, source, tokenizer)
         if not idx_path(prefix).exists():  # the last of its files to get its name
@@ -72,7 +72,7 @@ def prepare_run(
 
     train = [(prefix_of(source), source) for source in train_sources(run)]
     valid = [
-        {name: prefix_of(DataSource(path)) for name, path in valid_sources(given).items()}
+        {name: prefix_of(completed(run, DataSource(path))) for name, path in valid_sources(given).items()}
         for given in (run.data.source_valid, run.data.target_valid)
     ]
     return Prefixes(train, *valid), reports
@@ -102,3 +102,13 @@ def _prepared(run: RunConfig, source: DataSource, tokenizer: Tokenizer) -> Path:
         chat_template=tokenizer.chat_template,
         marks=tokenizer.marks,
     )
+
+
+def _check_masked(source: DataSource, masked: bool) -> None:
+    """Raises UserError where an indexed dataset has loss on other tokens than its source says."""
+    if masked != (source.loss_on == "answers"):
+        made, asked = ("answers", "all") if masked else ("all", "answers")
+        raise UserError(
+            f"{source.path}: loss_on must be {made}, as the dataset was prepared, got {asked}; set it, or prepare the text "
+            f"again with --loss-on {asked}"
+        )

@@ -13,7 +13,9 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
+from megatron_ssu.config.sources import Reading
 from megatron_ssu.data.packing import Layout, best_fit, sample_of
+from megatron_ssu.data.prepare import prepare
 from tests.dist import packing_work as work
 from tests.dist.ranks import RankError
 from tests.dist.test_methods import make_world
@@ -253,6 +255,35 @@ def test_epochs_read_every_chat_so_often(ranks, world, packing):
     extra = sum(read.values()) - 2 * sum(wanted.values())
     assert set(read) == set(wanted) and all(read[key] >= 2 * count for key, count in wanted.items())
     assert 0 <= extra < 16 * 96 // 4, "the last global batch is filled from the next epoch"
+
+
+@pytest.mark.parametrize("unit", ["samples", "tokens", "epochs"])
+def test_an_epoch_is_one_beside_replay_too(ranks, world, unit):
+    """Samples of replay hold other numbers of tokens than those that they come on top of."""
+    data = {"train": [{"path": CHATS, "packing": "none", "loss_on": "answers"}], "weights_in": unit}
+    overrides = ["replay.fraction=0.2", f"replay.path=[{{path: {TEXT}, packing: stream}}]", "train.global_batch_size=2"]
+    file = write(world, f"replayed-{unit}", data, iterations=-1, epochs=1)
+    result = ranks.run(work.counted_run, 1, file, str(world), overrides)[0]
+    last = [line for line in result["metrics"] if f"epochs_read/{CHATS}" in line][-1]
+    assert last[f"epochs_read/{CHATS}"] == pytest.approx(1, abs=0.01)
+    what = "samples_read" if unit == "samples" else "tokens_read"
+    read = [last[f"{what}/{path}"] for path in (CHATS, TEXT)]
+    assert read[1] / sum(read) == pytest.approx(0.2, rel=0.02)
+
+
+@pytest.mark.parametrize(("made", "asked"), [("answers", "all"), ("all", "answers")])
+@pytest.mark.parametrize("key", ["train", "target_valid"])
+def test_a_prepared_dataset_has_loss_where_the_run_says(ranks, world, made, asked, key):
+    prefix = world / f"prepared-{made}"
+    if not prefix.with_suffix(".idx").exists():
+        prepare([world / CHATS], prefix, world / "hf" / "source", reading=Reading(loss_on=made), workers=1)
+    data = {"train": CHATS, "loss_on": asked, "packing": "documents"} | {key: prefix.name}
+    with pytest.raises(RankError) as caught:
+        ranks.run(work.counted_run, 1, write(world, "refused", data), str(world), [])
+    words = f"{prefix.name}: loss_on must be {made}, as the dataset was prepared, got {asked}"
+    assert caught.value.kind == "UserError" and words in caught.value.message
+    data["loss_on"] = made
+    ranks.run(work.counted_run, 1, write(world, f"{key}-{made}", data, iterations=1), str(world), [])
 
 
 @pytest.mark.parametrize(
