@@ -26,7 +26,7 @@ from megatron_ssu.data.rows import rows_digest
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.errors import UserError
 from megatron_ssu.generate.backends import backend_name, open_backend
-from megatron_ssu.generate.filters import Answer, refused_by
+from megatron_ssu.generate.filters import Answer, check_language, refused_by
 from megatron_ssu.generate.prompts import Prompt, read_prompts
 from megatron_ssu.io.atomic import write_text
 from megatron_ssu.models.fingerprint import model_fingerprint
@@ -72,6 +72,7 @@ def open_job(
 
     Raises UserError as `read_prompts`, and for a model that is none.
     """
+    check_language(section.filter)
     source = open_source(model, key)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     prompts, dropped = read_prompts(section.prompts, tokenizer, section, source.dims.positions)
@@ -104,7 +105,10 @@ def begin(job: Job) -> None:
     """
     file = job.folder / "job.json"
     if file.exists():
-        _compare(job.folder, json.loads(file.read_text(encoding="utf-8")), job.facts, "was begun with")
+        begun = json.loads(file.read_text(encoding="utf-8")) | {
+            "filter": job.facts["filter"]
+        }  # which is applied at the end
+        _compare(job.folder, begun, job.facts, "was begun with")
         return
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +147,8 @@ def publish(job: Job) -> dict[str, int]:
             counts[refused or "kept"] += 1
             if refused is None:
                 messages = [*prompt.messages, {"role": "assistant", "content": answer.text}]
-                lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
+                tools = {} if prompt.tools is None else {"tools": prompt.tools}
+                lines.append(json.dumps({"messages": messages, **tools}, ensure_ascii=False))
     if not lines:
         refused_most = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
         raise UserError(

@@ -4,6 +4,7 @@ transformers on the fixed batch that it is in; not on how many processes share t
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,12 @@ def seed_of(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:4], "little")
 
 
+def turn_ends(configured: int | list[int] | None, tokenizer: Tokenizer) -> list[int]:
+    """Ids that end an answer: those of generation_config.json, and the tokenizer's."""
+    listed = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in (*listed, tokenizer.eos_id) if i is not None})
+
+
 class Transformers:
     """Batches, padded on the left, through transformers' `generate`, on this rank's GPU where there is one."""
 
@@ -67,9 +74,7 @@ class Transformers:
         self._device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
         self._model = loaded.to(self._device).eval()
         self._tokenizer, self._section = tokenizer, section
-        configured = loaded.generation_config.eos_token_id
-        listed = configured if isinstance(configured, list) else [configured]
-        self._ends = sorted({i for i in (*listed, tokenizer.eos_id) if i is not None})
+        self._ends = turn_ends(loaded.generation_config.eos_token_id, tokenizer)
 
     def answer(self, batch: Sequence[Prompt], number: int) -> list[Answer]:
         import torch
@@ -109,6 +114,7 @@ class VLLM:
         dtype = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}[section.dtype]
         self._model = LLM(model=str(model), dtype=dtype, seed=section.seed, trust_remote_code=trust_remote_code)
         self._tokenizer, self._section = tokenizer, section
+        self._ends = turn_ends(_configured_ends(model), tokenizer)
 
     def answer(self, batch: Sequence[Prompt], number: int) -> list[Answer]:
         from vllm import SamplingParams
@@ -121,6 +127,7 @@ class VLLM:
                 top_k=section.top_k,
                 max_tokens=section.max_new_tokens,
                 seed=seed_of(section.seed, prompt.row),
+                stop_token_ids=self._ends,
             )
             for prompt in batch
         ]
@@ -130,6 +137,12 @@ class VLLM:
             best = output.outputs[0]
             ids = list(best.token_ids)
             ended = best.finish_reason == "stop"
-            kept = ids[:-1] if ended and ids and ids[-1] == self._tokenizer.eos_id else ids
+            kept = ids[:-1] if ended and ids and ids[-1] in self._ends else ids
             found.append(Answer(self._tokenizer.decode(kept), kept, ended))
         return found
+
+
+def _configured_ends(model: Path) -> int | list[int] | None:
+    file = model / "generation_config.json"
+    found: int | list[int] | None = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_ssu.config.schema import GenerateSection
 from megatron_ssu.config.sources import PLAIN
-from megatron_ssu.data.chat import is_chat, read_sample
+from megatron_ssu.data.chat import is_chat, read_sample, tools_of
 from megatron_ssu.data.jsonl import BadLine, check_unicode, parse_object
 from megatron_ssu.data.rows import open_rows
 from megatron_ssu.data.tokenizer import Tokenizer
@@ -24,6 +24,7 @@ class Prompt:
     row: int  # in the file, from 1
     messages: list[dict[str, Any]]
     ids: list[int]
+    tools: list[Any] | None = None  # that the template offers to the model
 
 
 def read_prompts(
@@ -46,12 +47,13 @@ def read_prompts(
     found, dropped = [], 0
     for number, line in (rows[i] for i in chosen):
         try:
-            messages = turns_before_answer(parse_object(line))
-            ids = tokenizer.encode_rendered(_rendered(tokenizer, messages))
+            value = parse_object(line)
+            messages, tools = turns_before_answer(value), tools_of(value)
+            ids = tokenizer.encode_rendered(_rendered(tokenizer, messages, tools))
         except BadLine as error:
             raise UserError(f"{path}:{number}: {error}") from error.__cause__
         if len(ids) + section.max_new_tokens <= positions:
-            found.append(Prompt(number, messages, ids))
+            found.append(Prompt(number, messages, ids, tools))
         elif section.too_long == "drop":
             dropped += 1
         else:
@@ -81,9 +83,9 @@ def turns_before_answer(value: dict[str, Any]) -> list[dict[str, Any]]:
     return turns
 
 
-def _rendered(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]]) -> str:
+def _rendered(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], tools: list[Any] | None) -> str:
     try:
-        return check_unicode(tokenizer.render_chat(messages, add_generation_prompt=True))
+        return check_unicode(tokenizer.render_chat(messages, add_generation_prompt=True, tools=tools))
     except BadLine:
         raise
     except Exception as error:  # templates raise jinja2's errors, and Python's for data they do not expect

@@ -160,6 +160,38 @@ def test_another_job_does_not_go_on_in_a_file(model, tmp_path):
         is_made(open_job(model, tmp_path / "b.jsonl", section(tmp_path)))
 
 
+def test_filters_may_be_loosened_before_the_file_is_made(model, tmp_path):
+    """What was answered stays; nothing is asked again."""
+    output, strict = tmp_path / "a.jsonl", section(tmp_path, filter=FilterSection(min_tokens=99, ends=False))
+    with pytest.raises(UserError, match="no answer passes the filters"):
+        made(model, output, strict)
+    job = open_job(model, output, section(tmp_path))
+    times = [job.part(number).stat().st_mtime_ns for number in range(3)]
+    begin(job)
+    answer_share(job, 0, 1)
+    assert times == [job.part(number).stat().st_mtime_ns for number in range(3)]
+    assert publish(job)["kept"] == len(PROMPTS)
+    with pytest.raises(UserError, match="was made with another filter"):
+        is_made(open_job(model, output, section(tmp_path, filter=FilterSection(min_tokens=2))))
+
+
+def test_tools_are_shown_to_the_model_and_kept_beside_its_answer(model, tmp_path):
+    shows = tmp_path / "shows"
+    shutil.copytree(model, shows)
+    make_hf_tokenizer(shows, template="{% if tools %}{{ tools | tojson }}{% endif %}" + TEMPLATE)
+    tools = [{"name": "search"}]
+    how = section(tmp_path, [{"prompt": "q", "tools": tools}, {"prompt": "q"}])
+    with_tools, without = open_job(shows, tmp_path / "a.jsonl", how).prompts
+    hf = transformers.AutoTokenizer.from_pretrained(shows)
+    rendered = hf.apply_chat_template(with_tools.messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    assert with_tools.ids == hf(rendered, add_special_tokens=False)["input_ids"] != without.ids
+    made(shows, tmp_path / "a.jsonl", how)
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert rows[0]["tools"] == tools and "tools" not in rows[1]
+    with pytest.raises(UserError, match=r"prompts\.jsonl:1: 'tools' is not a list"):
+        open_job(shows, tmp_path / "b.jsonl", section(tmp_path, [{"prompt": "q", "tools": "search"}]))
+
+
 ANSWER = Answer("A fine answer.", list(range(10)), True)
 
 
@@ -271,6 +303,7 @@ def test_a_model_without_a_template_cannot_be_asked(tmp_path, model):
         (["--max-repetition", "2"], "generate.filter.max_repetition"),
         (["--backend", "vllm"], "needs vllm, which is not installed"),
         (["--language", "en", "--identifier", "langid"], "needs langid, which is not installed"),
+        (["--language", "en"], "filter.language: must be a script of Unicode such as latin"),
     ],
 )
 def test_bad_options_are_one_line(model, tmp_path, capsys, more, words):
@@ -291,15 +324,38 @@ def test_vllm_is_asked_with_a_seed_per_prompt(model, tmp_path, monkeypatch):
 
         def generate(self, prompts, options, use_tqdm):
             asked.extend(zip(prompts, options, strict=True))
-            best = types.SimpleNamespace(token_ids=[5, 6, 0], finish_reason="stop")
-            return [types.SimpleNamespace(outputs=[best]) for _ in prompts]
+            ended = [
+                types.SimpleNamespace(token_ids=[5, 6, end], finish_reason="stop")
+                for end in options[0]["stop_token_ids"]
+            ]
+            ended.append(types.SimpleNamespace(token_ids=[5, 6, end_of_turn], finish_reason="length"))
+            return [types.SimpleNamespace(outputs=[ended[i % 3]]) for i in range(len(prompts))]
 
     fake = types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: options)
     monkeypatch.setitem(sys.modules, "vllm", fake)
     how = section(tmp_path, backend="vllm", temperature=0.7)
-    found = made(model, tmp_path / "a.jsonl", how)
     hf = transformers.AutoTokenizer.from_pretrained(model)
-    assert {messages[1]["content"] for messages in found} == {hf.decode([5, 6])}
+    end_of_turn = hf.convert_tokens_to_ids("<|user|>")  # as <|eot_id|> of Llama 3: of generation_config.json alone
+    shutil.copytree(model, tmp_path / "ends")
+    config = tmp_path / "ends" / "generation_config.json"
+    config.write_text(json.dumps({"eos_token_id": [hf.eos_token_id, end_of_turn]}))
+    model = tmp_path / "ends"
+    found = made(model, tmp_path / "a.jsonl", how)
+    texts = [messages[1]["content"] for messages in found]
+    assert set(texts[0::4] + texts[1::4]) == {hf.decode([5, 6])} and set(texts[2::4]) == {
+        hf.decode([5, 6, end_of_turn])
+    }
+    assert asked[1][1]["stop_token_ids"] == sorted({hf.eos_token_id, end_of_turn})
     assert asked[0]["model"] == str(model) and len(asked) == 1 + len(PROMPTS)
     assert len({options["seed"] for _, options in asked[1:]}) == len(PROMPTS)
     assert asked[1][1]["temperature"] == 0.7 and asked[1][1]["max_tokens"] == 12
+
+
+def test_a_language_code_must_be_known(model, tmp_path, monkeypatch):
+    known = types.SimpleNamespace(rank=lambda text: [("en", -1.0), ("am", -2.0)])
+    monkeypatch.setitem(sys.modules, "langid", known)
+    how = section(tmp_path, filter=FilterSection(language="english", identifier="langid"))
+    with pytest.raises(
+        UserError, match=r"filter\.language: must be one of langid's 2 codes, such as en, got 'english'"
+    ):
+        open_job(model, tmp_path / "a.jsonl", how)
