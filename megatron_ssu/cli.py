@@ -206,7 +206,7 @@ def _add_measures(add: Callable) -> None:
     command = add(
         "compare",
         "Compare models with a base: how far weights and hidden states drifted",
-        "With --text also hidden states and predictions, alone or on the mesh of --run under torchrun.",
+        "With --text also hidden states and predictions, alone or on the mesh of --run-file under torchrun.",
     )
     command.add_argument("models", nargs="+", metavar="DIR", help="Hugging Face directories; the first is the base")
     command.add_argument("--text", metavar="FILE", help="JSONL of chats or text that the models read")
@@ -214,9 +214,7 @@ def _add_measures(add: Callable) -> None:
     command.add_argument("--sequence-length", type=int, default=512, metavar="N", help="tokens per row (512)")
     command.add_argument("--seed", type=int, default=1234, metavar="N", help="of the draw (1234)")
     command.add_argument("--micro-batch-size", type=int, default=1, metavar="N", help="rows at a time (1)")
-    command.add_argument(
-        "--run", dest="run_file", metavar="RUN.yaml", help="mesh and precision are as in this run file"
-    )
+    command.add_argument("--run-file", metavar="RUN.yaml", help="mesh and precision are as in this run file")
     command.add_argument("--output", metavar="DIR", help="draw PNG files there")
     command.add_argument("--json", metavar="FILE", help="write the figures there as well")
     command = add("similarity", "Compare sets of instructions by their mean embeddings (DES)")

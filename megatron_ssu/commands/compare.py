@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from megatron_ssu.drift.tables import hidden_table, show, weights_table
-from megatron_ssu.drift.weights import WeightDrift, compare_weights
+from megatron_ssu.drift.weights import WeightDrift, check_alike, compare_weights
 from megatron_ssu.errors import UserError
 from megatron_ssu.io.atomic import check_folder, check_writable, write_text
 from megatron_ssu.io.extras import require
@@ -29,6 +29,7 @@ def run(run_file: None, options: argparse.Namespace, console: Console) -> int:
     target = check_writable(options.json) if options.json else None
     pictures = check_folder(options.output) if options.output else None
     sources = [open_source(path, "compare") for path in options.models]
+    check_alike(sources[0], sources[1:])
     hidden = _hidden(options, sources) if options.text else []
     if int(os.environ.get("RANK", "0")) == 0:
         _report(sources, compare_weights(sources[0], sources[1:]), hidden, console, target, pictures)
@@ -36,7 +37,7 @@ def run(run_file: None, options: argparse.Namespace, console: Console) -> int:
 
 
 def _hidden(options: argparse.Namespace, sources: list[Source]) -> list[dict[str, Any]]:
-    """Drift of hidden states of every model, on the mesh of --run. Collective."""
+    """Drift of hidden states of every model, on the mesh of --run-file. Collective."""
     from megatron_ssu.config.schema import CheckpointSection, ModelSection, PrecisionSection, RunConfig
     from megatron_ssu.data.calibration import load_calibration
     from megatron_ssu.data.tokenizer import load_tokenizer

@@ -28,7 +28,8 @@ from torch import Tensor
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.data.calibration import Calibration
 from megatron_ssu.engine.device import local_device
-from megatron_ssu.engine.ranks import gathered, on_all_ranks
+from megatron_ssu.engine.ranks import gathered
+from megatron_ssu.errors import UserError
 from megatron_ssu.models.parallel_model import ParallelModel, build_model, open_model
 from megatron_ssu.models.source import Source
 from megatron_ssu.ops.kl_divergence import kl_divergence
@@ -109,14 +110,15 @@ class HiddenDrift:
 def compare_hidden(run: RunConfig, base: Source, others: list[Source], text: Calibration) -> list[HiddenDrift]:
     """Every model of `others` against the base on the run file's mesh, one after the other. Collective.
 
-    Two models are held at a time, without their gradients.
+    Two models are held at a time, without their gradients. Raises UserError, on all ranks alike, for a model whose predictions
+    are not finite.
     """
     length = text.tokens.shape[1]
     run = forward_run(
         replace(
             run,
             model=replace(run.model, path=str(base.path)),
-            data=replace(run.data, sequence_length=length, train=[], packing="stream", cross_document_attention=None),
+            data=replace(run.data, sequence_length=length, train=[], packing="stream", cross_document_attention=True),
         )
     )
     first = open_model(run, base)
@@ -155,17 +157,19 @@ def _compared(run: RunConfig, first: ParallelModel, second: ParallelModel, text:
     finally:
         for handle in handles:
             handle.remove()
-    return _collected(first, moments, predicted)
+    return _collected(models, moments, predicted)
 
 
-def _collected(model: ParallelModel, moments: dict[int, Moments], predicted: Tensor) -> HiddenDrift:
-    data = parallel_state.get_data_parallel_group()
+def _collected(
+    models: tuple[ParallelModel, ParallelModel], moments: dict[int, Moments], predicted: Tensor
+) -> HiddenDrift:
+    model, data = models[0], parallel_state.get_data_parallel_group()
     for sums in moments.values():
         if model.config.sequence_parallel:
             sums.reduce(parallel_state.get_tensor_model_parallel_group())
         sums.reduce(data)
     mesh = model.mesh
-    measured = on_all_ranks(lambda: {number: sums.measures() for number, sums in moments.items()})
+    measured = {number: sums.measures() for number, sums in moments.items()}
     layers: dict[int, dict[str, float]] = {}
     for own in gathered(measured):
         layers |= own
@@ -174,6 +178,9 @@ def _collected(model: ParallelModel, moments: dict[int, Moments], predicted: Ten
     stages = gathered(predicted.tolist() if mesh.last_stage else None)
     tokens, kl, *losses = next(stage for stage in stages if stage is not None)
     count = max(tokens, 1.0)
+    for read, loss in zip(models, losses, strict=True):
+        if not math.isfinite(loss):
+            raise UserError(f"{read.source.path}: its predictions are not finite; look for a broken checkpoint")
     return HiddenDrift(dict(sorted(layers.items())), int(tokens), kl / count, (losses[0] / count, losses[1] / count))
 
 
@@ -240,7 +247,4 @@ def _predictions(models: tuple[ParallelModel, ParallelModel], logits: list[Tenso
     for model, own in zip(models, (first, second), strict=True):
         losses = model.chunks[-1].compute_language_model_loss(labels.t(), own).t()
         sums.append((losses.float() * mask).sum())
-    found = torch.stack([value.double() for value in sums])
-    if not math.isfinite(float(found.sum())):
-        raise RuntimeError("a model's predictions are not finite")
-    return found
+    return torch.stack([value.double() for value in sums])

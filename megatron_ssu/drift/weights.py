@@ -107,8 +107,7 @@ def compare_weights(base: Source, others: Sequence[Source]) -> WeightDrift:
 
     Raises UserError where one has tensors of other names or shapes, or a weight that is NaN or infinite.
     """
-    for other in others:
-        _check_alike(base, other)
+    check_alike(base, others)
     found = WeightDrift(
         [ModelMoves() for _ in others], {pair: PairMoves() for pair in combinations(range(len(others)), 2)}
     )
@@ -147,7 +146,13 @@ def _moves(base: Tensor, other: Tensor, name: str, source: Source) -> tuple[Tens
     return update, Moves(update.numel(), moved, square, float(before.square().sum()), largest)
 
 
-def _check_alike(base: Source, other: Source) -> None:
+def check_alike(base: Source, others: Sequence[Source]) -> None:
+    """Raises UserError where a model has tensors of other names or shapes than the base."""
+    for other in others:
+        _check_tensors(base, other)
+
+
+def _check_tensors(base: Source, other: Source) -> None:
     ours, theirs = set(base.checkpoint.names()), set(other.checkpoint.names())
     for missing, lacking in ((ours - theirs, other), (theirs - ours, base)):
         if missing:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from tests.dist import drift_work as work
+from tests.dist.ranks import RankError
 from tests.dist.work import mesh
 from tests.models import make_model
+from tests.unit.data_makers import TEMPLATE, TEXTS, make_hf_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 MESHES = {
     "TP1": (1, mesh()),
@@ -25,7 +37,7 @@ MESHES = {
 def models(tmp_path_factory):
     """A model, itself again, and a model that was moved a little."""
     folder = tmp_path_factory.mktemp("drift")
-    first = make_model("olmo2", folder / "first")
+    first = make_model("olmo2", folder / "first", vocab_size=321)
     model = transformers.AutoModelForCausalLM.from_pretrained(first, attn_implementation="eager")
     torch.manual_seed(5)
     with torch.no_grad():
@@ -83,6 +95,41 @@ def test_measures_equal_those_of_transformers(ranks, models, place):
             assert found["layers"][layer][key] == pytest.approx(value, abs=1e-5), (layer, key)
     assert found["kl"] == pytest.approx(kl, abs=1e-5) and found["loss"] == pytest.approx(losses, abs=1e-5)
     assert min(m["cka"] for m in layers.values()) < 0.99, "the models differ"
+
+
+@pytest.mark.parametrize("place", ["TP1", "PP2", "TP2+SPxPP2"])
+def test_predictions_that_are_not_finite_are_named_on_all_ranks(ranks, models, tmp_path, place):
+    shutil.copytree(models[1], tmp_path / "broken")
+    tensors = load_file(tmp_path / "broken" / "model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    size, parallel = MESHES[place]
+    with pytest.raises(RankError, match="broken: its predictions are not finite") as caught:
+        ranks.run(work.hidden, size, [str(models[0]), str(tmp_path / "broken")], parallel, *rows())
+    assert caught.value.kind == "UserError"
+
+
+def test_the_command_runs_under_torchrun(models, tmp_path):
+    """The options of torchrun are also read by their beginnings, and must not be those of compare."""
+    for path in models:
+        make_hf_tokenizer(path, template=TEMPLATE)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{path: {models[0]}}}\ncheckpoint: {{directory: {tmp_path}/out}}\nprecision: {{dtype: fp32}}\n"
+        "parallel: {tensor_model_parallel_size: 2}\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    compare = ["-m", "megatron_ssu", "compare", *models, "--text", tmp_path / "text.jsonl", "--sequence-length", "32"]
+    mesh_of = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = []
+    for launcher, more in (([], []), (mesh_of, ["--run-file", tmp_path / "run.yaml"])):
+        target = tmp_path / f"{len(found)}.json"
+        command = [sys.executable, *launcher, *compare, *more, "--json", target]
+        done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads(target.read_text())["models"][0]["hidden"])
+    one, two = found
+    assert one["tokens"] == two["tokens"] and one["kl"] == pytest.approx(two["kl"], abs=1e-5)
 
 
 def test_a_model_does_not_drift_from_itself(ranks, models):

@@ -129,6 +129,20 @@ def test_models_that_cannot_be_compared_are_named(models, tmp_path, capsys, chan
     assert words in error and "bad" in error and error.count("\n") == 1 and not (tmp_path / "a.json").exists()
 
 
+def test_unlike_and_broken_models_are_named_before_and_after_reading_text(models, tmp_path, capsys):
+    """With --text, where models are built first."""
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": TEXTS[0] * 4}) + "\n")
+    other = make_model("olmo2", tmp_path / "other", vocab_size=321, num_hidden_layers=3)
+    broken = damaged(models, tmp_path, lambda t: t["model.norm.weight"].fill_(math.nan))
+    for path in (other, broken):
+        make_hf_tokenizer(path, template=TEMPLATE)
+    for path, words in ((other, "tensors"), (broken, "bad: its predictions are not finite")):
+        assert call("compare", models[0], path, "--text", text, "--sequence-length", 16) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+
+
 def test_bad_arguments_of_compare(models, tmp_path, capsys):
     assert call("compare", models[0]) == 2
     assert call("compare", *models, "--samples", 0) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 import subprocess
@@ -10,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 import megatron_ssu
+from megatron_ssu.cli import _parser
 
 ROOT = Path(megatron_ssu.__file__).parent
 FLOORS = (
@@ -153,3 +156,18 @@ def test_an_extra_that_a_message_names_is_there() -> None:
     ]
     named = {argument.value for call in calls for argument in call.args[2:] if isinstance(argument, ast.Constant)}
     assert len(calls) > 5 and named <= extras
+
+
+def test_no_option_begins_one_of_torchrun() -> None:
+    """torchrun takes it for its own, by its beginning, wherever it stands."""
+    theirs = {option for action in get_args_parser()._actions for option in action.option_strings}
+    commands = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    ours = {
+        (name, option)
+        for name, command in commands.items()
+        for action in command._actions
+        for option in action.option_strings
+        if option not in ("-h", "--help")
+    }
+    assert len(ours) > 20
+    assert not {(name, option) for name, option in ours if any(other.startswith(option) for other in theirs)}
