@@ -16,7 +16,7 @@ from rich.table import Table
 
 from megatron_ssu.commands.start import start
 from megatron_ssu.config.load import save_run
-from megatron_ssu.config.phases import checked_run, phase_export, phase_runs
+from megatron_ssu.config.phases import REFERENCE, checked_run, phase_export, phase_runs
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.sources import replays
 from megatron_ssu.data.run_datasets import prepare_run, run_tokenizer
@@ -84,8 +84,21 @@ def _check_settings(run: RunConfig, number: int) -> None:
     section, own = run.phases[number].section, run.phases[number].run
     if method_of(own).planned:
         check_names(own)  # `checked_run` leaves out what refers to earlier phases
+    for key, given in (("file", own.shield.file), *(("reserve", path) for path in own.shield.reserve)):
+        if given is not None and given.startswith(REFERENCE):
+            _check_makes_shield(run, number, f"shield.{key}", given)
     if section.optimizer == "kept":
         _check_kept(run, number)
+
+
+def _check_makes_shield(run: RunConfig, number: int, key: str, given: str) -> None:
+    """Raises UserError where the phase that `given` names trains under no shield of a file."""
+    named = next(phase for phase in run.phases if REFERENCE + phase.section.name == given)
+    method = method_of(named.run)
+    if not method.shields or (method.adapts and not method.planned):
+        raise UserError(
+            f"phases.{number}.{key}: must name a phase with a shield, got {given}, whose method is {method.name}"
+        )
 
 
 def _check_kept(run: RunConfig, number: int) -> None:
@@ -123,7 +136,21 @@ def _check_exports(run: RunConfig, runs: list[RunConfig]) -> None:
         if other != name:
             raise UserError(f"phases.{number}.export: {target} is that of phase {other} too; name another directory")
         if not _begun(phase):
+            _check_moved(run, runs, number)
             check_target(str(target), f"phases.{number}.export")
+
+
+def _check_moved(run: RunConfig, runs: list[RunConfig], number: int) -> None:
+    """Raises UserError where checkpoint.export has the export of the phase that was the last one before this one was added."""
+    for earlier, phase in enumerate(runs[:number]):
+        ended = latest_iteration(checkpoints_folder(phase.checkpoint.directory)) == phase.train.iterations
+        moved = ended and read_record(phase_export(run, earlier)) is None
+        if moved and read_record(phase_export(run, number)) is not None:
+            name, place = run.phases[earlier].section.name, phase_export(run, number)
+            raise UserError(
+                f"phases.{number}: {place} has the export of phase {name}, which was the last; give that phase "
+                f"`export: {place}` and this one, or checkpoint.export, another directory"
+            )
 
 
 def _prepare(run: RunConfig, console: Console) -> None:

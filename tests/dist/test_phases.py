@@ -15,6 +15,7 @@ from tests.dist import phases_work as work
 from tests.dist.ranks import RankError
 from tests.dist.test_methods import make_world
 
+CHATS = "world/chat.jsonl"
 MESHES = {"TP1": (1, []), "TP2xDP2": (4, ["parallel.tensor_model_parallel_size=2"])}
 RUN = {
     "model": {"path": "hf/source"},
@@ -192,6 +193,23 @@ def test_a_phase_may_be_added(ranks, done, world):
     assert said.count("nothing to do") == 5 and "phase 6 of 6: more" in said
 
 
+def test_a_phase_added_where_the_last_export_lies_is_refused_with_the_remedy(ranks, world):
+    one, two = ({"name": name, "method": {"name": "none"}, "data": {"train": CHATS}} for name in ("one", "two"))
+    place = {"directory": "runs/grown", "export": "grown"}
+    ranks.run(work.phases, 1, write(world, "grown", checkpoint=place, phases=[one]), str(world), [], [])
+    with pytest.raises(RankError) as caught:
+        ranks.run(work.phases, 1, write(world, "grown", checkpoint=place, phases=[one, two]), str(world), [], [])
+    message = caught.value.message
+    assert message.startswith(
+        "phases.1: grown has the export of phase one, which was the last; give that phase `export: grown`"
+    )
+    phases, place["export"] = [one | {"export": "grown"}, two], "further"
+    said = ranks.run(work.phases, 1, write(world, "grown", checkpoint=place, phases=phases), str(world), [], [])[0][
+        "said"
+    ]
+    assert said.count("nothing to do") == 1 and (world / "further" / "model.safetensors").exists()
+
+
 def changed(number, **keys):
     return [*RUN["phases"][:number], RUN["phases"][number] | keys, *RUN["phases"][number + 1 :]]
 
@@ -208,6 +226,8 @@ def changed(number, **keys):
         (changed(3, optimizer="kept"), ("phases.3.optimizer", "method")),
         (changed(1, export="hf"), ("phases.1.export", "hf")),
         (changed(1, export="runs/refused/phases/1-english/model"), ("phases.1.export", "phase english")),
+        (changed(4, shield={"file": "phase:english"}, optimizer="fresh"), ("phases.4.shield.file", "method is none")),
+        (changed(3, shield={"reserve": ["phase:english"]}), ("phases.3.shield.reserve", "phase:english", "method is none")),
         (changed(3, shield={"reserve": ["none.safetensors"]}), ("phase second", "shield.reserve.0", "none.safetensors")),
         (changed(3, shield={"granularity": "layer", "reserve": ["phase:first"]}), ("phase second", "shield.reserve", "layer")),
     ],
