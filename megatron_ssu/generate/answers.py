@@ -105,9 +105,8 @@ def begin(job: Job) -> None:
     """
     file = job.folder / "job.json"
     if file.exists():
-        begun = json.loads(file.read_text(encoding="utf-8")) | {
-            "filter": job.facts["filter"]
-        }  # which is applied at the end
+        begun = json.loads(file.read_text(encoding="utf-8"))
+        begun["filter"] = job.facts["filter"]  # applied when all is answered
         _compare(job.folder, begun, job.facts, "was begun with")
         return
     try:

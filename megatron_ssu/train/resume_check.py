@@ -41,7 +41,7 @@ def newest(run: RunConfig, method: Method, checkpoints: Checkpoints) -> int | No
     common = checkpoints.read_common(latest)
     if "optimizer" not in common:
         raise UserError(f"{path}: it holds weights alone, for `export`; train in another checkpoint.directory")
-    if "steps" not in common["optimizer"] or not common["progress"].keys() >= {"blend"}:
+    if "steps" not in common["optimizer"] or "blend" not in common["progress"]:
         raise UserError(
             f"{path}: it was written by an earlier version and cannot be resumed; go on with that version, or "
             "`export` it and start from there in another checkpoint.directory"
