@@ -137,6 +137,7 @@ def test_unlike_and_broken_models_are_named_before_and_after_reading_text(models
     broken = damaged(models, tmp_path, lambda t: t["model.norm.weight"].fill_(math.nan))
     for path in (other, broken):
         make_hf_tokenizer(path, template=TEMPLATE)
+    capsys.readouterr()  # progress bars of transformers
     for path, words in ((other, "tensors"), (broken, "bad: its predictions are not finite")):
         assert call("compare", models[0], path, "--text", text, "--sequence-length", 16) == 2
         error = capsys.readouterr().err
