@@ -117,6 +117,7 @@ def test_the_command_runs_under_torchrun(models, tmp_path):
     (tmp_path / "run.yaml").write_text(
         f"model: {{path: {models[0]}}}\ncheckpoint: {{directory: {tmp_path}/out}}\nprecision: {{dtype: fp32}}\n"
         "parallel: {tensor_model_parallel_size: 2}\n"
+        "data: {train: a.jsonl, packing: documents}\nreplay: {fraction: 0.1, path: [{path: b.jsonl, packing: none}]}\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     compare = ["-m", "megatron_ssu", "compare", *models, "--text", tmp_path / "text.jsonl", "--sequence-length", "32"]
