@@ -26,7 +26,7 @@ from megatron_ssu.data.rows import rows_digest
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.errors import UserError
 from megatron_ssu.generate.backends import backend_name, open_backend
-from megatron_ssu.generate.filters import Answer, check_language, refused_by
+from megatron_ssu.generate.filters import Answer, refused_by
 from megatron_ssu.generate.prompts import Prompt, read_prompts
 from megatron_ssu.io.atomic import write_text
 from megatron_ssu.models.fingerprint import model_fingerprint
@@ -72,7 +72,6 @@ def open_job(
 
     Raises UserError as `read_prompts`, and for a model that is none.
     """
-    check_language(section.filter)
     source = open_source(model, key)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     prompts, dropped = read_prompts(section.prompts, tokenizer, section, source.dims.positions)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_ssu.config.schema import FilterSection
-from megatron_ssu.errors import UserError
 
 _GRAM = 4  # tokens
 _SCRIPT_SHARE = 0.8  # of an answer's letters
@@ -34,24 +32,6 @@ def in_script(text: str, script: str) -> bool:
     """Whether at least 80 % of the letters are of a script, by their names in Unicode; without letters it is."""
     scripts = Counter(unicodedata.name(letter, "?").split()[0] for letter in text if letter.isalpha())
     return scripts[script.upper()] >= _SCRIPT_SHARE * scripts.total()
-
-
-def check_language(section: FilterSection) -> None:
-    """Raises UserError for a script or language that there is none of."""
-    language = section.language
-    if language is None:
-        return
-    if section.identifier == "script":
-        letters = filter(str.isalpha, map(chr, range(sys.maxunicode + 1)))
-        known = {unicodedata.name(letter, "?").split()[0].lower() for letter in letters}
-        advice = "a script of Unicode such as latin or ethiopic, or a code with identifier: langid"
-    else:
-        import langid
-
-        known = {code for code, _ in langid.rank("")}
-        advice = f"one of langid's {len(known)} codes, such as en"
-    if language.lower() not in known:
-        raise UserError(f"filter.language: must be {advice}, got {language!r}")
 
 
 def in_language(text: str, language: str) -> bool:

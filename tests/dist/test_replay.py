@@ -107,6 +107,7 @@ def test_a_phase_replays_what_its_model_answers(ranks, world, monkeypatch, capsy
         ({"prompts": "none.jsonl"}, ("phase two", "replay.generate.prompts", "none.jsonl")),
         ({"max_new_tokens": 5000}, ("phase two", "prompts.jsonl:", "positions")),
         ({"temperature": -1.0}, ("phase two", "replay.generate.temperature")),
+        ({"filter": {"language": "english"}}, ("phase two", "replay.generate.filter.language", "'english'")),
     ],
 )
 def test_bad_prompts_are_refused_before_the_first_phase(ranks, world, prompts, words):

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from megatron_ssu.cli import main
+from megatron_ssu.config.checks.data import validate_generate
 from megatron_ssu.config.schema import FilterSection, GenerateSection
 from megatron_ssu.data.tokenizer import load_tokenizer
 from megatron_ssu.errors import UserError
@@ -303,7 +304,7 @@ def test_a_model_without_a_template_cannot_be_asked(tmp_path, model):
         (["--max-repetition", "2"], "generate.filter.max_repetition"),
         (["--backend", "vllm"], "needs vllm, which is not installed"),
         (["--language", "en", "--identifier", "langid"], "needs langid, which is not installed"),
-        (["--language", "en"], "filter.language: must be a script of Unicode such as latin"),
+        (["--language", "en"], "generate.filter.language: must be a script of Unicode such as latin"),
     ],
 )
 def test_bad_options_are_one_line(model, tmp_path, capsys, more, words):
@@ -351,11 +352,12 @@ def test_vllm_is_asked_with_a_seed_per_prompt(model, tmp_path, monkeypatch):
     assert asked[1][1]["temperature"] == 0.7 and asked[1][1]["max_tokens"] == 12
 
 
-def test_a_language_code_must_be_known(model, tmp_path, monkeypatch):
-    known = types.SimpleNamespace(rank=lambda text: [("en", -1.0), ("am", -2.0)])
+def test_a_language_code_must_be_known(tmp_path, monkeypatch):
+    known = types.SimpleNamespace(rank=lambda text: [("en", -1.0), ("am", -2.0)], __spec__=1)
     monkeypatch.setitem(sys.modules, "langid", known)
     how = section(tmp_path, filter=FilterSection(language="english", identifier="langid"))
     with pytest.raises(
-        UserError, match=r"filter\.language: must be one of langid's 2 codes, such as en, got 'english'"
+        UserError, match=r"g\.filter\.language: must be one of langid's 2 codes, such as en, got 'english'"
     ):
-        open_job(model, tmp_path / "a.jsonl", how)
+        validate_generate(how, "g")
+    validate_generate(replace(how, filter=replace(how.filter, language="am")), "g")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import unicodedata
+
 from megatron_ssu.config.checks.files import ROWS, data_path
 from megatron_ssu.config.checks.values import at_least, seed_in_range
 from megatron_ssu.config.schema import DataSource, GenerateSection, Ramp, RunConfig
@@ -93,8 +96,24 @@ def validate_generate(section: GenerateSection, key: str) -> None:
         at_least(f"{key}.filter.max_tokens", section.filter.max_tokens, max(1, section.filter.min_tokens))
     if section.backend == "vllm":
         require(f"{key}.backend: vllm", "vllm", "vllm")
-    if section.filter.language is not None and section.filter.identifier == "langid":
-        require(f"{key}.filter.identifier: langid", "langid", "language")
+    if section.filter.language is not None:
+        _language(f"{key}.filter", section.filter.language, section.filter.identifier)
+
+
+def _language(key: str, language: str, identifier: str) -> None:
+    """Refuse a script, or a language for langid, that there is none of."""
+    if identifier == "script":
+        letters = filter(str.isalpha, map(chr, range(sys.maxunicode + 1)))
+        known = {unicodedata.name(letter, "?").split()[0].lower() for letter in letters}
+        advice = "a script of Unicode such as latin or ethiopic, or a code with identifier: langid"
+    else:
+        require(f"{key}.identifier: langid", "langid", "language")
+        import langid
+
+        known = {code for code, _ in langid.rank("")}
+        advice = f"one of langid's {len(known)} codes, such as en"
+    if language.lower() not in known:
+        raise UserError(f"{key}.language: must be {advice}, got {language!r}")
 
 
 FIELDS = (
