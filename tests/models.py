@@ -18,21 +18,89 @@ SIZES = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "attention_factor": 1.2079441541679836,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# What each family does beside Llama; windows are less than half of a test's sequence, layers one more than their pattern.
+FAMILIES = {
+    "smollm2": ("llama", {"tie_word_embeddings": True, "head_dim": 8}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "mistral": ("mistral", {"sliding_window": 8, "head_dim": 16}),
+    "nemo": ("mistral", {"sliding_window": None, "head_dim": 16}),
+    "smollm3": ("smollm3", {"tie_word_embeddings": True, "no_rope_layers": [1, 0, 1, 0], "use_sliding_window": False}),
+    "olmo3": (
+        "olmo3",
+        {
+            "num_hidden_layers": 6,
+            "sliding_window": 8,
+            "layer_types": [*["sliding_attention"] * 3, "full_attention", *["sliding_attention"] * 2],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+                "full_attention": {"rope_theta": 5e5, **YARN},
+            },
+        },
+    ),
+    "phi3": ("phi3", {"sliding_window": 8, "pad_token_id": 0}),
+    "phi3-longrope": (
+        "phi3",
+        {
+            "pad_token_id": 0,
+            "original_max_position_embeddings": 32,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0, 1.2, 1.5],
+                "long_factor": [1.5, 3.0, 4.0],
+                "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 16,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 1.5,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "num_hidden_layers": 8,
+            "head_dim": 16,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 24,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            },
+        },
+    ),
+}
 KINDS = {
     "olmo2": ("olmo2", {}),
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "llama3": (
         "llama",
-        {
-            "rope_scaling": {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 32,
-            }
-        },
+        {"rope_scaling": LLAMA3},
     ),
 }
 
@@ -43,14 +111,15 @@ def make_model(
     """A random model of `kind` with weights large enough that every term matters; returns `directory`."""
     import transformers
 
-    model_type, extra = KINDS[kind]
+    model_type, extra = {**KINDS, **FAMILIES}[kind]
     config = transformers.AutoConfig.for_model(model_type, **{**SIZES, **extra, **sizes})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
     with torch.no_grad():
-        for _, p in model.named_parameters():
+        for name, p in model.named_parameters():
             if p.ndim == 1:
-                p.copy_(1 + 0.2 * torch.randn_like(p.float()))
+                centre = 0 if name.endswith("bias") or model_type.startswith("gemma") else 1
+                p.copy_(centre + 0.2 * torch.randn_like(p.float()))
             else:
                 p.copy_(0.08 * torch.randn_like(p.float()))
     model.save_pretrained(directory, max_shard_size=max_shard_size)

@@ -9,9 +9,10 @@ from megatron_ssu.config.validate import validate_run
 from megatron_ssu.engine.mesh import start_processes, world_size
 from megatron_ssu.engine.ranks import on_all_ranks
 from megatron_ssu.methods.base import Method
-from megatron_ssu.models.build import DTYPES, rope_frequencies, transformer_config
+from megatron_ssu.models.build import DTYPES, transformer_config
 from megatron_ssu.models.families import read_family
 from megatron_ssu.models.hf_import import check_checkpoint
+from megatron_ssu.models.rope import ropes
 from megatron_ssu.models.source import Source, open_source
 from megatron_ssu.train.regularizers import check_regularizers
 
@@ -22,7 +23,7 @@ def check_run(run: RunConfig, method: Method, *, training: bool = True, writing:
     Without `training` the settings of the training loop are not checked, without `writing` nor are the method and its shield.
     """
     source = open_source(run.model.path)
-    rope_frequencies(source.hf, run.model.path)
+    ropes(source.hf, run.model.path)
     check_settings(run, method, source.hf, world_size(), training=training, writing=writing)
     check_checkpoint(source.checkpoint, source.family, source.dims, DTYPES[run.precision.dtype])
     return source

@@ -8,6 +8,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.sources import counts_tokens, isolates
@@ -16,7 +17,9 @@ from megatron_ssu.engine.mesh import Mesh
 from megatron_ssu.errors import UserError
 from megatron_ssu.io.dtypes import TORCH_NAMES
 from megatron_ssu.models.family import Dims, Family, padded_vocab
-from megatron_ssu.models.layers import mask_padded_vocabulary
+from megatron_ssu.models.hf_config import normalised
+from megatron_ssu.models.layers import cap_logits, mask_padded_vocabulary, scale_embeddings
+from megatron_ssu.models.rope import RopeTables, needs_tables, ropes
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, TORCH_NAMES[name]) for name in ("bf16", "fp32")}
 
@@ -73,7 +76,7 @@ def transformer_config(run: RunConfig, family: Family, hf: dict[str, Any], dims:
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "calculate_per_token_loss": counts_tokens(run),
-        **family.settings(hf, dims),
+        **family.settings(normalised(hf)),
     }
     if has_cuda():
         fields |= fused_settings(run, engine=has_transformer_engine())
@@ -87,7 +90,9 @@ def transformer_config(run: RunConfig, family: Family, hf: dict[str, Any], dims:
         if run.parallel.virtual_pipeline:
             # On gloo the batched exchange of the interleaved schedule delivers wrong tensors without an error.
             fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    if isolates(run):
+    if fields["activation_func"] is not torch.nn.functional.silu:
+        fields["bias_activation_fusion"] = False  # megatron fuses silu and the exact GELU
+    if isolates(run) or any(layer.window for layer in dims.attention):
         fields["masked_softmax_fusion"] = False  # its causal kernel reads no mask
     fields |= run.parallel.transformer | run.precision.transformer | run.model.transformer
     try:
@@ -111,16 +116,22 @@ def build_chunks(
                 f"precision.{name}: {getattr(config, name)!r} needs CUDA and a Transformer Engine that megatron-core can "
                 "import; leave it out here"
             )
-    frequencies = rope_frequencies(hf, run.model.path)
-    layer_spec = family.layer_spec(dims, has_transformer_engine())
+    from megatron_ssu.models.specs import layer_specs
+
+    found, scales = ropes(hf, run.model.path), family.scales(normalised(hf))
+    specs = layer_specs(family.layer_spec(dims, has_transformer_engine()), dims, found, scales)
+    tables = needs_tables(dims, found)
     norm = _final_norm()
     chunks = []
     for stage in range(mesh.chunks):
         vp_stage = stage if mesh.virtual else None
+        first = get_transformer_layer_offset(config, vp_stage, mesh.pipeline_rank)
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=mesh.pipeline_rank)
         chunk = GPTModel(
             config=config,
-            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer_spec] * layers, layer_norm=norm),
+            transformer_layer_spec=TransformerBlockSubmodules(
+                layer_specs=specs[first : first + layers], layer_norm=norm
+            ),
             vocab_size=padded_vocab(dims.vocab, run.model.make_vocab_size_divisible_by),
             max_sequence_length=dims.positions,
             pre_process=mesh.first_stage and stage == 0,
@@ -129,8 +140,16 @@ def build_chunks(
             position_embedding_type="rope",
             vp_stage=vp_stage,
         )
-        chunk.rotary_pos_emb.inv_freq = frequencies.to(local_device())
+        if tables:
+            chunk.rotary_pos_emb = RopeTables(chunk.rotary_pos_emb, list(found.values()))
+        else:
+            (rope,) = found.values()
+            chunk.rotary_pos_emb.inv_freq = rope.frequencies.to(local_device())
+        if chunk.pre_process and scales.embedding is not None:
+            scale_embeddings(chunk.embedding.word_embeddings, scales.embedding)
         if chunk.post_process:
+            if scales.logit_cap is not None:
+                cap_logits(chunk.output_layer, scales.logit_cap)
             mask_padded_vocabulary(chunk.output_layer, dims.vocab)
         chunks.append(chunk.to(local_device()))
     return chunks
@@ -140,61 +159,3 @@ def _final_norm() -> type:
     from megatron_ssu.models.specs import backend
 
     return backend(has_transformer_engine()).norm
-
-
-def rope_frequencies(hf: dict[str, Any], path: str) -> torch.Tensor:
-    """Inverse frequencies [head / 2] fp32 as transformers computes them (default, linear, llama3).
-
-    Raises:
-        UserError: settings that are incomplete or not numbers; a rope that changes with the sequence or scales attention.
-    """
-    file = f"{path}/config.json"
-    kind = _check_rope(hf, file)
-    try:
-        frequencies, attention_factor = _frequencies(hf, kind)
-    except Exception as error:  # transformers raises many kinds for settings that it does not expect
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{file}: the rope settings cannot be used ({reason}); copy the file again") from error
-    if attention_factor != 1.0:
-        raise UserError(f"{file}: rope scales attention by {attention_factor}; that is not supported")
-    if not bool(torch.isfinite(frequencies).all()):
-        raise UserError(f"{file}: the rope settings give frequencies that are not finite; copy the file again")
-    return frequencies
-
-
-def _check_rope(hf: dict[str, Any], file: str) -> str:
-    """The rope's type. Raises UserError for another than is supported, and for numbers that are none."""
-    sections = {name: hf.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
-    kind = "default"
-    for name, settings in sections.items():
-        if not isinstance(settings, dict):
-            raise UserError(f"{file}: {name} must be an object, got {settings!r}; copy the file again")
-        kind = settings.get("rope_type") or settings.get("type") or kind
-    if kind not in ("default", "linear", "llama3"):
-        raise UserError(f"{file}: rope type {kind!r} is not supported; supported are default, linear, llama3")
-    for name, settings in sections.items():
-        for key, value in settings.items():
-            if key not in ("rope_type", "type"):
-                _positive(value, f"{name}.{key}", file)
-    _positive(hf.get("rope_theta", 10000.0), "rope_theta", file)
-    return kind
-
-
-def _positive(value: Any, key: str, file: str) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
-        raise UserError(f"{file}: {key} must be a number above 0, got {value!r}; copy the file again")
-
-
-def _frequencies(hf: dict[str, Any], kind: str) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies [head / 2] fp32, and the factor that attention is scaled by."""
-    from transformers import AutoConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    config = AutoConfig.for_model(**hf)
-    if kind != "default":
-        frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-        return frequencies.float(), attention_factor
-    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    head = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-    base = scaling.get("rope_theta") or getattr(config, "rope_theta", 10000.0)
-    return 1.0 / (base ** (torch.arange(0, head, 2, dtype=torch.int64).to(torch.float32) / head)), 1.0

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_ssu.errors import UserError
+from megatron_ssu.models.attention import LayerAttention, layer_attention
+from megatron_ssu.models.hf_config import normalised
 from megatron_ssu.models.matrix import Matrix
 
 if TYPE_CHECKING:
@@ -32,16 +34,34 @@ class Entry:
 
     param: str  # megatron's name, within its layer or its model
     tensors: tuple[str, ...]  # Hugging Face names; {layer} stands for the layer's number
-    kinds: tuple[str, ...]  # Matrix.kind of each tensor; q_norm and k_norm: norms as wide as a projection
+    # Matrix.kind of each tensor; further kinds (Dims.shape) say how large a norm or a bias is: q_norm and k_norm are as wide
+    # as a projection, head_norm is one for all heads, centred ones are stored less 1
+    kinds: tuple[str, ...]
     split: int | None = None  # dimension that tensor parallelism splits; None: replicated
     form: Form = "plain"
 
     def matrices(self, dims: Dims, layer: int | None) -> tuple[Matrix, ...]:
         """The matrices that the parameter consists of, in `layer` or outside the layers."""
         return tuple(
-            Matrix(tensor.format(layer=layer), dims.shape(kind), layer, "norm" if kind.endswith("norm") else kind)
+            Matrix(_window(tensor, kind, dims).format(layer=layer), dims.shape(kind), layer, _matrix_kind(kind))
             for tensor, kind in zip(self.tensors, self.kinds, strict=True)
         )
+
+
+def _matrix_kind(kind: str) -> str:
+    if kind.endswith("norm"):
+        return "centred_norm" if kind.startswith("centred") else "norm"
+    return "bias" if kind.endswith("bias") else kind
+
+
+def _window(tensor: str, kind: str, dims: Dims) -> str:
+    """The tensor's name; of a tensor that holds several matrices (`NAME[kind,kind]`) the rows of this one: `NAME[0:64]`."""
+    name, _, inside = tensor.partition("[")
+    if not inside:
+        return name
+    kinds = inside.removesuffix("]").split(",")
+    first = sum(dims.shape(other)[0] for other in kinds[: kinds.index(kind)])
+    return f"{name}[{first}:{first + dims.shape(kind)[0]}]"
 
 
 @dataclass(frozen=True)
@@ -57,22 +77,25 @@ class Dims:
     vocab: int
     positions: int
     tied: bool
+    attention: tuple[LayerAttention, ...] = ()  # of each layer; empty: full, with rope, in all
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> Dims:
-        """Raises UserError where config.json lacks a size."""
+        """Raises UserError where config.json lacks a size, or transformers refuses it."""
         try:
             heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
+            config = normalised(hf)
             return cls(
                 layers=hf["num_hidden_layers"],
                 hidden=hidden,
                 heads=heads,
                 groups=hf.get("num_key_value_heads") or heads,
-                head=hf.get("head_dim") or hidden // heads,
+                head=getattr(config, "head_dim", None) or hidden // heads,
                 ffn=hf["intermediate_size"],
                 vocab=hf["vocab_size"],
                 positions=hf["max_position_embeddings"],
-                tied=bool(hf.get("tie_word_embeddings", False)),
+                tied=bool(config.tie_word_embeddings),
+                attention=layer_attention(config),
             )
         except KeyError as error:
             raise UserError(
@@ -100,8 +123,24 @@ class Dims:
             "norm": (self.hidden,),
             "q_norm": (query,),
             "k_norm": (key,),
+            "head_norm": (self.head,),
+            "centred_norm": (self.hidden,),
+            "centred_head_norm": (self.head,),
+            "q_bias": (query,),
+            "k_bias": (key,),
+            "v_bias": (key,),
         }
         return shapes[kind]
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Factors and caps around a model's layers; a cap c makes x into c tanh(x / c)."""
+
+    embedding: float | None = None  # of the embeddings, rounded to their dtype
+    attention: float | None = None  # of q k^T; None: 1 / sqrt(head)
+    attention_cap: float | None = None  # of the scores, before the mask
+    logit_cap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -112,9 +151,11 @@ class Family:
     model_types: tuple[str, ...]  # config.json's model_type
     layer: tuple[Entry, ...]
     edges: tuple[Entry, ...]  # outside the layers: embedding, final norm, head
-    settings: Callable[[dict[str, Any], Dims], dict[str, Any]]  # TransformerConfig fields that config.json decides
+    # TransformerConfig fields that config.json decides, as transformers reads it; `layers` has those that all share
+    settings: Callable[[Any], dict[str, Any]]
     layer_spec: Callable[[Dims, bool], ModuleSpec]  # (dims, with Transformer Engine)
-    check: Callable[[dict[str, Any]], None]  # raises UserError for settings that the family's code does not carry
+    check: Callable[[Any], None]  # raises UserError for settings that the family's code does not carry
+    scales: Callable[[Any], Scales] = lambda config: Scales()
     ignored: tuple[str, ...] = field(default=())  # patterns of tensors in checkpoints that are not weights
 
     def matrices(self, dims: Dims) -> Iterator[Matrix]:
@@ -131,50 +172,12 @@ class Family:
 
     def linear_matrices(self, dims: Dims) -> list[Matrix]:
         """The weight matrices of the linear layers: those that a shield's scores rank."""
-        return [m for m in self.matrices(dims) if m.layer is not None and m.kind != "norm"]
+        return [m for m in self.matrices(dims) if m.scored]
 
     def is_ignored(self, tensor: str) -> bool:
         return any(re.fullmatch(pattern, tensor) for pattern in self.ignored)
 
 
-_L = "model.layers.{layer}."
-
-# What OLMo-2 and Llama name alike.
-QKV = Entry(
-    "self_attention.linear_qkv.weight",
-    (_L + "self_attn.q_proj.weight", _L + "self_attn.k_proj.weight", _L + "self_attn.v_proj.weight"),
-    ("q_proj", "k_proj", "v_proj"),
-    split=0,
-    form="qkv",
-)
-PROJ = Entry("self_attention.linear_proj.weight", (_L + "self_attn.o_proj.weight",), ("o_proj",), split=1)
-FC1 = Entry(
-    "mlp.linear_fc1.weight",
-    (_L + "mlp.gate_proj.weight", _L + "mlp.up_proj.weight"),
-    ("gate_proj", "up_proj"),
-    split=0,
-    form="gated",
-)
-FC2 = Entry("mlp.linear_fc2.weight", (_L + "mlp.down_proj.weight",), ("down_proj",), split=1)
-EDGES = (
-    Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("embedding",), split=0, form="vocab"),
-    Entry("decoder.final_layernorm.weight", ("model.norm.weight",), ("norm",)),
-    Entry("output_layer.weight", ("lm_head.weight",), ("head",), split=0, form="vocab"),
-)
-
-
-def norm(param: str, tensor: str) -> Entry:
-    """A norm of a layer, as wide as the hidden size, the same on all tensor-parallel ranks."""
-    return Entry(param, (_L + tensor,), ("norm",))
-
-
 def padded_vocab(vocab: int, divisible_by: int) -> int:
     """Rows of embedding and head in megatron; the same on every mesh, so that checkpoints move between meshes."""
     return -(-vocab // divisible_by) * divisible_by
-
-
-def refuse_unless(hf: dict[str, Any], key: str, allowed: tuple[Any, ...]) -> None:
-    """Raise UserError unless config.json's `key`, if given, is one of `allowed`."""
-    if key in hf and hf[key] not in allowed:
-        wanted = " or ".join(repr(a) for a in allowed)
-        raise UserError(f"config.json: {key} = {hf[key]!r} is not supported; it must be {wanted}")

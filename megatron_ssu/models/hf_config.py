@@ -7,6 +7,7 @@ Every key counts, except those that say how the weights are stored, what wrote t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -59,6 +60,25 @@ def read_hf_config(path: str, key: str = "model.path") -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{key}: {file} is not a JSON object; copy the file again")
     return config
+
+
+def normalised(hf: Mapping[str, Any]) -> Any:
+    """config.json `hf` as transformers reads it: its own config, with defaults filled in and old keys brought up to date.
+
+    Raises UserError where transformers refuses it.
+    """
+    return _normalised(json.dumps(dict(hf), sort_keys=True))
+
+
+@functools.lru_cache(maxsize=8)
+def _normalised(text: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**json.loads(text))
+    except Exception as error:  # transformers raises many kinds for values that it does not expect
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"config.json: transformers refuses it ({reason}); copy the file again") from error
 
 
 def definition(config: Mapping[str, Any]) -> dict[str, Any]:

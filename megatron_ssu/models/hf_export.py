@@ -22,7 +22,7 @@ from megatron_ssu.engine.mesh import Mesh
 from megatron_ssu.engine.ranks import on_rank_zero
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.collect import Collector
-from megatron_ssu.models.hf_files import EXPORT_RECORD, INDEX_FILE, HFCheckpoint, carry_files
+from megatron_ssu.models.hf_files import EXPORT_RECORD, INDEX_FILE, HFCheckpoint, carry_files, row_window
 from megatron_ssu.models.hf_import import DTYPE_NAMES
 from megatron_ssu.models.layout import Layout
 from megatron_ssu.models.matrix import Matrix
@@ -30,18 +30,20 @@ from megatron_ssu.models.matrix import Matrix
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the new checkpoint: its name, the matrix it comes from, its stored dtype ('BF16', 'F32', ...)."""
+    """A tensor of the new checkpoint: its name, the matrices that are its rows, its stored dtype ('BF16', 'F32', ...)."""
 
     name: str
-    matrix: Matrix
+    matrices: tuple[Matrix, ...]
     dtype: str
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.matrices[0]
+        return (sum(matrix.shape[0] for matrix in self.matrices), *first.shape[1:])
+
+    @property
     def nbytes(self) -> int:
-        size = DTYPE_NAMES[self.dtype].itemsize
-        for extent in self.matrix.shape:
-            size *= extent
-        return size
+        return sum(matrix.elements for matrix in self.matrices) * DTYPE_NAMES[self.dtype].itemsize
 
 
 def plan_files(tensors: list[Tensor], max_shard_size: int) -> dict[str, list[Tensor]]:
@@ -106,12 +108,15 @@ def export_model(
         UserError: `target` exists, or cannot be written.
     """
     stored = set(source.names())
-    tensors = [Tensor(m.name, m, source.dtype(m.name)) for m in layout.family.matrices(layout.dims)]
+    stored_in: dict[str, list[Matrix]] = {}
+    for matrix in layout.family.matrices(layout.dims):
+        stored_in.setdefault(row_window(matrix.name)[0], []).append(matrix)
+    tensors = [Tensor(name, tuple(found), source.dtype(name)) for name, found in stored_in.items()]
     if layout.dims.tied:
         # Some checkpoints store the tied head as well.
-        embedding = next(t for t in tensors if t.matrix.kind == "embedding")
+        embedding = next(t for t in tensors if t.matrices[0].kind == "embedding")
         heads = [n for e in layout.family.edges if e.kinds == ("head",) for n in e.tensors if n in stored]
-        tensors += [Tensor(name, embedding.matrix, embedding.dtype) for name in heads]
+        tensors += [Tensor(name, embedding.matrices, embedding.dtype) for name in heads]
     files = plan_files(tensors, max_shard_size)
     collect = Collector(layout, mesh)
     partial = target.with_name(f".{target.name}.partial")
@@ -122,9 +127,10 @@ def export_model(
         if mesh.rank == 0:
             writer.begin(name, part)
         for tensor in part:
-            whole = collect(tensor.matrix, DTYPE_NAMES[tensor.dtype])
-            if mesh.rank == 0:
-                writer.write(whole)
+            for matrix in tensor.matrices:
+                whole = collect(matrix, DTYPE_NAMES[tensor.dtype])
+                if mesh.rank == 0:
+                    writer.write(whole)
         if mesh.rank == 0:
             writer.end()
     further(partial)
@@ -177,7 +183,7 @@ class _Writer:
         for tensor in tensors:
             header[tensor.name] = {
                 "dtype": tensor.dtype,
-                "shape": list(tensor.matrix.shape),
+                "shape": list(tensor.shape),
                 "data_offsets": [offset, offset + tensor.nbytes],
             }
             offset += tensor.nbytes

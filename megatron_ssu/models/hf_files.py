@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,27 @@ def carry_files(source: Path, target: Path) -> None:
         shutil.copyfile(source / name, target / name)
 
 
+def row_window(name: str) -> tuple[str, slice | None]:
+    """A matrix's name as the tensor that it is stored in and its rows there; None: all of them."""
+    tensor, _, rows = name.partition("[")
+    if not rows:
+        return name, None
+    first, _, stop = rows.removesuffix("]").partition(":")
+    return tensor, slice(int(first), int(stop))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A safetensors slice object whose rows are counted from `first`."""
+
+    whole: Any
+    first: int
+
+    def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
+        rows, *others = index
+        return self.whole[(slice(self.first + rows.start, self.first + rows.stop), *others)]
+
+
 class HFCheckpoint:
     """The tensors of a Hugging Face directory; only headers are read until a tensor is asked for.
 
@@ -83,11 +104,24 @@ class HFCheckpoint:
         return sorted(self._tensors)
 
     def entry(self, name: str) -> TensorEntry:
-        """File, dtype, shape and offset of a tensor. UserError when there is none of that name."""
+        """File, dtype, shape and offset of a tensor, or of rows of it (`NAME[0:64]`). UserError when there is none."""
+        tensor, rows = row_window(name)
         try:
-            return self._tensors[name]
+            entry = self._tensors[tensor]
         except KeyError:
-            raise UserError(f"{self.directory}: has no tensor {name}; is it a checkpoint of the same model?") from None
+            raise UserError(
+                f"{self.directory}: has no tensor {tensor}; is it a checkpoint of the same model?"
+            ) from None
+        if rows is None:
+            return entry
+        first, stop = rows.start, min(rows.stop, entry.shape[0])
+        bytes_of_row = entry.nbytes // max(1, entry.shape[0])
+        return replace(
+            entry,
+            shape=(max(0, stop - first), *entry.shape[1:]),
+            start=entry.start + first * bytes_of_row,
+            nbytes=max(0, stop - first) * bytes_of_row,
+        )
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.entry(name).shape
@@ -98,11 +132,15 @@ class HFCheckpoint:
 
     def get_slice(self, name: str) -> Any:
         """A safetensors slice object: index it to read a part, as a torch tensor on the CPU."""
-        return self._handle(self.entry(name).file).get_slice(name)
+        tensor, rows = row_window(name)
+        whole = self._handle(self.entry(tensor).file).get_slice(tensor)
+        return whole if rows is None else _Rows(whole, rows.start)
 
     def get(self, name: str) -> torch.Tensor:
         """The whole tensor, in the file's dtype, on the CPU."""
-        return self._handle(self.entry(name).file).get_tensor(name)
+        tensor, rows = row_window(name)
+        handle = self._handle(self.entry(tensor).file)
+        return handle.get_tensor(tensor) if rows is None else handle.get_slice(tensor)[rows]
 
     def raw(self, name: str) -> np.ndarray:
         """The bits of a tensor as unsigned integers [shape] of its width: a read-only memory map, not read yet."""

@@ -7,7 +7,7 @@ import torch
 from megatron_ssu.errors import UserError
 from megatron_ssu.io.dtypes import STORED_NAMES
 from megatron_ssu.models.family import Dims, Family
-from megatron_ssu.models.hf_files import HFCheckpoint
+from megatron_ssu.models.hf_files import HFCheckpoint, row_window
 from megatron_ssu.models.layout import Layout, LocalParam, put
 from megatron_ssu.models.matrix import Matrix
 
@@ -21,13 +21,18 @@ def check_checkpoint(checkpoint: HFCheckpoint, family: Family, dims: Dims, dtype
         UserError: a tensor is missing, unknown, of another shape, or would lose bits in `dtype`.
     """
     names = set(checkpoint.names())
-    expected = {m.name: m for m in family.matrices(dims)}
-    for matrix in expected.values():
-        if matrix.name not in names:
-            raise UserError(
-                f"{checkpoint.directory}: tensor {matrix.name} is missing; config.json says the model has it"
-            )
+    expected: dict[str, int] = {}  # tensor -> rows of its matrices
+    for matrix in family.matrices(dims):
+        tensor, _ = row_window(matrix.name)
+        if tensor not in names:
+            raise UserError(f"{checkpoint.directory}: tensor {tensor} is missing; config.json says the model has it")
         _check_tensor(checkpoint, matrix, dtype)
+        expected[tensor] = expected.get(tensor, 0) + matrix.shape[0]
+    for tensor, rows in expected.items():
+        if checkpoint.shape(tensor)[0] != rows:
+            raise UserError(
+                f"{checkpoint.directory}: tensor {tensor} has {checkpoint.shape(tensor)[0]} rows, config.json says {rows}"
+            )
     heads = {t for e in family.edges for t in e.tensors}
     unknown = sorted(n for n in names - set(expected) - heads if not family.is_ignored(n))
     if unknown:

@@ -1,7 +1,9 @@
-"""Layers that megatron-core lacks: norms that know tensor and sequence parallelism, and linear layers followed by a norm."""
+"""Layers that megatron-core lacks: norms that know tensor and sequence parallelism, linear layers followed by a norm, attention
+that differs from layer to layer, and what goes around the layers."""
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_ssu.engine.device import local_device
@@ -18,12 +22,20 @@ class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm over the last dimension, weight [H] in config.params_dtype.
 
     Under sequence parallelism each rank norms its own tokens; the mark on the weight lets megatron sum the weight's gradient
-    over the tensor-parallel ranks.
+    over the tensor-parallel ranks. With `config.layernorm_zero_centered_gamma` the weight is stored less 1, and the product is
+    taken in fp32.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps, device=local_device(), dtype=config.params_dtype)
+        self.centred = config.layernorm_zero_centered_gamma
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.centred:
+            return super().forward(x)
+        width = tuple(self.normalized_shape)
+        return torch.nn.functional.rms_norm(x.float(), width, 1.0 + self.weight.float(), self.eps).to(x.dtype)
 
 
 class SplitRMSNorm(torch.autograd.Function):
@@ -104,6 +116,92 @@ def with_output_norm(linear: type, norm: type) -> type:
             return self.post_norm(output), bias
 
     return RowParallelLinearNorm
+
+
+class PositionedSelfAttention(SelfAttention):
+    """Self-attention of a model whose layers do not all turn q and k alike."""
+
+    def __init__(
+        self, *args: Any, rope: int | None, stacked: bool, turned: tuple[int, float] | None, **kwargs: Any
+    ) -> None:
+        """`rope`: which of the stacked tables turns q and k (rope.RopeTables); None: none does. `turned`: how many channels of
+        a head are turned, and what their part of q k^T is multiplied by."""
+        super().__init__(*args, **kwargs)
+        self.rope, self.stacked, self.turned = rope, stacked, turned
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any) -> Any:
+        if self.rope is None:
+            rotary_pos_emb = None
+        elif self.stacked:
+            rotary_pos_emb = rotary_pos_emb[self.rope]
+        return super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        query, *others = super().get_query_key_value_tensors(*args, **kwargs)
+        if self.turned is not None:
+            channels, factor = self.turned
+            query = torch.cat((query[..., :channels] * factor, query[..., channels:]), dim=-1)
+        return query, *others
+
+
+@functools.cache
+def core_attention(base: type, window: int | None, scale: float | None, cap: float | None) -> type:
+    """A core attention class of megatron's or Transformer Engine's with a layer's own window (tokens that a token sees, itself
+    among them), scale of q k^T and cap of the scores; None: none, 1 / sqrt(head), none. Caps are for megatron's alone."""
+    local = issubclass(base, DotProductAttention)
+
+    class LayerCoreAttention(base):  # type: ignore[misc,valid-type]
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            if scale is not None:
+                kwargs["softmax_scale"] = scale
+            if window is not None and not local:
+                config = copy.copy(config)
+                config.window_size, config.window_attn_skip_freq = (window - 1, 0), None
+            super().__init__(config, *args, **kwargs)
+            if local and (window is not None or cap is not None):
+                self.scale_mask_softmax = _Softmax(self.scale_mask_softmax, window, cap)  # type: ignore[has-type]
+
+    return LayerCoreAttention
+
+
+class _Softmax(torch.nn.Module):
+    """megatron's masked softmax of scores [b, n, s, t], capped and windowed before; a mask that is given stays."""
+
+    def __init__(self, softmax: torch.nn.Module, window: int | None, cap: float | None) -> None:
+        super().__init__()
+        self.softmax, self.window, self.cap = softmax, window, cap
+
+    def forward(self, scores: torch.Tensor, mask: torch.Tensor | None, offset: torch.Tensor | None = None) -> Any:
+        if self.cap is not None:
+            scores = self.cap * torch.tanh(scores / self.cap)
+        if self.window is not None:
+            hidden = _hidden(scores.shape[-2], scores.shape[-1], self.window, scores.device)
+            mask = hidden if mask is None else mask | hidden
+        return self.softmax(scores, mask, offset)
+
+
+@functools.lru_cache(maxsize=4)
+def _hidden(queries: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
+    """bool [queries, keys]: keys that come after a query, or `window` and more tokens before it."""
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return (distance < 0) | (distance >= window)
+
+
+def scale_embeddings(embedding: torch.nn.Module, factor: float) -> None:
+    """Multiply the embeddings by `factor`, rounded to their dtype as transformers does."""
+    embedding.register_forward_hook(
+        lambda module, args, output: output * torch.tensor(factor, dtype=output.dtype).item()
+    )
+
+
+def cap_logits(output_layer: torch.nn.Module, cap: float) -> None:
+    """Logits x become cap tanh(x / cap), before rows that pad the vocabulary are masked."""
+
+    def capped(module: torch.nn.Module, args: Any, output: tuple) -> tuple:
+        logits, bias = output
+        return cap * torch.tanh(logits / cap), bias
+
+    output_layer.register_forward_hook(capped)
 
 
 def mask_padded_vocabulary(output_layer: torch.nn.Module, vocab: int) -> None:

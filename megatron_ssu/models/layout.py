@@ -99,15 +99,22 @@ def pieces(entry: Entry, dims: Dims, layer: int | None, rank: int, size: int, vo
 
 def _qkv_pieces(matrices: Sequence[Matrix], dims: Dims, rank: int, size: int) -> tuple[Piece, ...]:
     """Query group by query group: the group's query heads, its key head, its value head."""
-    groups = dims.groups // size
     heads = [dims.heads // dims.groups * dims.head, dims.head, dims.head]
-    block = sum(heads)
-    found = []
-    for position, (matrix, rows) in enumerate(zip(matrices, heads, strict=True)):
-        offset = sum(heads[:position])
-        runs = tuple(Run(g * block + offset, (rank * groups + g) * rows, rows) for g in range(groups))
-        found.append(Piece(matrix, runs, 0, matrix.shape[1]))
-    return tuple(found)
+    share = dims.groups * sum(heads) // size  # rows of a rank; with more ranks than groups a part of a group
+    first, stop = rank * share, (rank + 1) * share
+    runs: list[list[Run]] = [[] for _ in matrices]
+    start = 0  # of a head's rows, over all ranks
+    for group in range(dims.groups):
+        for found, rows in zip(runs, heads, strict=True):
+            low, high = max(start, first), min(start + rows, stop)
+            if low < high:
+                found.append(Run(low - first, group * rows + low - start, high - low))
+            start += rows
+    return tuple(
+        Piece(matrix, tuple(found), 0, matrix.shape[1] if len(matrix.shape) == 2 else 1)
+        for matrix, found in zip(matrices, runs, strict=True)
+        if found
+    )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 ATTENTION_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_KINDS = ("gate_proj", "up_proj", "down_proj")
-OTHER_KINDS = ("embedding", "head", "norm")
+OTHER_KINDS = ("embedding", "head", "norm", "centred_norm", "bias")
 KINDS = (*ATTENTION_KINDS, *MLP_KINDS, *OTHER_KINDS)
 
 
@@ -17,7 +17,7 @@ class Matrix:
     """A logical weight of the model."""
 
     name: str  # tensor name in the Hugging Face directory
-    shape: tuple[int, ...]  # [O, I]; [H] for norms
+    shape: tuple[int, ...]  # [O, I]; [n] for norms and biases
     layer: int | None  # None outside the layers
     kind: str  # one of KINDS
 
@@ -28,6 +28,11 @@ class Matrix:
         for size in self.shape:
             total *= size
         return total
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether it is a norm's weight; a centred one is stored less 1."""
+        return self.kind in ("norm", "centred_norm")
 
     @property
     def scored(self) -> bool:

@@ -1,4 +1,4 @@
-"""The source model's files: what every command that names a model starts from. Reads no weight and imports no torch."""
+"""The source model's files: what every command that names a model starts from. Reads no weight."""
 
 from __future__ import annotations
 

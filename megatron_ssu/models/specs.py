@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
@@ -13,7 +14,10 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_ssu.models.layers import RMSNorm
+from megatron_ssu.models.attention import LayerAttention
+from megatron_ssu.models.family import Dims, Scales
+from megatron_ssu.models.layers import PositionedSelfAttention, RMSNorm, core_attention
+from megatron_ssu.models.rope import Rope, needs_tables
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,39 @@ def decoder_layer(
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+def layer_specs(spec: ModuleSpec, dims: Dims, ropes: dict[str, Rope], scales: Scales) -> list[ModuleSpec]:
+    """The spec of every layer of the model: `spec` with the layer's window, rope, scale and cap."""
+    tables = needs_tables(dims, ropes)
+    made: dict[LayerAttention, ModuleSpec] = {}
+    layers = dims.attention or (LayerAttention(),) * dims.layers
+    for layer in layers:
+        if layer not in made:
+            made[layer] = _layer_spec(spec, dims.head, layer, ropes, scales, tables)
+    return [made[layer] for layer in layers]
+
+
+def _layer_spec(
+    spec: ModuleSpec, head: int, layer: LayerAttention, ropes: dict[str, Rope], scales: Scales, tables: bool
+) -> ModuleSpec:
+    attention: ModuleSpec = spec.submodules.self_attention
+    rope = ropes[layer.rope] if layer.rope is not None else None
+    grown = rope.factor**2 if rope is not None else 1.0  # of q k^T, in the channels that are turned
+    scale, turned = scales.attention, None
+    if grown != 1.0 and rope is not None and rope.rotated < head:
+        turned = (rope.rotated, grown)
+    elif grown != 1.0:
+        scale = grown * (head**-0.5 if scale is None else scale)
+    parts = attention.submodules
+    if layer.window is not None or scale is not None or scales.attention_cap is not None:
+        base = parts.core_attention
+        if scales.attention_cap is not None:  # Transformer Engine has no cap
+            base = LocalSpecProvider().core_attention()
+        parts = replace(parts, core_attention=core_attention(base, layer.window, scale, scales.attention_cap))
+    changed: dict[str, Any] = {"submodules": parts}
+    if tables or turned is not None:
+        index = list(ropes).index(layer.rope) if layer.rope is not None else None
+        params = {**attention.params, "rope": index, "stacked": tables, "turned": turned}
+        changed |= {"module": PositionedSelfAttention, "params": params}
+    return replace(spec, submodules=replace(spec.submodules, self_attention=replace(attention, **changed)))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ssu.config.checks import machine
+from megatron_ssu.config.checks.model_sizes import model_sizes
 from megatron_ssu.config.checks.precision import validate_fp8_shapes
 from megatron_ssu.config.checks.values import at_least
 from megatron_ssu.config.coerce import show
@@ -18,33 +19,13 @@ RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
 
 def validate_model(run: RunConfig, hf: dict[str, Any], *, training: bool = True) -> None:
     """Check the model of config.json (`hf`) against the mesh and the sequence length."""
-    sizes = _sizes(run, hf)
+    sizes = model_sizes(hf, str(Path(run.model.path) / "config.json"))
     _tensor_parallel(run, sizes)
     _layers(run, sizes["num_hidden_layers"])
     _recompute(run, sizes["num_hidden_layers"])
     _lengths(run, sizes["max_position_embeddings"], training)
     if training:
         validate_fp8_shapes(run, sizes)
-
-
-def _sizes(run: RunConfig, hf: dict[str, Any]) -> dict[str, int]:
-    """The sizes in config.json; all must be whole numbers above 0."""
-    names = "num_hidden_layers hidden_size num_attention_heads num_key_value_heads intermediate_size vocab_size"
-    sizes = {}
-    for name in (*names.split(), "max_position_embeddings"):
-        value = hf.get(name)
-        if name == "num_key_value_heads" and value is None:
-            value = hf.get("num_attention_heads")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            shown = "missing" if name not in hf else f"{show(value)}, not a whole number above 0"
-            raise UserError(f"{Path(run.model.path) / 'config.json'}: {name} is {shown}; copy the file again")
-        sizes[name] = value
-    for large, small in (("num_attention_heads", "num_key_value_heads"), ("hidden_size", "num_attention_heads")):
-        if sizes[large] % sizes[small] and not (large == "hidden_size" and hf.get("head_dim")):
-            raise UserError(
-                f"{Path(run.model.path) / 'config.json'}: {small} {sizes[small]} does not divide {large} {sizes[large]}"
-            )
-    return sizes
 
 
 def _tensor_parallel(run: RunConfig, sizes: dict[str, int]) -> None:

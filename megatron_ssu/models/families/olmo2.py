@@ -1,18 +1,14 @@
-"""OLMo-2: norms after attention and MLP (post-norm), q and k normed over their whole projections."""
+"""OLMo-2 and Olmo-3: norms after attention and MLP, q and k normed over their whole projections; Olmo-3 with windows."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from megatron_ssu.models.family import EDGES, FC1, FC2, PROJ, QKV, Dims, Entry, Family, norm, refuse_unless
+from megatron_ssu.models.families.parts import EDGES, FC1, FC2, PROJ, QKV, epsilon, norm, plain_mlp
+from megatron_ssu.models.family import Dims, Entry, Family
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
-
-
-def _settings(hf: dict[str, Any], dims: Dims) -> dict[str, Any]:
-    # megatron's qk_layernorm stays off: it would sum the q/k norm gradients over tensor-parallel ranks.
-    return {"layernorm_epsilon": hf.get("rms_norm_eps", 1e-5)}
 
 
 def _layer_spec(dims: Dims, transformer_engine: bool) -> ModuleSpec:
@@ -30,14 +26,9 @@ def _layer_spec(dims: Dims, transformer_engine: bool) -> ModuleSpec:
     )
 
 
-def _check(hf: dict[str, Any]) -> None:
-    refuse_unless(hf, "hidden_act", ("silu",))
-    refuse_unless(hf, "attention_bias", (False, None))
-
-
 OLMO2 = Family(
     name="olmo2",
-    model_types=("olmo2",),
+    model_types=("olmo2", "olmo3"),
     layer=(
         QKV,
         Entry(
@@ -53,7 +44,8 @@ OLMO2 = Family(
         norm("mlp.linear_fc2.post_norm.weight", "post_feedforward_layernorm.weight"),
     ),
     edges=EDGES,
-    settings=_settings,
+    # megatron's qk_layernorm stays off: it would sum the q/k norm gradients over tensor-parallel ranks.
+    settings=epsilon,
     layer_spec=_layer_spec,
-    check=_check,
+    check=plain_mlp,
 )
