@@ -101,14 +101,43 @@ def _forward_of(compact: CompactWeight) -> Any:
         bias: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        if bias is not None:
-            raise RuntimeError("layers with a bias are not supported")
         output: Tensor = _CompactLinear.apply(  # type: ignore[no-untyped-call]
             input, weight, compact, allreduce_dgrad, sequence_parallel, tp_group, *compact.params
         )
-        return output
+        return output if bias is None else output + bias
 
     return forward
+
+
+class _BiasGradient(torch.autograd.Function):
+    """Identity on a layer's output Y = X W^T + b [..., O], whose gradient, summed over tokens, is that of b [O]."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:
+        return grad_y, grad_y.flatten(0, -2).sum(0)
+
+
+def make_bias_gradient(module: Any) -> None:
+    """Compute the gradient of the bias of a column-parallel layer beside the layer.
+
+    megatron's and Transformer Engine's layers compute it with the weight's: not at all where the weight asks for none.
+    """
+    layer, bias = module.forward, module.bias
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        # An attribute of the instance hides the parameter of that name.
+        vars(module)["bias"] = bias.detach()
+        try:
+            output, left = layer(*args, **kwargs)
+        finally:
+            del vars(module)["bias"]
+        return _BiasGradient.apply(output, bias), left  # type: ignore[no-untyped-call]
+
+    module.forward = forward
 
 
 class _BeforeLayer(torch.autograd.Function):

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_ssu.compact.linear import connect
+from megatron_ssu.compact.linear import connect, make_bias_gradient
 from megatron_ssu.compact.matrix import CompactMatrix, part_of
 from megatron_ssu.compact.pinned import PinnedWeight
 from megatron_ssu.compact.rules import is_pinned
@@ -51,6 +51,10 @@ class CompactParameters:
             frozen = {m.name for m in local.matrices if shield.counts.get(m.name)}
             if frozen:  # masks are read here, and not kept: all of them are as large as the model, by element
                 self._shield(owners[local.param], local, {name: shield.masks[name] for name in frozen}, gemm)
+        for local in layout:
+            module = owners[local.param]
+            if local.matrices[0].kind == "bias" and local.param.requires_grad and not module.weight.requires_grad:
+                make_bias_gradient(module)
         for chunk in chunks:
             self._share_embedding(chunk)
             _keep_graph(chunk)
