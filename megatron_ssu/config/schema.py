@@ -165,6 +165,7 @@ class ShieldSection:
     norms: Literal["trainable", "frozen", "half", "half-released"] = (
         "trainable"  # norm weights; half: by |w| and inputs
     )
+    biases: Literal["trainable", "frozen", "half"] = "trainable"  # biases of linear layers; half: by |b|
     special_tokens: bool = True  # freeze the chat template's special-token rows of embedding and head
     calibration: CalibrationSection = field(default_factory=CalibrationSection)  # source samples
     target_calibration: CalibrationSection = field(

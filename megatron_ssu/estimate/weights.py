@@ -123,7 +123,7 @@ def _parameter(
         entry.param,
         round(elements),
         frozen / ranks,
-        layer is not None and not entry.kinds[0].endswith("norm"),
+        matrices[0].scored,
         entry.split is not None,
         training,
         sum(c.parameter for c in found) if training == "compact" else 0.0,

@@ -49,7 +49,10 @@ class HalfFineTuning(DrawnShield):
         options, frozen = self.options, []
         drawn = random.Random(options.seed)
         for kinds in (ATTENTION_KINDS, MLP_KINDS, ("norm",) if options.norms else ()):
-            layers = [[m for m in matrices if m.layer == i and m.kind in kinds] for i in range(dims.layers)]
+            layers = [
+                [m for m in matrices if m.layer == i and m.kind.removeprefix("centred_") in kinds]
+                for i in range(dims.layers)
+            ]
             total = units_of_ratio(options.ratio, sum(map(len, layers)))
             each, left = divmod(total, dims.layers)
             more = set(drawn.sample(range(dims.layers), left))

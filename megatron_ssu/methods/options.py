@@ -31,6 +31,7 @@ def plan_options(run: RunConfig) -> PlanOptions:
         seed=section.seed,
         protect=[ProtectRule(rule.pattern, rule.action) for rule in section.protect],
         norms=section.norms,
+        biases=section.biases,
         reserve=list(section.reserve),
     )
 

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _CHOICES = {
     "norms",
+    "biases",
     "protect",
     "kinds",
     "floor",

@@ -261,4 +261,4 @@ def check_replaceable(run: RunConfig, source: Source) -> None:
 
 def _of_norm(scores: Scores, key: str) -> bool:
     """Whether a tensor of a scores file is of a norm."""
-    return scores.matrices[key.split("/", 2)[2]].kind == "norm"
+    return scores.matrices[key.split("/", 2)[2]].is_norm

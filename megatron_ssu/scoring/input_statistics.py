@@ -76,8 +76,8 @@ class InputStatistics:
         for local in session.layout:
             if not local.pieces or not local.primary:
                 continue
-            matrix = local.pieces[0].matrix
-            if matrix.scored or (norms and matrix.kind == "norm"):
+            matrix = local.matrices[0]
+            if matrix.scored or (norms and matrix.is_norm):
                 module, chunk = owners[id(local.param)]
                 # A norm that is split over ranks norms a projection, whose sequence is whole.
                 partial = local.split == 0 if matrix.scored else local.split is None

@@ -201,7 +201,7 @@ def _sums(
     for local in session.layout:
         if not local.pieces or not local.primary:
             continue
-        found = statistics.get(local.pieces[0].matrix.name, {})
+        found = statistics.get(local.matrices[0].name, {})
         for piece in local.pieces:
             entries += spread_columns(session, local, piece, found)
             if not piece.matrix.scored:

@@ -46,7 +46,7 @@ class SquaredGradients(GradientPass):
                 self._handles.append(start)
         owners = {id(p): m for c in session.chunks for m in c.modules() for p in m.parameters(False)}
         for local in session.layout:
-            if local.pieces and local.pieces[0].matrix.scored:
+            if local.matrices[0].scored:
                 self._watch(local, owners[id(local.param)])
 
     def _watch(self, local: LocalParam, module: torch.nn.Module) -> None:

@@ -248,9 +248,9 @@ def _matrix_table(inspection: Inspection, views: Sequence[MatrixView]) -> Table:
         layer = view.matrix.layer
         if before not in ("none yet", layer):
             table.add_section()
-        label = (
-            view.matrix.kind if view.matrix.kind != "norm" else view.matrix.name.removesuffix(".weight").split(".")[-1]
-        )
+        label = view.matrix.kind
+        if len(view.matrix.shape) == 1:  # a layer has several norms and biases
+            label = ".".join(view.matrix.name.removesuffix(".weight").split(".")[-1 if view.matrix.is_norm else -2 :])
         cells = [f"{view.frozen_units:,}", f"{view.units:,}", f"{view.ratio:.2%}", view.granularity]
         if inspection.score:
             cells += _score_cells(view.scores)

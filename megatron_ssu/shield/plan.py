@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 GRANULARITIES = (*MASK_GRANULARITIES, "matrix", "layer")
 NORMS = ("trainable", "frozen", "half", "half-released")
+BIASES = ("trainable", "frozen", "half")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class PlanOptions:
     seed: int = 1234  # of the score random, where the scores file has none
     protect: Sequence[ProtectRule] = ()  # a later rule goes before an earlier one
     norms: str = "trainable"  # trainable, frozen, half, half-released
+    biases: str = "trainable"  # trainable, frozen, half
     reserve: Sequence[
         str
     ] = ()  # shield files, of the model or of one that it was trained from; what they train is frozen
@@ -76,6 +78,7 @@ def check_options(options: PlanOptions) -> None:
         ("budget", options.budget, BUDGETS),
         ("freeze", options.freeze, ENDS),
         ("norms", options.norms, NORMS),
+        ("biases", options.biases, BIASES),
     ):
         if value not in known:
             raise UserError(f"shield.{key}: {value!r} is unknown; choose one of {', '.join(known)}")
@@ -127,8 +130,8 @@ def plan_shield(
     frozen_rows: embedding or head name -> (shape, row numbers), the special tokens' rows.
     options.reserve: of every planned matrix the units that one of these shields trains are frozen first, and count in what
         the budget gives it; where they are more than that, all of them are frozen.
-    weights: matrix name -> tensor [shape] on the CPU; for element granularity of most scores and for norms 'half' and
-        'half-released'. One matrix at a time is asked for and not kept.
+    weights: matrix name -> tensor [shape] on the CPU; for element granularity of most scores, for norms 'half' and
+        'half-released' and for biases 'half'. One matrix at a time is asked for and not kept.
     before: the same of the checkpoint that score `change` compares with, for element granularity.
     Protected matrices are outside the budget: it is spent over the rest. UserError for impossible options, scores
     that are missing, NaN or infinite (naming the matrix) and a rule that fits nothing.
@@ -142,6 +145,7 @@ def plan_shield(
     else:
         masks, frozen_norms = _unit_masks(scores, options, planned, weights, before), {}
     notes = _plan_norms(scores, options, weights, masks)
+    _plan_biases(scores, options, weights, masks)
     masks |= frozen_norms
     for name, (shape, rows) in sorted((frozen_rows or {}).items()):
         masks[name] = _row_mask(scores.matrices, name, shape, rows)
@@ -218,10 +222,12 @@ def _whole_masks(scores: Scores, options: PlanOptions, planned: Mapping[str, Mat
 
 
 def _frozen_layers(masks: Mapping[str, Mask], matrices: Mapping[str, Matrix]) -> dict[str, Mask]:
-    """Masks of the norms of the layers that `masks` freeze."""
+    """Masks of the norms and biases of the layers that `masks` freeze."""
     layers = {matrices[name].layer for name, mask in masks.items() if mask.frozen_units}
-    norms = [m for _, m in sorted(matrices.items()) if m.kind == "norm" and m.layer is not None and m.layer in layers]
-    return {m.name: Mask.constant("element", m.shape, True) for m in norms}
+    vectors = [
+        m for _, m in sorted(matrices.items()) if len(m.shape) == 1 and m.layer is not None and m.layer in layers
+    ]
+    return {m.name: Mask.constant("element", m.shape, True) for m in vectors}
 
 
 def _counts(scores: Scores, options: PlanOptions, planned: Mapping[str, Matrix]) -> dict[str, int]:
@@ -249,7 +255,7 @@ def _plan_norms(
     scores file has it), in [0, 1]; without that statistic it is 0, elements are ranked by |w|, header and log say so.
     half-released: the same with an importance of mean_t(x_j^2), not scaled, as the released code of arXiv 2512.04844.
     """
-    norms = [m for _, m in sorted(scores.matrices.items()) if m.kind == "norm"]
+    norms = [m for _, m in sorted(scores.matrices.items()) if m.is_norm]
     if options.norms == "trainable":
         return {}
     if not norms:
@@ -274,7 +280,7 @@ def _plan_norms(
     if not measured:
         log.warning("shield.norms half: no statistics of the norms' inputs in the scores file, ranking by |w| alone")
     for matrix in norms:
-        values = absolute_weights(weights, matrix).astype(np.float64)
+        values = absolute_weights(weights, matrix, offset=float(matrix.kind == "centred_norm")).astype(np.float64)
         if released:
             values *= 1 + scores.column(needed, matrix.name)
         elif measured:
@@ -282,6 +288,23 @@ def _plan_norms(
             values *= 1 + (norm / max(norm.max(initial=0.0), np.finfo(np.float64).tiny)) ** 2
         masks[matrix.name] = Mask.of("element", matrix.shape, freeze_units(values, matrix.elements // 2))
     return {"norm_importance": needed if measured else "none"}
+
+
+def _plan_biases(scores: Scores, options: PlanOptions, weights: Weights | None, masks: dict[str, Mask]) -> None:
+    """Add the biases' masks; half: the half of each bias's elements with the greatest |b|. Biases have no columns to rank."""
+    biases = [m for _, m in sorted(scores.matrices.items()) if m.kind == "bias"]
+    if options.biases == "trainable":
+        return
+    if not biases:
+        raise UserError(f"shield.biases: {options.biases} asked for, but {scores.model} has no biases; leave it out")
+    if options.biases == "frozen":
+        masks.update({m.name: Mask.constant("element", m.shape, True) for m in biases})
+        return
+    if weights is None:
+        raise UserError("shield.biases: half needs the biases' values; give the model's directory")
+    for matrix in biases:
+        values = absolute_weights(weights, matrix).astype(np.float64)
+        masks[matrix.name] = Mask.of("element", matrix.shape, freeze_units(values, matrix.elements // 2))
 
 
 def _row_mask(matrices: Mapping[str, Matrix], name: str, shape: tuple[int, ...], rows: list[int]) -> Mask:
@@ -310,6 +333,8 @@ def _plain_granularity(matrix: Matrix, options: PlanOptions) -> Granularity:
 def choices(options: PlanOptions) -> dict[str, Any]:
     """The further choices that the masks depend on, as JSON; others are left out, so that they change no byte."""
     header: dict[str, Any] = {"norms": options.norms}
+    if options.biases != "trainable":
+        header["biases"] = options.biases
     if options.protect:
         header["protect"] = [asdict(rule) for rule in options.protect]
     if options.budget == "per-kind":

@@ -101,9 +101,9 @@ def layer_scores(values: Mapping[str, float], matrices: Mapping[str, Matrix]) ->
     return {layer: math.fsum(members) / len(members) for layer, members in sorted(by_layer.items())}
 
 
-def absolute_weights(weights: Weights, matrix: Matrix) -> np.ndarray:
-    """|W| [shape] as float32 (float64 stays); UserError naming the matrix when one is NaN or infinite."""
-    return _checked(_read(weights, matrix).abs_(), matrix, "the weights hold")
+def absolute_weights(weights: Weights, matrix: Matrix, offset: float = 0.0) -> np.ndarray:
+    """|offset + W| [shape] as float32 (float64 stays); UserError naming the matrix when one is NaN or infinite."""
+    return _checked(_read(weights, matrix).add_(offset).abs_(), matrix, "the weights hold")
 
 
 def _absolute_change(weights: Weights, before: Weights | None, matrix: Matrix) -> np.ndarray:

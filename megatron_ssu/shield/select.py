@@ -13,7 +13,8 @@ from megatron_ssu.models.matrix import ATTENTION_KINDS, MLP_KINDS, Matrix
 SELECTORS: dict[str, tuple[str, ...]] = {
     "embeddings": ("embedding",),
     "head": ("head",),
-    "norms": ("norm",),
+    "norms": ("norm", "centred_norm"),
+    "biases": ("bias",),
     "attention": ATTENTION_KINDS,
     "mlp": MLP_KINDS,
 }
@@ -23,7 +24,7 @@ SELECTORS: dict[str, tuple[str, ...]] = {
 class ProtectRule:
     """Weights that are always frozen or always trainable, whatever their scores.
 
-    `pattern`: embeddings, head, norms, attention, mlp, layers:3, layers:0-3, or a file-name pattern over tensor names.
+    `pattern`: embeddings, head, norms, biases, attention, mlp, layers:3, layers:0-3, or a file-name pattern over tensor names.
     """
 
     pattern: str

@@ -16,7 +16,7 @@ from megatron_ssu.models.layout import Layout
 from megatron_ssu.models.matrix import KINDS
 
 _JOINED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
-_JOINED |= {"up_proj": "gate_up_proj"}
+_JOINED |= {"up_proj": "gate_up_proj", "centred_norm": "norm"}
 CHUNK = 1 << 23  # elements; temporaries take some 20 bytes for each
 NAMES = tuple(dict.fromkeys(_JOINED.get(kind, kind) for kind in KINDS))
 
@@ -30,7 +30,7 @@ def update_norms(optimizer: MegatronOptimizer, layout: Layout, compact: CompactP
     large as a shard. Matrices that megatron fuses (q, k, v; gate, up) are one kind.
     """
     # A tensor-parallel rank may hold nothing but the padding of embedding and head, which is of no matrix.
-    kinds = {local.param: _kind(local.pieces[0].matrix.kind) for local in layout if local.pieces}
+    kinds = {local.param: _kind(local.matrices[0].kind) for local in layout if local.pieces}
     squares = torch.zeros(len(NAMES), dtype=torch.float64, device=local_device())
     count = steps(optimizer)
     for part in owned(optimizer):
