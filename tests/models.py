@@ -45,9 +45,9 @@ FAMILIES = {
     "olmo3": (
         "olmo3",
         {
-            "num_hidden_layers": 6,
+            "num_hidden_layers": 8,
             "sliding_window": 8,
-            "layer_types": [*["sliding_attention"] * 3, "full_attention", *["sliding_attention"] * 2],
+            "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 2,
             "rope_parameters": {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
                 "full_attention": {"rope_theta": 5e5, **YARN},

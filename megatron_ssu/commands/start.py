@@ -9,9 +9,11 @@ from megatron_ssu.config.validate import validate_run
 from megatron_ssu.engine.mesh import start_processes, world_size
 from megatron_ssu.engine.ranks import on_all_ranks
 from megatron_ssu.methods.base import Method
-from megatron_ssu.models.build import DTYPES, transformer_config
+from megatron_ssu.models.build import DTYPES, has_transformer_engine, transformer_config
 from megatron_ssu.models.families import read_family
+from megatron_ssu.models.hf_config import normalised
 from megatron_ssu.models.hf_import import check_checkpoint
+from megatron_ssu.models.limits import check_adapters, check_limits
 from megatron_ssu.models.rope import ropes
 from megatron_ssu.models.source import Source, open_source
 from megatron_ssu.train.regularizers import check_regularizers
@@ -37,6 +39,9 @@ def check_settings(
     validate_run(run, world, hf, training=training, writing=writing, shields=method.shields)
     if training:
         check_regularizers(run.train.regularize, method)
+    check_limits(run, family, dims, family.scales(normalised(hf)), transformer_engine=has_transformer_engine())
+    if method.adapts:
+        check_adapters(run, family, dims)
     transformer_config(run, family, hf, dims)  # what is left, megatron-core itself refuses
     if writing:
         method.validate(run, list(family.matrices(dims)))

@@ -40,6 +40,8 @@ from megatron_ssu.methods.registry import method_of
 from megatron_ssu.models.build import transformer_config
 from megatron_ssu.models.families import read_family
 from megatron_ssu.models.family import Dims, Family
+from megatron_ssu.models.hf_config import normalised
+from megatron_ssu.models.limits import check_limits
 from megatron_ssu.shield.shield_file import Shield
 
 # Of FP8, whose weight-gradient GEMMs can leave frozen columns and rows out.
@@ -115,6 +117,7 @@ def estimate(run: RunConfig, hf: dict[str, Any], world: int, *, shield: Shield |
     if run.parallel.context > 1:
         raise UserError("parallel.context_parallel_size: estimate does not count context parallelism; set it to 1")
     family, dims = read_family(hf, run.model.path)
+    check_limits(run, family, dims, family.scales(normalised(hf)), transformer_engine=engine)
     method.validate(run, list(family.matrices(dims)))
     validate_regularize(run)
     shields = matrix_shields(method, run, family, dims, shield)

@@ -21,6 +21,7 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.models.family import Dims, Family
 from megatron_ssu.models.hf_import import check_checkpoint, import_weights
 from megatron_ssu.models.layout import FUSED_NORMS, Layout, LocalParam, unwrapped
+from megatron_ssu.models.limits import check_heads
 from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.models.source import Source
 
@@ -57,12 +58,9 @@ def _layout_of(chunks: Any, family: Family, dims: Dims, command: str) -> tuple[l
     if any(name.rpartition(".")[2].startswith("compact_") for chunk in bare for name, _ in chunk.named_parameters()):
         raise UserError(f"{command}: a shield has been applied to these chunks already; build them anew")
     for chunk in bare:
-        _check_chunk(chunk, dims, command)
+        _check_chunk(chunk, family, dims, command)
     mesh = current_mesh()
-    if dims.groups % mesh.tensor:
-        raise UserError(
-            f"{command}: tensor parallelism over {mesh.tensor} ranks must divide the {dims.groups} key/value heads"
-        )
+    check_heads(mesh.tensor, family, dims, f"{command}: tensor parallelism")
     vocab_rows = bare[0].vocab_size
     layout = Layout(family, dims, bare, mesh.tensor_rank, mesh.tensor, vocab_rows)
     for local in layout:
@@ -87,7 +85,7 @@ def _refuse_wrapped(chunk: Any, command: str) -> None:
         )
 
 
-def _check_chunk(chunk: Any, dims: Dims, command: str) -> None:
+def _check_chunk(chunk: Any, family: Family, dims: Dims, command: str) -> None:
     """Raises UserError unless the chunk's sizes are those of config.json."""
     if not hasattr(chunk, "decoder") or not hasattr(chunk, "config") or not hasattr(chunk, "vocab_size"):
         raise UserError(f"{command}: chunks must be megatron-core's GPTModel, got {type(chunk).__name__}")
@@ -107,10 +105,11 @@ def _check_chunk(chunk: Any, dims: Dims, command: str) -> None:
         raise UserError(
             f"{command}: the GPTModel's vocab_size must be {dims.vocab} as in config.json, or more, got {chunk.vocab_size}"
         )
-    if config.layernorm_zero_centered_gamma:
+    centred = any(kind.startswith("centred") for entry in family.layer for kind in entry.kinds)
+    if config.layernorm_zero_centered_gamma != centred:
         raise UserError(
-            f"{command}: config.layernorm_zero_centered_gamma must be False, got True: Hugging Face's norm weights are not "
-            "centered at zero"
+            f"{command}: config.layernorm_zero_centered_gamma must be {centred} for a {family.name}, got "
+            f"{config.layernorm_zero_centered_gamma}: norms would be read as others than Hugging Face's"
         )
 
 

@@ -37,7 +37,7 @@ class Piece:
     """The part of one matrix that one parameter shard holds: rows in runs, and columns [col_start, col_stop).
 
     The runs' matrix rows are consecutive, so the part is one rectangle of the matrix. For 1-D tensors the rows are elements
-    and the columns [0, 1).
+    and the columns [0, 1). Without runs it is no part at all, of 0 rows.
     """
 
     matrix: Matrix
@@ -47,11 +47,11 @@ class Piece:
 
     @property
     def row_start(self) -> int:
-        return self.runs[0].matrix_row
+        return self.runs[0].matrix_row if self.runs else 0
 
     @property
     def row_stop(self) -> int:
-        return self.runs[-1].matrix_row + self.runs[-1].count
+        return self.runs[-1].matrix_row + self.runs[-1].count if self.runs else 0
 
     @property
     def rows(self) -> int:
@@ -73,7 +73,7 @@ def put(shard: torch.Tensor, piece: Piece, part: torch.Tensor) -> None:
 
 def take(shard: torch.Tensor, piece: Piece) -> torch.Tensor:
     """The rows of `shard` that belong to the piece's matrix, in the matrix's order: [rows, cols]; a view where it can be."""
-    parts = [shard[run.shard_row : run.shard_row + run.count] for run in piece.runs]
+    parts = [shard[run.shard_row : run.shard_row + run.count] for run in piece.runs] or [shard[:0]]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -124,10 +124,19 @@ class LocalParam:
     name: str  # within its chunk
     param: torch.nn.Parameter
     matrices: tuple[Matrix, ...]  # those in it on all tensor-parallel ranks
-    pieces: tuple[Piece, ...]  # this rank's; none where all its rows pad the vocabulary
+    pieces: tuple[
+        Piece, ...
+    ]  # this rank's; a shard may lack matrices, and hold none where all its rows pad the vocabulary
     peers: tuple[tuple[Piece, ...], ...]  # of every tensor-parallel rank
     split: int | None
     primary: bool  # False: a second copy (the tied head of the last pipeline stage)
+
+    @property
+    def parts(self) -> tuple[Piece, ...]:
+        """A piece of each of `matrices`, of 0 rows where this rank's shard lacks the matrix: what collective work goes by."""
+        own = {piece.matrix.name: piece for piece in self.pieces}
+        none = {m.name: Piece(m, (), 0, m.shape[1] if len(m.shape) == 2 else 1) for m in self.matrices}
+        return tuple(own.get(name, piece) for name, piece in none.items())
 
 
 class Layout:

@@ -54,6 +54,23 @@ class _Watched:
     local: LocalParam
     chunk: int
     scattered: bool  # its input is this rank's part of the sequence
+    by_head: bool  # a norm of q or k that all heads share; its input is this rank's heads
+    copies: int  # tensor-parallel ranks that see the same heads
+
+
+def _watched(session: ParallelModel, local: LocalParam, chunk: int) -> _Watched:
+    of_heads = local.name.endswith(
+        ("q_layernorm.weight", "k_layernorm.weight")
+    )  # a norm of projections of whole sequences
+    partial = local.split == 0 if local.matrices[0].scored else not of_heads
+    copies = session.mesh.tensor // session.source.dims.groups if local.name.endswith("k_layernorm.weight") else 1
+    return _Watched(
+        local,
+        chunk,
+        scattered=partial and session.config.sequence_parallel,
+        by_head=of_heads and local.split is None,
+        copies=max(1, copies),
+    )
 
 
 class InputStatistics:
@@ -79,9 +96,7 @@ class InputStatistics:
             matrix = local.matrices[0]
             if matrix.scored or (norms and matrix.is_norm):
                 module, chunk = owners[id(local.param)]
-                # A norm that is split over ranks norms a projection, whose sequence is whole.
-                partial = local.split == 0 if matrix.scored else local.split is None
-                self.watched[matrix.name] = _Watched(local, chunk, partial and session.config.sequence_parallel)
+                self.watched[matrix.name] = _watched(session, local, chunk)
                 zeros = torch.zeros(local.param.shape[-1], dtype=torch.float64, device=local.param.device)
                 self.sums[matrix.name] = InputSums(zeros, zeros.clone())
                 self._handles.append(module.register_forward_pre_hook(self._hook(matrix.name)))
@@ -93,7 +108,8 @@ class InputStatistics:
         self._pending |= {name for name, watched in self.watched.items() if watched.chunk == number}
 
     def _hook(self, name: str) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
-        sums, scattered = self.sums[name], self.watched[name].scattered
+        sums, scattered, by_head = self.sums[name], self.watched[name].scattered, self.watched[name].by_head
+        width, ranks = len(sums.squares), self.session.mesh.tensor
 
         @torch.no_grad()
         def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
@@ -101,17 +117,18 @@ class InputStatistics:
                 return
             self._pending.discard(name)
             x = args[0].detach()
-            x = x.reshape(*x.shape[:2], -1)  # [s, b, I]; q and k norms see heads apart
+            x = x.reshape(*x.shape[:2], -1, width)  # [s, b, 1, I]; of a norm by head [s, b, heads, I]
+            heads = x.shape[2] * ranks if by_head else 1
             if self.mask is None:
-                total = sum_of_squares(x.flatten(0, 1))
+                total = sum_of_squares(x.flatten(0, 2))
                 sums.squares += total
-                sums.means += total / (x.shape[0] * (self.session.mesh.tensor if scattered else 1))
+                sums.means += total / (x.shape[0] * heads * (ranks if scattered else 1))
                 return
             first = self.session.mesh.tensor_rank * x.shape[0] if scattered else 0
             for row, real in enumerate(self.mask):
-                total = sum_of_squares(x[:, row][real[first : first + x.shape[0]]])
+                total = sum_of_squares(x[:, row][real[first : first + x.shape[0]]].flatten(0, 1))
                 sums.squares += total
-                sums.means += total / real.sum().clamp(min=1)
+                sums.means += total / (real.sum().clamp(min=1) * heads)
 
         return hook
 
@@ -128,8 +145,9 @@ class InputStatistics:
         found = {}
         for name, sums in self.sums.items():
             both = torch.stack([sums.squares, sums.means])
-            if self.watched[name].scattered:
+            if self.watched[name].scattered or self.watched[name].by_head:
                 dist.all_reduce(both, group=parallel_state.get_tensor_model_parallel_group())
+                both[0] /= self.watched[name].copies
             dist.all_reduce(both, group=parallel_state.get_data_parallel_group())
             found[name] = {INPUT_NORM: both[0].sqrt(), INPUT_MEAN_SQUARE: both[1] / max(1, rows)}
         return found

@@ -202,7 +202,7 @@ def _sums(
         if not local.pieces or not local.primary:
             continue
         found = statistics.get(local.matrices[0].name, {})
-        for piece in local.pieces:
+        for piece in local.parts:
             entries += spread_columns(session, local, piece, found)
             if not piece.matrix.scored:
                 continue

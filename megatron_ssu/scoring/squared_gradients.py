@@ -50,7 +50,7 @@ class SquaredGradients(GradientPass):
                 self._watch(local, owners[id(local.param)])
 
     def _watch(self, local: LocalParam, module: torch.nn.Module) -> None:
-        for piece in local.pieces:
+        for piece in local.parts:
             columns = torch.zeros(local.param.shape[1], dtype=torch.float64, device=local.param.device)
             self.sums[piece.matrix.name] = (columns, columns.new_zeros(piece.rows))
         inputs: list[Tensor] = []  # of the forward call that runs; a cell that two hooks share
@@ -110,9 +110,7 @@ class SquaredGradients(GradientPass):
         """The scores, over all ranks' samples; `samples` counts them. Collective over tensor- and data-parallel ranks."""
         found: list[Entry] = []
         for local in self.session.layout:
-            for piece in local.pieces:
-                if piece.matrix.name not in self.sums or not piece.matrix.scored:
-                    continue
+            for piece in local.parts if local.matrices[0].scored else ():
                 for sums in self.sums[piece.matrix.name]:
                     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
                 columns, rows = (sums / samples for sums in self.sums[piece.matrix.name])

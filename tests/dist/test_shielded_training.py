@@ -43,6 +43,17 @@ def random_shield(model, path, granularity="column", share=0.5, seed=0):
     return path
 
 
+def frozen_elements(params, shield):
+    """bool of the parameter's shape, for those that the shield freezes in part."""
+    found = {}
+    for name, mask in shield.masks.items():
+        tensor, _, rows = name.partition("[")  # rows of a tensor that holds several matrices
+        first, stop = map(int, rows.removesuffix("]").split(":")) if rows else (0, None)
+        found.setdefault(tensor, torch.zeros(params[tensor].shape, dtype=torch.bool))
+        found[tensor][first:stop] = torch.from_numpy(mask.full().copy())
+    return found
+
+
 def oracle(model, shield_file, lrs, *, weight_decay=0.1, clip=0.5):
     """Losses of plain transformers and torch: AdamW, clipping over trainable entries, frozen entries put back."""
     import transformers
@@ -50,7 +61,7 @@ def oracle(model, shield_file, lrs, *, weight_decay=0.1, clip=0.5):
     net = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
     params = dict(net.named_parameters())
     shield = load_shield(shield_file)
-    frozen = {n: torch.from_numpy(shield.masks[n].full().copy()) for n in params if n in shield.masks}
+    frozen = frozen_elements(params, shield)
     start = {n: params[n].detach().clone() for n in frozen}
     groups = [
         {"params": [p for p in params.values() if p.ndim > 1], "weight_decay": weight_decay},

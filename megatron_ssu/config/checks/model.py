@@ -30,11 +30,13 @@ def validate_model(run: RunConfig, hf: dict[str, Any], *, training: bool = True)
 
 def _tensor_parallel(run: RunConfig, sizes: dict[str, int]) -> None:
     tensor, padding = run.parallel.tensor, run.model.make_vocab_size_divisible_by
-    split = ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
-    common = math.gcd(*(sizes[name] for name in split))
-    for name in split:
-        if sizes[name] % tensor:
-            would_do = ", ".join(str(n) for n in range(1, min(common, 128) + 1) if common % n == 0)
+    split = ("num_attention_heads", "hidden_size", "intermediate_size")
+    common, groups = math.gcd(*(sizes[name] for name in split)), sizes["num_key_value_heads"]
+    for name in (*split, "num_key_value_heads"):
+        # More ranks than key/value heads share a head among as many of them.
+        if sizes[name] % tensor and not (name == "num_key_value_heads" and tensor % groups == 0):
+            fits = [n for n in range(1, min(common, 128) + 1) if common % n == 0 and not (groups % n and n % groups)]
+            would_do = ", ".join(map(str, fits))
             raise UserError(
                 f"parallel.tensor_model_parallel_size: {tensor} does not divide {sizes[name]} ({name} in config.json); "
                 f"choose one of {would_do}"

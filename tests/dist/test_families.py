@@ -1,0 +1,204 @@
+"""Every model family against transformers: logits, gradients and training under a shield on meshes, the bits of an export, and
+that each of a family's own features counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_ssu.shield.verify import verify
+from tests.dist import family_work, score_work, work
+from tests.dist.test_models import MESHES
+from tests.dist.test_shield_mesh import check_scores
+from tests.dist.test_shielded_training import oracle, random_shield
+from tests.dist.work import mesh
+from tests.models import FAMILIES, make_model
+
+ALL = pytest.mark.slow
+SHARED_HEADS = {"num_key_value_heads": 2}  # fewer than the ranks of TP4
+TOLERANCE = 2e-4
+
+DAMAGES = {
+    "qwen2": ["no biases"],
+    "qwen2-window": ["window one wider", "window one narrower", "no biases"],
+    "qwen3": ["no q and k norms"],
+    "mistral": ["window one wider", "window one narrower"],
+    "smollm3": ["positions where there are none and none where there are"],
+    "olmo3": [
+        "window one wider",
+        "window one narrower",
+        "rope of the first kind in all layers",
+        "attention scale of the head",
+        "no q and k norms",
+    ],
+    "phi3": ["window one wider"],
+    "phi3-longrope": ["all channels turned alike"],
+    "gemma2": [
+        "window one narrower",
+        "no attention cap",
+        "no logit cap",
+        "no embedding scale",
+        "attention scale of the head",
+        "norms that are not centred",
+    ],
+    "gemma3": [
+        "window one narrower",
+        "rope of the first kind in all layers",
+        "no embedding scale",
+        "attention scale of the head",
+        "no q and k norms",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """name -> directory, made once; with `shared`, with fewer key/value heads."""
+    folder, made = tmp_path_factory.mktemp("families"), {}
+
+    def model(name, shared=False):
+        if (name, shared) not in made:
+            made[name, shared] = make_model(name, folder / f"{name}{shared}", **(SHARED_HEADS if shared else {}))
+        return made[name, shared]
+
+    return model
+
+
+def ids_of(length):
+    return torch.randint(0, work.VOCAB, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def transformers_logits(model, ids):
+    import transformers
+
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        return reference(ids).logits
+
+
+def check_logits(ranks, model, meshes, length=48):
+    ids = ids_of(length)
+    expected = transformers_logits(model, ids)
+    assert expected.std() > 0.1
+    for label, (world, parallel) in meshes.items():
+        found = next(x for x in ranks.run(work.logits, world, str(model), parallel, ids) if x is not None)
+        assert (found - expected).abs().max() < TOLERANCE, label
+
+
+@pytest.mark.parametrize("meshes", [("TP2xPP2+SP",), pytest.param(tuple(MESHES), marks=ALL)], ids=["few", "all"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_transformers(name, meshes, models, ranks):
+    check_logits(ranks, models(name), {label: MESHES[label] for label in meshes})
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_more_tensor_parallel_ranks_than_key_value_heads(name, models, ranks):
+    check_logits(ranks, models(name, shared=True), {k: MESHES[k] for k in ("TP2", "TP4", "TP4+SP")})
+
+
+def test_longrope_takes_its_short_table_for_short_rows(models, ranks):
+    check_logits(ranks, models("phi3-longrope"), {"TP1": (1, mesh())}, length=24)
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_each_feature_counts(name, models, ranks):
+    """A model that is built wrong in one place gives other logits than transformers."""
+    ids = ids_of(48)
+    expected = transformers_logits(models(name), ids)
+    (found,) = ranks.run(family_work.damaged_logits, 1, str(models(name)), DAMAGES[name], ids)
+    assert (found[0] - expected).abs().max() < TOLERANCE
+    for damage, logits in zip(DAMAGES[name], found[1:], strict=True):
+        assert (logits - expected).abs().max() > 5 * TOLERANCE, damage
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("phi3", "gemma3", "qwen2") else pytest.param(n, marks=ALL) for n in FAMILIES]
+)
+def test_import_then_export_gives_every_bit_back(name, ranks, tmp_path):
+    import transformers
+
+    model = make_model(name, tmp_path / "model", torch.bfloat16, max_shard_size="150KB")
+    source = {k: v for file in model.glob("*.safetensors") for k, v in load_file(file).items()}
+    for label in ("TP1", "TP2xPP2+SP", "PP2xVPP2"):
+        world, parallel = MESHES[label]
+        target = tmp_path / label
+        ranks.run(work.convert, world, str(model), parallel, "bf16", str(target), 10**9)
+        exported = load_file(target / "model.safetensors")
+        assert exported.keys() == source.keys()
+        assert all(torch.equal(exported[k].view(torch.int16), v.view(torch.int16)) for k, v in source.items()), label
+    transformers.AutoModelForCausalLM.from_pretrained(target)
+
+
+def check_training(ranks, model, folder, meshes, steps=6):
+    """Losses and gradient norms of every mesh against plain torch, and every frozen bit."""
+    shield = random_shield(model, folder / "shield.safetensors")
+    expected = None
+    for label, (world, parallel) in meshes.items():
+        target = folder / label
+        options = {"shield_file": str(shield), "target": str(target)}
+        found = ranks.run(work.train_steps, world, str(model), parallel, steps, **options)[0]["history"]
+        expected = expected or oracle(model, shield, [lr for _, _, lr in found])
+        for (loss, norm, _), (wanted, wanted_norm) in zip(found, expected, strict=True):
+            assert loss == pytest.approx(wanted, abs=1e-5), label
+            assert norm == pytest.approx(wanted_norm, rel=1e-4), label
+        assert verify(model, target, shield).ok, label
+        moved, before = load_file(target / "model.safetensors"), load_file(model / "model.safetensors")
+        assert all(not torch.equal(moved[k], v) for k, v in before.items()), label
+
+
+@pytest.mark.parametrize("name", [n if n in ("qwen2", "olmo3") else pytest.param(n, marks=ALL) for n in FAMILIES])
+def test_training_under_a_shield_equals_plain_torch(name, models, ranks, tmp_path):
+    check_training(ranks, models(name), tmp_path, {k: MESHES[k] for k in ("TP1", "TP2+SP")})
+
+
+@pytest.mark.parametrize("name", ["qwen2", pytest.param("qwen3", marks=ALL)])
+def test_training_with_more_tensor_parallel_ranks_than_key_value_heads(name, models, ranks, tmp_path):
+    check_training(ranks, models(name, shared=True), tmp_path, {k: MESHES[k] for k in ("TP4", "TP4+SP")})
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2", pytest.param("qwen3", marks=ALL), "mistral", pytest.param("gemma2", marks=ALL)]
+)
+def test_scores_and_shields_do_not_depend_on_the_mesh(name, ranks, tmp_path):
+    """With one scores file, shields have the same bytes; scores of two meshes are equal within rounding."""
+    model = make_model(name, tmp_path / "model", **SHARED_HEADS)
+    meshes = {k: MESHES[k] for k in ("TP1", "TP2+SP", "TP4", "TP2xPP2")}
+    first = None
+    for label, (world, parallel) in meshes.items():
+        scores = ranks.run(score_work.mesh_scores, world, str(model), parallel)[0]
+        if first is None:
+            first = scores
+            first.save(tmp_path / "scores.safetensors")
+        assert scores.tensors.keys() == first.tensors.keys(), label
+        check_scores(scores, first, label)
+    made = set()
+    for label, (world, parallel) in meshes.items():
+        folder = tmp_path / label
+        options = {"scores": str(tmp_path / "scores.safetensors"), "biases": "half"}
+        ranks.run(score_work.planned, world, str(model), parallel, str(folder), "fp32", **options)
+        made.add((folder / "shield.safetensors").read_bytes())
+    assert len(made) == 1
+
+
+def test_statistics_of_a_norm_by_head_are_over_all_heads(ranks, tmp_path):
+    """Against transformers' own q and k, whose squares are averaged over tokens and heads."""
+    import transformers
+
+    model = make_model("qwen3", tmp_path / "model")
+    scores = ranks.run(score_work.mesh_scores, 2, str(model), mesh(2), ["wanda"])[0]
+    net = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    seen = []
+    net.model.layers[1].self_attn.q_norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    data = score_work.tokens()
+    with torch.no_grad():
+        net(data.tokens)
+    x = seen[0].double().square()  # [b, s, heads, d]
+    name = "model.layers.1.self_attn.q_norm.weight"
+    squares = x[data.mask].sum((0, 1)).sqrt()
+    means = sum(row[real].mean((0, 1)) for row, real in zip(x, data.mask, strict=True)) / len(x)
+    np.testing.assert_allclose(scores.tensors[f"input_norm/column/{name}"], squares, rtol=1e-5)
+    np.testing.assert_allclose(scores.tensors[f"input_mean_square/column/{name}"], means, rtol=1e-5)
