@@ -163,6 +163,7 @@ def plan(
     freeze: Literal["highest", "lowest"] = "highest",
     protect: Sequence[tuple[str, Literal["frozen", "trainable"]]] = (),
     norms: Literal["trainable", "frozen", "half", "half-released"] = "trainable",
+    biases: Literal["trainable", "frozen", "half"] = "trainable",
     special_tokens: bool = True,
     model_dir: PathLike | None = None,
     change_from: PathLike | None = None,
@@ -175,10 +176,11 @@ def plan(
         scores: of `score`, or a scores file.
         ratio: fraction that is frozen of every matrix (budget uniform), or of all of them (layerwise).
         score: which of the scores; None: `wanda` where it is there, else the only one.
-        budget, kinds, floor, ceiling, freeze, norms: see docs/shields.md.
+        budget, kinds, floor, ceiling, freeze, norms, biases: see docs/shields.md.
         protect: (pattern, "frozen" or "trainable"): weights that are so whatever their scores; a later rule goes first.
         special_tokens: freeze the rows of embedding and head that the chat template's special tokens use; needs `model_dir`.
-        model_dir: the scored model's directory; needed by special tokens, by granularity element and by norms half.
+        model_dir: the scored model's directory; needed by special tokens, by granularity element and by norms
+            or biases half.
         change_from: as for `score`; needed by granularity element of the score `change`.
         seed: of the score `random`.
         trust_remote_code: let the tokenizer run code out of `model_dir`.
@@ -202,6 +204,7 @@ def plan(
         seed=seed,
         protect=[ProtectRule(pattern, action) for pattern, action in protect],
         norms=norms,
+        biases=biases,
     )
     if model_dir is None:
         if special_tokens:

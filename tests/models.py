@@ -54,11 +54,10 @@ FAMILIES = {
             },
         },
     ),
-    "phi3": ("phi3", {"sliding_window": 8, "pad_token_id": 0}),
+    "phi3": ("phi3", {"sliding_window": 8}),
     "phi3-longrope": (
         "phi3",
         {
-            "pad_token_id": 0,
             "original_max_position_embeddings": 32,
             "rope_parameters": {
                 "rope_type": "longrope",

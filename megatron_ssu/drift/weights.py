@@ -112,7 +112,7 @@ def compare_weights(base: Source, others: Sequence[Source]) -> WeightDrift:
         [ModelMoves() for _ in others], {pair: PairMoves() for pair in combinations(range(len(others)), 2)}
     )
     matrices = {m.name: m for m in base.family.matrices(base.dims)}
-    for name in base.checkpoint.names():
+    for name in base.checkpoint.parts(matrices):
         matrix = matrices.get(name)
         key = (matrix.kind, matrix.layer) if matrix else ("other", None)
         sums = [Moves() for _ in others]

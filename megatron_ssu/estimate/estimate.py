@@ -21,7 +21,16 @@ from megatron_ssu.config.checks.values import at_least
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.errors import UserError
 from megatron_ssu.estimate import step_time as steps
-from megatron_ssu.estimate.activations import Kept, MicroBatch, Recompute, head_kept, in_flight, layer_kept, source_kept
+from megatron_ssu.estimate.activations import (
+    Kept,
+    MicroBatch,
+    Norms,
+    Recompute,
+    head_kept,
+    in_flight,
+    layer_kept,
+    source_kept,
+)
 from megatron_ssu.estimate.compact import MatrixShield, matrix_shields
 from megatron_ssu.estimate.hardware import Gpu
 from megatron_ssu.estimate.host import HostBytes, host_bytes
@@ -39,7 +48,7 @@ from megatron_ssu.methods.base import Method
 from megatron_ssu.methods.registry import method_of
 from megatron_ssu.models.build import transformer_config
 from megatron_ssu.models.families import read_family
-from megatron_ssu.models.family import Dims, Family
+from megatron_ssu.models.family import Dims, Family, Scales
 from megatron_ssu.models.hf_config import normalised
 from megatron_ssu.models.limits import check_limits
 from megatron_ssu.shield.shield_file import Shield
@@ -117,12 +126,21 @@ def estimate(run: RunConfig, hf: dict[str, Any], world: int, *, shield: Shield |
     if run.parallel.context > 1:
         raise UserError("parallel.context_parallel_size: estimate does not count context parallelism; set it to 1")
     family, dims = read_family(hf, run.model.path)
-    check_limits(run, family, dims, family.scales(normalised(hf)), transformer_engine=engine)
+    scales = family.scales(normalised(hf))
+    check_limits(run, family, dims, scales, transformer_engine=engine)
     method.validate(run, list(family.matrices(dims)))
     validate_regularize(run)
     shields = matrix_shields(method, run, family, dims, shield)
     return _Counter(
-        run, method, family, dims, data, shields, engine, transformer_config(here, family, hf, dims)
+        run,
+        method,
+        family,
+        dims,
+        data,
+        shields,
+        engine,
+        transformer_config(here, family, hf, dims),
+        scales=scales,
     ).count()
 
 
@@ -155,7 +173,10 @@ class _Counter:
         shields: dict[str, MatrixShield],
         engine: bool,
         config: TransformerConfig,
+        *,
+        scales: Scales,
     ) -> None:
+        self.scales = scales
         self.run, self.family, self.dims, self.engine, self.config = run, family, dims, engine, config
         parallel, train = run.parallel, run.train
         self.mesh = steps.Mesh(
@@ -286,7 +307,8 @@ class _Counter:
         stored *= in_flight(rank, mesh.pipeline, mesh.virtual, mesh.micro_batches) / mesh.virtual
         if rank == mesh.pipeline - 1:
             padding = self.run.model.make_vocab_size_divisible_by
-            stored += head_kept(self.dims, self.batch, padding, engine=self.engine)
+            capped = self.scales.logit_cap is not None
+            stored += head_kept(self.dims, self.batch, padding, engine=self.engine, capped=capped)
             if self.regularize.kl:
                 held = mesh.micro_batches if mesh.pipeline > 1 else 1
                 stored += source_kept(self.dims, self.batch, padding, held=held)
@@ -296,10 +318,11 @@ class _Counter:
         return layer_kept(
             self.dims,
             self.batch,
-            output_norms=any("q_norm" in entry.kinds for entry in self.family.layer),
+            norms=Norms.of(self.family),
             engine=self.engine,
             recompute=recompute,
             modules=self.run.model.transformer.get("recompute_modules") or ("core_attn",),
+            capped=self.scales.attention_cap is not None,
         )
 
     def work(self, rank: int) -> steps.Work:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ def layer_attention(config: Any) -> tuple[LayerAttention, ...]:
     """
     types = _types(config)
     nested = has_nested_ropes(config)
-    positions = getattr(config, "no_rope_layers", None) or [1] * len(types)  # 1: with rope
+    positions = _declared(config, "no_rope_layers") or [1] * len(types)  # 1: with rope
     if len(positions) != len(types):
         raise UserError(f"config.json: no_rope_layers must have {len(types)} numbers, got {len(positions)}")
     return tuple(
@@ -39,8 +40,8 @@ def layer_attention(config: Any) -> tuple[LayerAttention, ...]:
 
 def _types(config: Any) -> list[str]:
     """`full_attention` or `sliding_attention` for every layer."""
-    layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None) or [FULL if window is None else SLIDING] * layers
+    layers, window = config.num_hidden_layers, _declared(config, "sliding_window")
+    types = _declared(config, "layer_types") or [FULL if window is None else SLIDING] * layers
     for kind in types:
         if kind not in (FULL, SLIDING):
             raise UserError(f"config.json: layer_types: {kind!r} is not supported; it must be {FULL} or {SLIDING}")
@@ -49,6 +50,12 @@ def _types(config: Any) -> list[str]:
     if SLIDING in types and (not isinstance(window, int) or window < 1):
         raise UserError(f"config.json: sliding_window must be a whole number above 0, got {window!r}")
     return list(types)
+
+
+def _declared(config: Any, key: str) -> Any:
+    """A key of config.json that transformers' model of this type knows: others it keeps as attributes and does not look at."""
+    known = hasattr(type(config), key) or key in inspect.signature(type(config).__init__).parameters
+    return getattr(config, key, None) if known else None
 
 
 def has_nested_ropes(config: Any) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +96,7 @@ class HFCheckpoint:
         self._open: dict[Path, Any] = {}
 
     def __contains__(self, name: object) -> bool:
-        return name in self._tensors
+        return isinstance(name, str) and row_window(name)[0] in self._tensors
 
     def __len__(self) -> int:
         return len(self._tensors)
@@ -102,6 +104,18 @@ class HFCheckpoint:
     def names(self) -> list[str]:
         """All tensor names, sorted."""
         return sorted(self._tensors)
+
+    def parts(self, matrices: Iterable[str]) -> list[str]:
+        """All tensor names, sorted, where tensors that `matrices` names rows of are cut into these rows and what is between."""
+        cuts: dict[str, set[int]] = {}
+        for tensor, rows in map(row_window, matrices):
+            if rows is not None and tensor in self._tensors:
+                cuts.setdefault(tensor, {0, self._tensors[tensor].shape[0]}).update((rows.start, rows.stop))
+        found = []
+        for name in self.names():
+            edges = sorted(cuts.get(name, ()))
+            found += [f"{name}[{a}:{b}]" for a, b in pairwise(edges)] or [name]
+        return found
 
     def entry(self, name: str) -> TensorEntry:
         """File, dtype, shape and offset of a tensor, or of rows of it (`NAME[0:64]`). UserError when there is none."""

@@ -34,7 +34,9 @@ def check_layer_types(hf: dict[str, Any], config: Any) -> None:
     if not given:
         return
     nested = all(isinstance(value, dict) for value in given.values())
-    if nested != has_nested_ropes(config):
+    # Where the file has the one form and the model the other, transformers adds its defaults to what the file says.
+    mixed = len({isinstance(value, dict) for value in config.rope_parameters.values()}) > 1
+    if mixed or nested != has_nested_ropes(config):
         types = sorted(set(getattr(config, "layer_types", None) or ()))
         wanted = f"an object for each of {', '.join(types)}" if not nested else "one rope for all layers"
         raise UserError(f"config.json: rope_parameters must be {wanted} in a {config.model_type}; copy the file again")

@@ -153,7 +153,7 @@ def verify(source_dir: str | Path, adapted_dir: str | Path, shield: Shield | str
         if source.shape(name) != matrix.shape:
             raise UserError(f"{source.directory}: {name} is {source.shape(name)}, in the shield {matrix.shape}")
     reports = []
-    for name in sorted(source.names(), key=lambda n: _order(shield, n)):
+    for name in sorted(source.parts(shield.matrices), key=lambda n: _order(shield, n)):
         mask = shield.masks.get(name)
         reports.append(_compare(name, source.raw(name), adapted.raw(name), mask))
     return VerifyReport(

@@ -1,4 +1,4 @@
-"""What the rank of the test of CONTRIBUTING.md does: its examples, loaded as new files and added to their lists."""
+"""What the rank of the test of docs/extending.md does: its examples, loaded as new files and added to their lists."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def loaded(name: str, code: str) -> types.ModuleType:
 
 @contextmanager
 def added(blocks: dict[str, str]) -> Iterator[None]:
-    """Within it the three lists have the line that CONTRIBUTING.md names."""
+    """Within it the three lists have the line that docs/extending.md names."""
     modules = {path: loaded(path.removesuffix(".py").replace("/", "."), code) for path, code in blocks.items()}
     by_file = {Path(path).stem: module for path, module in modules.items()}
     with (
         mock.patch.dict(scores.SCORES, {"energy": by_file["energy"].ENERGY}),
         mock.patch.object(methods, "METHODS", (*methods.METHODS, by_file["norms"].NormTuning)),
-        mock.patch.object(families, "FAMILIES", (*families.FAMILIES, by_file["mistral"].MISTRAL)),
+        mock.patch.object(families, "FAMILIES", (*families.FAMILIES, by_file["seed_oss"].SEED_OSS)),
     ):
         yield
 

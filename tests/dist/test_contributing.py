@@ -1,9 +1,8 @@
-"""The worked examples of CONTRIBUTING.md: a score, a method and a family, each a new file and a line."""
+"""The worked examples of docs/extending.md: a score, a method and a family, each a new file and a line."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from tests.models import SIZES
 
 BLOCKS = {
     block.partition("\n")[0].removeprefix("# "): block
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
 }
 
 
@@ -67,14 +66,14 @@ def test_a_family(ranks, tmp_path):
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.MistralConfig(**SIZES, sliding_window=None)
+    config = transformers.SeedOssConfig(**SIZES, head_dim=16)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_((1 if weight.ndim == 1 else 0) + 0.08 * torch.randn_like(weight))
-    model.save_pretrained(tmp_path / "mistral")
+    model.save_pretrained(tmp_path / "model")
     ids = torch.randint(0, SIZES["vocab_size"], (2, 48))
     with torch.no_grad():
         expected = model.eval()(ids).logits
-    found = ranks.run(work.logits, 1, BLOCKS, str(Path(tmp_path / "mistral")), ids)[0]
+    found = ranks.run(work.logits, 1, BLOCKS, str(tmp_path / "model"), ids)[0]
     assert (found - expected).abs().max() < 2e-4 and expected.std() > 0.1

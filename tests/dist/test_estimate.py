@@ -40,7 +40,7 @@ def models(tmp_path_factory):
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     return {
         (kind, dtype): make_model(kind, folder / f"{kind}-{dtype}", dtypes[dtype], **SIZES)
-        for kind in ("olmo2", "llama", "llama-tied")
+        for kind in ("olmo2", "llama", "llama-tied", "qwen3", "gemma2")
         for dtype in dtypes
     }
 
@@ -70,7 +70,9 @@ def test_state_is_what_the_ranks_hold(name, kind, dtype, shielded, ranks, models
             assert mean[key] == pytest.approx(getattr(stage.state, key), rel=0.05), key
 
 
-@pytest.mark.parametrize("kind,dtype", [("olmo2", "bf16"), ("llama", "fp32"), ("llama", "bf16")])
+@pytest.mark.parametrize(
+    "kind,dtype", [("olmo2", "bf16"), ("llama", "fp32"), ("llama", "bf16"), ("qwen3", "bf16"), ("gemma2", "bf16")]
+)
 def test_activations_are_what_autograd_keeps(kind, dtype, ranks, models):
     model = models[kind, dtype]
     hf = json.loads((model / "config.json").read_text())
