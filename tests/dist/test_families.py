@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_ssu.shield.verify import verify
-from tests.dist import family_work, score_work, work
+from tests.dist import family_work, packing_work, score_work, work
 from tests.dist.test_models import MESHES
 from tests.dist.test_shield_mesh import check_scores
 from tests.dist.test_shielded_training import oracle, random_shield
@@ -131,6 +131,49 @@ def test_import_then_export_gives_every_bit_back(name, ranks, tmp_path):
         assert exported.keys() == source.keys()
         assert all(torch.equal(exported[k].view(torch.int16), v.view(torch.int16)) for k, v in source.items()), label
     transformers.AutoModelForCausalLM.from_pretrained(target)
+
+
+def rows(length=48, count=4):
+    """Samples of random tokens, longer than two windows."""
+    found = []
+    for number in range(count):
+        stream = torch.randint(0, work.VOCAB, (length + 1,), generator=torch.Generator().manual_seed(number))
+        found.append(
+            {
+                "tokens": stream[:-1],
+                "labels": stream[1:],
+                "loss_mask": torch.ones(length),
+                "position_ids": torch.arange(length),
+            }
+        )
+    return found
+
+
+@pytest.mark.parametrize("name", [n if n in ("qwen2", "qwen3") else pytest.param(n, marks=ALL) for n in FAMILIES])
+def test_gradients_of_every_parameter_equal_transformers(name, models, ranks, tmp_path):
+    import transformers
+
+    found = rows()
+    net = transformers.AutoModelForCausalLM.from_pretrained(
+        models(name), dtype=torch.float32, attn_implementation="eager"
+    )
+    tokens, labels = (torch.stack([row[key] for row in found]) for key in ("tokens", "labels"))
+    torch.nn.functional.cross_entropy(net(tokens).logits.flatten(0, 1), labels.flatten()).backward()
+    expected = {key: param.grad for key, param in net.named_parameters()}
+    for label in ("TP1", "TP2+SP"):
+        world, parallel = MESHES[label]
+        options = {"isolated": False}
+        ranks.run(
+            packing_work.gradients, world, str(models(name)), parallel, found, 2, str(tmp_path / label), **options
+        )
+        own = load_file(tmp_path / label / "model.safetensors")
+        assert own.keys() == expected.keys()
+        for key, gradient in expected.items():
+            assert gradient.abs().max() > 1e-5, key
+            where = f"{label} {key}"
+            torch.testing.assert_close(
+                own[key], gradient, atol=1e-5, rtol=1e-4, msg=lambda text, where=where: f"{where}: {text}"
+            )
 
 
 def check_training(ranks, model, folder, meshes, steps=6):

@@ -65,7 +65,7 @@ def expected(path, found):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packing")
-    return {kind: make_model(kind, folder / kind) for kind in ("olmo2", "llama3")}
+    return {kind: make_model(kind, folder / kind) for kind in ("olmo2", "llama3", "mistral", "olmo3")}
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,8 @@ def models(tmp_path_factory):
         ("olmo2", "TP1", 8, {}),
         ("olmo2", "TP1", 1, {}),
         ("llama3", "TP1", 4, {}),
+        ("mistral", "TP2+SP", 4, {}),
+        ("olmo3", "TP1", 4, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
         ("llama3", "TP2+SP", 4, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
     ],
 )  # fmt: skip
