@@ -47,6 +47,7 @@ def verify(source_dir: PathLike, adapted_dir: PathLike, shield: Shield | PathLik
     """
     from megatron_ssu.shield import verify as verifying
 
+    source_dir, adapted_dir = _fetched(source_dir, "source_dir"), _fetched(adapted_dir, "adapted_dir")
     return verifying.verify(source_dir, adapted_dir, _shield(shield))
 
 
@@ -127,11 +128,12 @@ def score(
     ):
         if value is None and needing:
             raise UserError(f"{key}: must be given for the score {needing[0]}, got None")
+    model_dir = _fetched(model_dir, "model_dir")
     source = open_source(model_dir)
     wanted = registry.made_by_score(names)
     run = _run(model_dir, dtype or _stored_dtype(source), trust_remote_code)
     run.shield.score, run.shield.also_score, run.shield.norms = names[0], names[1:], "half" if norms else "trainable"
-    run.shield.change_from = None if change_from is None else str(change_from)
+    run.shield.change_from = None if change_from is None else str(_fetched(change_from, "change_from"))
     for section, given in (
         (run.shield.calibration, calibration),
         (run.shield.target_calibration, target_calibration),
@@ -216,6 +218,7 @@ def plan(
     from megatron_ssu.methods.planned import special_token_rows, weights_before
     from megatron_ssu.models.source import open_source
 
+    model_dir = _fetched(model_dir, "model_dir")
     source = open_source(model_dir)
     _check_fingerprint(scores, source)
     run = _run(model_dir, "fp32", trust_remote_code)
@@ -223,7 +226,8 @@ def plan(
     rows = special_token_rows(run, source)
     before = None
     if change_from is not None:
-        run.shield.score, run.shield.granularity, run.shield.change_from = options.score, granularity, str(change_from)
+        run.shield.score, run.shield.granularity = options.score, granularity
+        run.shield.change_from = str(_fetched(change_from, "change_from"))
         before = weights_before(run, source, scores)
     return plan_shield(scores, options, method="ssu", frozen_rows=rows, weights=source.checkpoint.get, before=before)
 
@@ -261,7 +265,18 @@ def load_weights(chunks: Any, model_dir: PathLike) -> None:
     from megatron_ssu.models import borrowed
     from megatron_ssu.models.source import open_source
 
-    borrowed.load_weights(chunks, open_source(model_dir))
+    borrowed.load_weights(chunks, open_source(_fetched(model_dir, "model_dir")))
+
+
+def _fetched(directory: PathLike, key: str) -> PathLike:
+    """A directory as it is; a hub id pinned to a commit whose files are in the cache. Every process asks for itself."""
+    from megatron_ssu.models.hub import download, is_reference, pin
+
+    if not is_reference(str(directory)):
+        return directory
+    pinned = pin(str(directory), key)
+    download(pinned, key)
+    return pinned
 
 
 def _shield(given: Shield | PathLike) -> Shield:
@@ -305,6 +320,7 @@ def _family(hf: Any, shield: Shield) -> tuple[Family, Dims]:
     from megatron_ssu.shield.shield_file import check_model
 
     if isinstance(hf, str | Path):
+        hf = _fetched(hf, "hf_config_or_dir")
         source = open_source(hf)
         on_rank_zero(lambda: check_model(shield, model_fingerprint(hf, "hf_config_or_dir"), source.name))
         return source.family, source.dims

@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import IO, NoReturn, cast
 
 from rich.console import Console
@@ -82,11 +83,15 @@ def _call(options: argparse.Namespace, console: Console) -> int:
             raise UserError("prepare: --model and --output go together; or give a run file")
         if options.output is None:
             file, overrides = options.inputs[0], options.inputs[1:] + overrides
-    run_file = None
-    if file is not None:
+    from megatron_ssu.commands.pinned import pin_options, pin_run
+
+    run_file, weights = None, options.command not in ("prepare", "estimate")
+    if file is None:
+        pin_options(options, weights=weights)
+    else:
         from megatron_ssu.methods.registry import read_run
 
-        run_file = read_run(file, overrides)
+        run_file = read_run(file, overrides, partial(pin_run, weights=weights))
         if hasattr(options, "phase"):
             from megatron_ssu.config.phases import phase_named
 
@@ -151,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", required=True, metavar="DIR", help="the directory to make")
     command.add_argument("--iteration", type=int, metavar="N", help="checkpoint to export (default: the newest)")
     command = add("verify", "Check bit by bit that what was frozen did not move")
-    command.add_argument("--source", required=True, metavar="DIR", help="the model before")
+    command.add_argument("--source", required=True, metavar="DIR", help="the model before: a directory or hub id")
     command.add_argument("--adapted", required=True, metavar="DIR", help="the model after")
     command.add_argument("--shield", required=True, metavar="FILE", help="the shield that it was trained under")
     command.add_argument("--json", metavar="FILE", help="write the report there as well")
@@ -208,7 +213,9 @@ def _add_measures(add: Callable) -> None:
         "Compare models with a base: how far weights and hidden states drifted",
         "With --text also hidden states and predictions, alone or on the mesh of --run-file under torchrun.",
     )
-    command.add_argument("models", nargs="+", metavar="DIR", help="Hugging Face directories; the first is the base")
+    command.add_argument(
+        "models", nargs="+", metavar="DIR", help="Hugging Face directories or hub ids; the first is the base"
+    )
     command.add_argument("--text", metavar="FILE", help="JSONL of chats or text that the models read")
     command.add_argument("--samples", type=int, default=64, metavar="N", help="of the text, drawn by seed (64)")
     command.add_argument("--sequence-length", type=int, default=512, metavar="N", help="tokens per row (512)")
@@ -236,7 +243,7 @@ def _add_generate(add: Callable) -> None:
         "  megatron-ssu generate MODEL PROMPTS.jsonl --output ANSWERS.jsonl\n"
         "Runs alone, in --processes, or on every rank of torchrun.",
     )
-    command.add_argument("model", metavar="MODEL", help="Hugging Face directory of an instruct model")
+    command.add_argument("model", metavar="MODEL", help="Hugging Face directory or hub id of an instruct model")
     command.add_argument(
         "prompts", metavar="PROMPTS", help="JSONL, Parquet or Arrow: chats, instructions, prompts or text"
     )

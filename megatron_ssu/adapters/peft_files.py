@@ -18,6 +18,7 @@ from megatron_ssu.adapters.settings import AdapterSettings
 from megatron_ssu.engine.ranks import on_rank_zero
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.collect import Collector
+from megatron_ssu.models.hub import is_pinned, parts
 from megatron_ssu.models.matrix import Matrix
 from megatron_ssu.models.parallel_model import ParallelModel
 
@@ -45,12 +46,15 @@ def peft_config(model: ParallelModel, settings: AdapterSettings, tensors: Iterab
     names = [name.removeprefix(PREFIX) for name in tensors]
     adapted = {name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")}
     family, dims = model.source.family, model.source.dims
+    path = model.run.model.path
+    base, revision = parts(path) if is_pinned(path) else (path, None)
     possible = {_module(m) for m in family.matrices(dims) if m.kind in settings.targets}
     saved = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names if ".lora_" not in name})
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.run.model.path,
+        "base_model_name_or_path": base,
+        "revision": revision,
         "r": settings.rank,
         "lora_alpha": int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
         "lora_dropout": 0.0,

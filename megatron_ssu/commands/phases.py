@@ -30,6 +30,7 @@ from megatron_ssu.methods.planned import shield_path
 from megatron_ssu.methods.registry import method_of
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.hf_export import check_target
+from megatron_ssu.models.hub import model_name
 from megatron_ssu.shield.compose import moved_on
 from megatron_ssu.shield.shield_file import Shield, load_shield
 from megatron_ssu.train.checkpoints import Checkpoints, Progress
@@ -175,9 +176,7 @@ def _with_given_shield(run: RunConfig, number: int, phase: RunConfig) -> RunConf
         return phase
     target = Path(phase.checkpoint.directory) / GIVEN_SHIELD
     target.parent.mkdir(parents=True, exist_ok=True)
-    moved_on(load_shield(given, check=True), fingerprints[-1], Path(models[-1]).resolve().name).save(
-        target, overwrite=True
-    )
+    moved_on(load_shield(given, check=True), fingerprints[-1], model_name(models[-1])).save(target, overwrite=True)
     return replace(phase, shield=replace(phase.shield, file=str(target)))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_ssu.data.jsonl import BadLine
 from megatron_ssu.errors import UserError, one_line
+from megatron_ssu.models.hub import local_directory
 
 # Any of these holds a vocabulary; without one transformers may build an empty tokenizer and say nothing.
 _HF_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -39,9 +40,11 @@ def load_tokenizer(
 
 
 def _load(model_path: str | Path, trust_remote_code: bool) -> Tokenizer:
-    path = Path(model_path)
+    path = local_directory(model_path)
     if not path.is_dir():
-        raise UserError(f"{path}: not a directory; model.path names a Hugging Face directory with a tokenizer")
+        raise UserError(
+            f"{path}: not a directory; model.path names a Hugging Face directory, or a hub id, with a tokenizer"
+        )
     has_config = (path / "tokenizer_config.json").is_file()
     if any((path / name).is_file() for name in _HF_VOCABULARIES) or (
         has_config and ((path / _SENTENCEPIECE).is_file() or trust_remote_code)

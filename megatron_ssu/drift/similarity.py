@@ -26,6 +26,7 @@ from megatron_ssu.data.rows import open_rows
 from megatron_ssu.errors import UserError, named_line
 from megatron_ssu.io.extras import require
 from megatron_ssu.models.hf_config import read_hf_config
+from megatron_ssu.models.hub import local_directory
 
 _RESAMPLES = 200
 
@@ -113,6 +114,7 @@ def hidden_encoder(directory: str | Path, batch_size: int, layer: int) -> Encode
 
     transformers.utils.logging.disable_progress_bar()
     read_hf_config(str(directory), "--model")
+    directory = local_directory(directory)
     try:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype="auto")

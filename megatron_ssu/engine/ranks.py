@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -59,6 +61,27 @@ def gathered(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def on_each_node(name: str, work: Callable[[], object], patience: timedelta) -> None:
+    """Run `work`, which may take longer than a collective may wait, on the first rank of every node; the node's others wait.
+
+    `name`: of this work, told apart from other work of the job. Collective. Raises the first UserError on all ranks alike.
+    """
+    store, node = job_store(), os.environ.get("GROUP_RANK", "0")
+    local, key = os.environ.get("LOCAL_RANK", "0"), f"megatron-ssu/{name}/"
+    message = ""
+    if local == "0":
+        try:
+            work()
+        except UserError as error:
+            message = str(error)
+        store.set(key + node, message)
+    nodes = sorted(set(gathered(node)))
+    store.wait([key + each for each in nodes], patience)
+    messages = [store.get(key + each).decode() for each in nodes]
+    if first := next((m for m in messages if m), None):
+        raise agreed_error(first)
 
 
 def on_all_ranks(work: Callable[[], T]) -> T:

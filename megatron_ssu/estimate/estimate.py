@@ -6,7 +6,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -50,6 +49,7 @@ from megatron_ssu.models.build import transformer_config
 from megatron_ssu.models.families import read_family
 from megatron_ssu.models.family import Dims, Family, Scales
 from megatron_ssu.models.hf_config import normalised
+from megatron_ssu.models.hub import model_name
 from megatron_ssu.models.limits import check_limits
 from megatron_ssu.shield.shield_file import Shield
 
@@ -210,7 +210,7 @@ class _Counter:
         kinds: tuple[Recompute, ...] = ("none", "selective", "full")
         busiest = max((self.work(rank) for rank in range(mesh.pipeline)), key=lambda w: w.total)
         return Estimate(
-            Path(self.run.model.path).resolve().name,
+            model_name(self.run.model.path),
             mesh.world,
             mesh,
             elements,

@@ -30,6 +30,7 @@ from megatron_ssu.generate.filters import Answer, refused_by
 from megatron_ssu.generate.prompts import Prompt, read_prompts
 from megatron_ssu.io.atomic import write_text
 from megatron_ssu.models.fingerprint import model_fingerprint
+from megatron_ssu.models.hub import local_directory
 from megatron_ssu.models.source import open_source
 
 Advance = Callable[[int], None]  # called with how many prompts of this process are answered
@@ -82,7 +83,7 @@ def open_job(
         **{key: value for key, value in asdict(section).items() if key not in ("prompts", "backend")},
         "backend": backend_name(section),
     }
-    return Job(Path(model), Path(output), section, prompts, dropped, facts, trust_remote_code)
+    return Job(local_directory(model), Path(output), section, prompts, dropped, facts, trust_remote_code)
 
 
 def is_made(job: Job) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,16 @@ if len(set(_NAMES)) < len(_NAMES):
     raise ValueError(f"two methods have one name: {', '.join(_NAMES)}")
 
 
-def read_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run file at `path` with its methods' options; see `load_run`.
+def read_run(
+    path: str | Path, overrides: Sequence[str] = (), prepare: Callable[[RunConfig], None] = lambda run: None
+) -> RunConfig:
+    """The run file at `path` with its methods' options; see `load_run`. `prepare` may change it before its model is looked at.
 
     Where the method's own options stand for keys of the shield section, those are set, in every phase. Raises UserError where
     the run file gives one of them another value.
     """
     run = load_run(path, overrides, {method.name: method.Options for method in METHODS})
+    prepare(run)
     phases = [replace(phase, run=with_iterations(_decided(path, phase.run))) for phase in run.phases]
     return replace(run if phases else with_iterations(_decided(path, run)), phases=phases)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_ssu.config.coerce import show
 from megatron_ssu.errors import UserError
+from megatron_ssu.models.hub import local_directory
 
 CONFIG = "config.json"
 COSMETIC = frozenset(
@@ -39,12 +40,10 @@ COSMETIC = frozenset(
 
 def read_hf_config(path: str, key: str = "model.path") -> dict[str, Any]:
     """config.json of the Hugging Face directory `path`; `key` is the run file's key or the option that named it."""
-    directory = Path(path)
+    directory = local_directory(path)
     if not path or not directory.is_dir():
         advice = (
-            "~ is not expanded"
-            if path.startswith("~")
-            else "give a downloaded Hugging Face directory, not a model's name"
+            "~ is not expanded" if path.startswith("~") else "give a Hugging Face directory, or a hub id (ORG/NAME)"
         )
         raise UserError(f"{key}: must be a directory, got {show(path)} (looked from {Path.cwd()}); {advice}")
     file = directory / "config.json"

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from megatron_ssu.errors import UserError
+from megatron_ssu.models.hub import local_directory
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +92,7 @@ class HFCheckpoint:
     def __init__(self, hf_dir: str | Path) -> None:
         """Raises UserError when the directory, a shard or the index is missing or broken, or a shard lacks a tensor that
         the index puts there."""
-        self.directory = Path(hf_dir)
+        self.directory = local_directory(hf_dir)
         self._tensors = _entries(self.directory)
         self._open: dict[Path, Any] = {}
 

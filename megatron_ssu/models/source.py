@@ -10,6 +10,7 @@ from megatron_ssu.models.families import read_family
 from megatron_ssu.models.family import Dims, Family
 from megatron_ssu.models.hf_config import read_hf_config
 from megatron_ssu.models.hf_files import HFCheckpoint
+from megatron_ssu.models.hub import local_directory, model_name
 
 
 @dataclass
@@ -24,13 +25,12 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What files and messages call the model: its directory's name."""
-        return self.path.resolve().name
+        """What files and messages call the model: its directory's name, or that of the hub."""
+        return model_name(self.path)
 
 
 def open_source(path: str | Path, key: str = "model.path") -> Source:
     """`key` named it. Raises UserError where the directory is not that of a supported model, or lacks files."""
-    path = Path(path)
     hf = read_hf_config(str(path), key)
     family, dims = read_family(hf, path)
-    return Source(path, hf, family, dims, HFCheckpoint(path))
+    return Source(local_directory(path), hf, family, dims, HFCheckpoint(path))

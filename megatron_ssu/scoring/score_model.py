@@ -20,6 +20,7 @@ from megatron_ssu.engine.device import local_device
 from megatron_ssu.engine.ranks import on_all_ranks
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.hf_files import HFCheckpoint
+from megatron_ssu.models.hub import model_name
 from megatron_ssu.models.layout import LocalParam, Piece, take
 from megatron_ssu.models.matrix import Matrix
 from megatron_ssu.models.parallel_model import ParallelModel
@@ -143,7 +144,7 @@ def _settings(target: Calibration | None, before: Before | None) -> dict[str, An
             "tokens": int(target.mask.sum()),
         }
     if before is not None:
-        name = before.checkpoint.directory.resolve().name
+        name = model_name(before.checkpoint.directory)
         settings["change_from"] = {"model": name, "fingerprint": before.fingerprint}
     return settings
 

@@ -21,6 +21,7 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.hf_config import CONFIG, differing_keys, read_hf_config
 from megatron_ssu.models.hf_files import HFCheckpoint, carried_files
+from megatron_ssu.models.hub import model_name
 from megatron_ssu.shield.mask import GRANULARITIES, Mask
 from megatron_ssu.shield.shield_file import Shield, check_model, load_shield
 
@@ -256,7 +257,7 @@ def _order(shield: Shield, name: str) -> tuple[int, str]:
 
 
 def _directory_name(path: str | Path) -> str:
-    return Path(path).resolve().name
+    return model_name(path)
 
 
 def _show(value: Any) -> str:

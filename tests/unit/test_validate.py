@@ -57,6 +57,7 @@ BATCH = "train.global_batch_size"
 
 GOOD: list[tuple[int, list[str], int]] = [
     (1, [], 1),
+    (8, [f"{TP}=8"], 1),
     (8, [f"{TP}=2", f"{PP}=2", "parallel.sequence_parallel=true"], 2),
     (4, [f"{TP}=4"], 1),
     (2, [f"{PP}=2", f"{VPP}=2", "parallel.overlap_p2p_comm=true", "parallel.batch_p2p_comm=false"], 1),
@@ -122,7 +123,7 @@ BAD: list[tuple[int, list[str], dict[str, Any], list[str]]] = [
     (1, ["precision.fp4=e2m1"], {}, ["precision.fp4", "CUDA and Transformer Engine"]),
     # model
     (16, [f"{TP}=16"], {}, [TP, "16 does not divide 8 (num_attention_heads", "choose one of 1, 2, 4"]),
-    (8, [f"{TP}=8"], {}, [TP, "8 does not divide 4 (num_key_value_heads", "choose one of 1, 2, 4"]),
+    (6, [f"{TP}=6"], {"num_attention_heads": 12, "hidden_size": 96}, [TP, "6 does not divide 4 (num_key_value_heads", "choose one of 1, 2, 4, 12"]),
     (4, [f"{TP}=4"], {"intermediate_size": 190}, [TP, "190 (intermediate_size", "choose one of 1, 2"]),
     (3, [f"{PP}=3"], {}, [PP, "8 layers", "3 (pipeline)", "could be 1 or 2 or 4 or 8"]),
     (16, [f"{PP}=16"], {}, [PP, "8 layers", "16 (pipeline)"]),
@@ -349,7 +350,7 @@ def test_read_hf_config(world: Path) -> None:
         (world / name / "config.json").write_bytes(content)
     expected = {
         "": "must be a directory",
-        "org/name": "not a model's name",
+        "org/name": r"or a hub id \(ORG/NAME\)",
         "~/hf": "~ is not expanded",
         "a.jsonl": "must be a directory",
         "empty": "config.json is missing",
