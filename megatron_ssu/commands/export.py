@@ -17,6 +17,7 @@ from megatron_ssu.methods.base import Method
 from megatron_ssu.methods.registry import method_of
 from megatron_ssu.models.hf_export import check_target, export_model
 from megatron_ssu.models.parallel_model import ParallelModel, open_model
+from megatron_ssu.models.source import Source
 from megatron_ssu.train.checkpoints import Checkpoints, Progress
 from megatron_ssu.train.resume_check import checkpoint_record
 
@@ -31,11 +32,27 @@ def export(run: RunConfig, output: str | Path, iteration: int | None, console: C
     method = method_of(run)
     source = start(run, method, training=False, writing=False)
     target = on_rank_zero(lambda: check_target(output, "--output"))
+    session, common = _opened(run, source, method, iteration)
+    export_run(session, method, target, common["identity"], Progress(**common["progress"]), console)
+
+
+def load_exported(run: RunConfig, iteration: int | None) -> tuple[ParallelModel, int]:
+    """The model with the weights that an export of a checkpoint (None: the newest) has, and its iteration. Collective."""
+    method = method_of(run)
+    source = start(run, method, training=False, writing=False)
+    session, common = _opened(run, source, method, iteration)
+    method.before_export(session)
+    return session, common["progress"]["iteration"]
+
+
+def _opened(
+    run: RunConfig, source: Source, method: Method, iteration: int | None
+) -> tuple[ParallelModel, dict[str, Any]]:
+    """The model with a checkpoint's weights, and the checkpoint's common part. Collective."""
     checkpoints = Checkpoints(run.checkpoint.directory)
     found = on_rank_zero(lambda: iteration if iteration is not None else _newest(checkpoints))
     session = open_model(run, source, load=False)
-    common = checkpoints.load_weights(found, session, method)
-    export_run(session, method, target, common["identity"], Progress(**common["progress"]), console)
+    return session, checkpoints.load_weights(found, session, method)
 
 
 def _newest(checkpoints: Checkpoints) -> int:

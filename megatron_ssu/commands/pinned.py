@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.errors import UserError
 from megatron_ssu.models.hub import download, is_pinned, is_reference, parts, pin
 
 _OPTIONS = ("model", "models", "source", "adapted")  # of commands that take models without a run file
@@ -37,11 +38,20 @@ def pin_run(run: RunConfig, *, weights: bool = True) -> None:
             )
         return found[reference]
 
+    if run.phases and run.model.hf_path is not None:
+        raise UserError(
+            "model.hf_path: does not go with phases; write the Megatron checkpoint as a Hugging Face directory first: "
+            "python tools/checkpoint/convert.py --loader megatron --saver hf"
+        )
     for own in (run, *(phase.run for phase in run.phases)):
         _pin_section(own, pinned)
+        if own.model.hf_path is not None and not weights:  # what needs no weights needs no Megatron checkpoint
+            own.model.path, own.model.hf_path = own.model.hf_path, None
 
 
 def _pin_section(run: RunConfig, pinned: Pinning) -> None:
+    if run.model.hf_path is not None and is_reference(run.model.hf_path):
+        run.model.hf_path = pinned(run.model.hf_path, "model.hf_path")
     if is_reference(run.model.path):
         run.model.path = pinned(run.model.path, "model.path")
     if run.shield.change_from is not None and is_reference(run.shield.change_from):

@@ -34,6 +34,8 @@ def plan(run: RunConfig, console: Console) -> Shield:
     if not method.planned:
         raise UserError(f"method.name: {method.name} has no shield that `plan` makes; choose another, or run `train`")
     validate_checkpoint(run)
+    if run.model.hf_path is not None:
+        _take_source(run)
     source = open_source(run.model.path)
     method.validate(run, list(source.family.matrices(source.dims)))
     path = scores_path(run)
@@ -49,3 +51,9 @@ def plan(run: RunConfig, console: Console) -> Shield:
         soft_wrap=True,
     )
     return shield
+
+
+def _take_source(run: RunConfig) -> None:
+    from megatron_ssu.commands.start import take_source
+
+    take_source(run, method_of(run), training=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_ssu.commands.megatron_source import take_megatron_source
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.validate import validate_run
 from megatron_ssu.engine.mesh import start_processes, world_size
@@ -11,7 +12,7 @@ from megatron_ssu.engine.ranks import on_all_ranks
 from megatron_ssu.methods.base import Method
 from megatron_ssu.models.build import DTYPES, has_transformer_engine, transformer_config
 from megatron_ssu.models.families import read_family
-from megatron_ssu.models.hf_config import normalised
+from megatron_ssu.models.hf_config import normalised, read_hf_config
 from megatron_ssu.models.hf_import import check_checkpoint
 from megatron_ssu.models.limits import check_adapters, check_limits
 from megatron_ssu.models.rope import ropes
@@ -48,7 +49,18 @@ def check_settings(
         method.validate_files(run)
 
 
+def take_source(run: RunConfig, method: Method, *, training: bool, writing: bool = True) -> None:
+    """Join the ranks, and have model.path name a Hugging Face directory if it is a Megatron checkpoint. Collective."""
+    start_processes(run.parallel.timeout_minutes)
+
+    def check(described: RunConfig) -> None:
+        hf = read_hf_config(described.model.path, "model.hf_path")
+        check_settings(described, method, hf, world_size(), training=training, writing=writing)
+
+    take_megatron_source(run, check)
+
+
 def start(run: RunConfig, method: Method, *, training: bool, writing: bool = True) -> Source:
     """Join the ranks and check the run file; all ranks get through, or none."""
-    start_processes(run.parallel.timeout_minutes)
+    take_source(run, method, training=training, writing=writing)
     return on_all_ranks(lambda: check_run(run, method, training=training, writing=writing))

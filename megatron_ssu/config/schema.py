@@ -76,9 +76,9 @@ def _megatron(
 class ModelSection:
     """The source model. Further keys: TransformerConfig's fields (recompute_granularity, attention_backend, ...)."""
 
-    path: (
-        str  # Hugging Face directory: config.json, tokenizer, *.safetensors; or a hub id, ORG/NAME or ORG/NAME@REVISION
-    )
+    path: str  # Hugging Face directory (config.json, tokenizer, *.safetensors), or a hub id: ORG/NAME or ORG/NAME@REVISION
+    # Where path is a Megatron checkpoint (torch_dist): the Hugging Face directory of its config.json and tokenizer.
+    hf_path: str | None = None
     trust_remote_code: bool = False  # let the tokenizer run code out of model.path
     make_vocab_size_divisible_by: int = 128  # the padded vocabulary; the same on every mesh
     transformer: dict = _megatron(TRANSFORMER, _ALL - _PARALLEL - _PRECISION_FIELDS, OWNED_TRANSFORMER, inline=True)

@@ -206,12 +206,32 @@ def _replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
         setattr(owner, name, stock)
 
 
+# What else Megatron-LM's have in them: pickled objects among the tensors, further dtypes, plans kept for the next save.
+_FOREIGN_NAMES = frozenset(
+    {
+        (f"{_DCP}.metadata", "BytesStorageMetadata"),
+        (f"{_DCP}.metadata", "STATE_DICT_TYPE"),
+        *(
+            (f"{_DCP}.planner", n)
+            for n in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
+        ),
+        (f"{_DCP}.filesystem", "_StoragePrefix"),
+        *(("torch", n) for n in ("float16", "float64", "int8", "int16", "int32", "int64", "bool")),
+        *(("torch", n) for n in ("float8_e4m3fn", "float8_e5m2", "strided")),
+        ("collections", "OrderedDict"),
+        ("collections", "defaultdict"),
+    }
+)
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Reads torch's `.metadata` without letting it name anything but what it is made of."""
 
+    names = _METADATA_NAMES
+
     def find_class(self, module: str, name: str) -> Any:
         # Whole pairs: the superclass follows the dots of protocol 4's names, and modules hold what they import.
-        if (module, name) in _METADATA_NAMES:
+        if (module, name) in self.names:
             return super().find_class(module, name)
         if (module, name) == ("builtins", "getattr"):
             return _memory_format
@@ -231,3 +251,18 @@ def check_metadata(file: Path) -> None:
     run code when torch unpickles it."""
     with file.open("rb") as stream:
         _MetadataUnpickler(stream).load()
+
+
+class _ForeignMetadataUnpickler(_MetadataUnpickler):
+    names = _METADATA_NAMES | _FOREIGN_NAMES
+
+
+def check_foreign_metadata(file: Path) -> None:
+    """The same of a checkpoint that Megatron-LM wrote."""
+    with file.open("rb") as stream:
+        _ForeignMetadataUnpickler(stream).load()
+
+
+def load_tensors(state: dict[str, Any], folder: Path) -> None:
+    """Read the ShardedTensors of `state` in place, and nothing else of the checkpoint: its common part is pickled."""
+    strategies.TorchDistLoadShardedStrategy().load(state, folder)

@@ -57,7 +57,7 @@ class LayerFreezing(SourceShieldedUpdates):
     def _ends(self, run: RunConfig) -> list[ProtectSection]:
         """A rule for the first or last floor(fraction * L) of the model's L layers."""
         check_ratio(self.options.fraction, "method.layers.fraction")
-        layers = read_hf_config(run.model.path).get("num_hidden_layers")
+        layers = read_hf_config(run.model.hf_path or run.model.path).get("num_hidden_layers")
         if not isinstance(layers, int):
             return []  # config.json is refused where its sizes are checked
         count = units_of_ratio(self.options.fraction, layers)

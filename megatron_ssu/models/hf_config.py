@@ -47,6 +47,13 @@ def read_hf_config(path: str, key: str = "model.path") -> dict[str, Any]:
         )
         raise UserError(f"{key}: must be a directory, got {show(path)} (looked from {Path.cwd()}); {advice}")
     file = directory / "config.json"
+    if not file.exists() and any(
+        (directory / name).exists() for name in ("latest_checkpointed_iteration.txt", "metadata.json")
+    ):
+        raise UserError(
+            f"{key}: {path} is a Megatron checkpoint; name the Hugging Face directory of its config.json and tokenizer in "
+            "model.hf_path"
+        )
     try:
         config = json.loads(file.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:

@@ -108,15 +108,39 @@ def export_model(
         UserError: `target` exists, or cannot be written.
     """
     stored = set(source.names())
+    tied_heads = [n for e in layout.family.edges if e.kinds == ("head",) for n in e.tensors if n in stored]
+    _export(layout, mesh, source.directory, target, max_shard_size, source.dtype, tied_heads, record, further)
+
+
+def export_as(
+    layout: Layout, mesh: Mesh, beside: Path, target: Path, max_shard_size: int, dtype: str, record: str
+) -> None:
+    """Write a model that no Hugging Face directory has, each tensor as `dtype` ('BF16', 'F32'); as `export_model` otherwise.
+
+    `beside`: the directory of its config and tokenizer.
+    """
+    _export(layout, mesh, beside, target, max_shard_size, lambda name: dtype, [], record, lambda folder: None)
+
+
+def _export(
+    layout: Layout,
+    mesh: Mesh,
+    beside: Path,
+    target: Path,
+    max_shard_size: int,
+    dtype_of: Callable[[str], str],
+    tied_heads: list[str],
+    record: str | None,
+    further: Callable[[Path], None],
+) -> None:
     stored_in: dict[str, list[Matrix]] = {}
     for matrix in layout.family.matrices(layout.dims):
         stored_in.setdefault(row_window(matrix.name)[0], []).append(matrix)
-    tensors = [Tensor(name, tuple(found), source.dtype(name)) for name, found in stored_in.items()]
+    tensors = [Tensor(name, tuple(found), dtype_of(name)) for name, found in stored_in.items()]
     if layout.dims.tied:
         # Some checkpoints store the tied head as well.
         embedding = next(t for t in tensors if t.matrices[0].kind == "embedding")
-        heads = [n for e in layout.family.edges if e.kinds == ("head",) for n in e.tensors if n in stored]
-        tensors += [Tensor(name, embedding.matrices, embedding.dtype) for name in heads]
+        tensors += [Tensor(name, embedding.matrices, embedding.dtype) for name in tied_heads]
     files = plan_files(tensors, max_shard_size)
     collect = Collector(layout, mesh)
     partial = target.with_name(f".{target.name}.partial")
@@ -134,7 +158,7 @@ def export_model(
         if mesh.rank == 0:
             writer.end()
     further(partial)
-    on_rank_zero(lambda: _finish(writer, files, source.directory, target, partial, record))
+    on_rank_zero(lambda: _finish(writer, files, beside, target, partial, record))
 
 
 def _prepare(target: Path, partial: Path) -> None:

@@ -96,6 +96,13 @@ class HFCheckpoint:
         self._tensors = _entries(self.directory)
         self._open: dict[Path, Any] = {}
 
+    @classmethod
+    def empty(cls, hf_dir: str | Path) -> HFCheckpoint:
+        """Of a directory whose weights are not looked at: without tensors."""
+        made = cls.__new__(cls)
+        made.directory, made._tensors, made._open = local_directory(hf_dir), {}, {}
+        return made
+
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and row_window(name)[0] in self._tensors
 

@@ -29,6 +29,13 @@ class Source:
         return model_name(self.path)
 
 
+def open_config(path: str | Path, key: str) -> Source:
+    """Config and tokenizer alone: its checkpoint has no tensors. Raises UserError as `open_source` does of config.json."""
+    hf = read_hf_config(str(path), key)
+    family, dims = read_family(hf, path)
+    return Source(local_directory(path), hf, family, dims, HFCheckpoint.empty(path))
+
+
 def open_source(path: str | Path, key: str = "model.path") -> Source:
     """`key` named it. Raises UserError where the directory is not that of a supported model, or lacks files."""
     hf = read_hf_config(str(path), key)

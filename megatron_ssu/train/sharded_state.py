@@ -67,13 +67,16 @@ def uses_delayed_scaling(session: ParallelModel) -> bool:
     return bool(session.config.fp8) and session.config.fp8_recipe == Fp8Recipe.delayed
 
 
-def model_state(session: ParallelModel) -> dict[str, Any]:
-    """The chunks' sharded state dicts by name: `model`, or `model0`, `model1`, ... under virtual pipeline stages."""
+def model_state(session: ParallelModel, *, extra_state: bool = False) -> dict[str, Any]:
+    """The chunks' sharded state dicts by name: `model`, or `model0`, `model1`, ... under virtual pipeline stages.
+
+    With `extra_state` also that of megatron's and Transformer Engine's layers, pickled or empty objects.
+    """
     found = {}
     for name, chunk in zip(_chunk_names(session), session.chunks, strict=True):
         state = chunk.sharded_state_dict(metadata=_metadata())
         # Transformer Engine pickles into `_extra_state`, and other layers have none of it; see scaling.py.
-        found[name] = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+        found[name] = {key: value for key, value in state.items() if extra_state or not key.endswith("_extra_state")}
     return found
 
 

@@ -38,8 +38,10 @@ def start(tensor: int = 1, pipeline: int = 1, virtual: int | None = None) -> Non
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
 
 
-def build(model_dir: str, dtype: str = "fp32", virtual: int | None = None, **changes: Any) -> list[GPTModel]:
-    """This rank's GPTModel chunks of a Llama with megatron-core's local layer spec; `changes` to the config."""
+def build(
+    model_dir: str, dtype: str = "fp32", virtual: int | None = None, vocab: int | None = None, **changes: Any
+) -> list[GPTModel]:
+    """This rank's GPTModel chunks with megatron-core's local layer spec; `vocab`: padded; `changes` to the config."""
     hf = json.loads((Path(model_dir) / "config.json").read_text())
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     fields: dict[str, Any] = {
@@ -75,8 +77,8 @@ def build(model_dir: str, dtype: str = "fp32", virtual: int | None = None, **cha
         assert get_num_layers_to_build(config, **stages) > 0
         chunk = GPTModel(
             config,
-            get_gpt_layer_local_spec(normalization="RMSNorm"),
-            vocab_size=hf["vocab_size"],
+            get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm),
+            vocab_size=vocab or hf["vocab_size"],
             max_sequence_length=hf["max_position_embeddings"],
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **stages),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **stages),
