@@ -1,4 +1,4 @@
-"""Whole matrices on rank 0, out of the shards that the ranks of a mesh hold."""
+"""Whole matrices on one rank, out of the shards that the ranks of a mesh hold."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_ssu.models.matrix import Matrix
 
 
 class PieceCollector:
-    """Brings matrices to rank 0, one at a time: from the first data- and context-parallel rank that holds each piece."""
+    """Brings matrices to one rank, one at a time: from the first data- and context-parallel rank that holds each piece."""
 
     def __init__(self, own: Mapping[str, tuple[Callable[[], torch.Tensor], Piece]], mesh: Mesh) -> None:
         """`own`: by the matrix's name the piece that this rank answers for, and its shard [R, C] or [n]. Collective."""
@@ -28,18 +28,18 @@ class PieceCollector:
         """All that some rank holds, by name."""
         return [self._holders[name][0][1].matrix for name in sorted(self._holders)]
 
-    def __call__(self, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
-        """The matrix on rank 0's CPU in `dtype`; an empty tensor on the other ranks. Collective."""
+    def __call__(self, matrix: Matrix, dtype: torch.dtype, to: int = 0) -> torch.Tensor:
+        """The matrix on the CPU of rank `to` in `dtype`; an empty tensor on the other ranks. Collective."""
         mesh = self.mesh
-        whole = torch.empty(matrix.shape if mesh.rank == 0 else 0, dtype=dtype)
+        whole = torch.empty(matrix.shape if mesh.rank == to else 0, dtype=dtype)
         for rank, piece in self._holders[matrix.name]:
             part: Any = None
             if rank == mesh.rank:
                 shard, mine = self._own[matrix.name]
                 part = take(shard(), mine).to(dtype).contiguous()
-            if rank != 0 and mesh.rank == rank:
-                dist.send(part, 0)
-            if mesh.rank == 0:
+            if rank != to and mesh.rank == rank:
+                dist.send(part, to)
+            if mesh.rank == to:
                 if part is None:
                     shape = [s.stop - s.start for s in piece.index]
                     part = torch.empty(shape, dtype=dtype, device=local_device())

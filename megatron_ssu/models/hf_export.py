@@ -1,16 +1,19 @@
 """Write any mesh back to a Hugging Face directory.
 
-Rank 0 writes. Tensor by tensor it receives the pieces from the ranks that hold them and streams them into the file, so that
-it holds one tensor at a time. Everything is written into a folder beside the target that takes its name when it is complete.
+Up to WRITERS ranks write, each its own files. Tensor by tensor a writer receives the pieces from the ranks that hold them, and
+a thread streams them into the file meanwhile, so that a writer holds QUEUE + 2 tensors at most. Everything is written into a
+folder beside the target that takes its name when it is complete; all writers must see it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 import struct
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +22,16 @@ from typing import Any
 import torch
 
 from megatron_ssu.engine.mesh import Mesh
-from megatron_ssu.engine.ranks import on_rank_zero
+from megatron_ssu.engine.ranks import gathered, on_rank_zero
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.collect import Collector
 from megatron_ssu.models.hf_files import EXPORT_RECORD, INDEX_FILE, HFCheckpoint, carry_files, row_window
 from megatron_ssu.models.hf_import import DTYPE_NAMES
 from megatron_ssu.models.layout import Layout
 from megatron_ssu.models.matrix import Matrix
+
+WRITERS = 8  # ranks that write at most
+QUEUE = 2  # tensors that wait for a writer's disk
 
 
 @dataclass(frozen=True)
@@ -145,20 +151,33 @@ def _export(
     collect = Collector(layout, mesh)
     partial = target.with_name(f".{target.name}.partial")
     on_rank_zero(lambda: _prepare(target, partial))
-    if mesh.rank == 0:
-        writer = _Writer(partial)
-    for name, part in files.items():
-        if mesh.rank == 0:
+    writers = writing_ranks(mesh.world, len(files))
+    writer = _Writer(partial)
+    for number, (name, part) in enumerate(files.items()):
+        to = writers[number % len(writers)]
+        if mesh.rank == to:
             writer.begin(name, part)
         for tensor in part:
             for matrix in tensor.matrices:
-                whole = collect(matrix, DTYPE_NAMES[tensor.dtype])
-                if mesh.rank == 0:
+                whole = collect(matrix, DTYPE_NAMES[tensor.dtype], to)
+                if mesh.rank == to:
                     writer.write(whole)
-        if mesh.rank == 0:
+        if mesh.rank == to:
             writer.end()
     further(partial)
-    on_rank_zero(lambda: _finish(writer, files, beside, target, partial, record))
+    writer.close()
+    failed = next((reason for reason in gathered(writer.reason) if reason), None)
+    try:
+        on_rank_zero(lambda: _finish(failed, files, beside, target, partial, record))
+    finally:
+        if writer.bug is not None:
+            raise writer.bug
+
+
+def writing_ranks(world: int, files: int) -> list[int]:
+    """The ranks that write so many files, spread over the nodes of a job of `world` ranks."""
+    count = min(WRITERS, world, files)
+    return [number * world // count for number in range(count)]
 
 
 def _prepare(target: Path, partial: Path) -> None:
@@ -172,8 +191,10 @@ def _prepare(target: Path, partial: Path) -> None:
 
 
 def _finish(
-    writer: _Writer, files: dict[str, list[Tensor]], source: Path, target: Path, partial: Path, record: str | None
+    failed: str | None, files: dict[str, list[Tensor]], source: Path, target: Path, partial: Path, record: str | None
 ) -> None:
+    """Write what is beside the weights, and give the folder its name; or take it away where writing `failed`."""
+
     def rest() -> None:
         if len(files) > 1:
             total = sum(t.nbytes for part in files.values() for t in part)
@@ -187,19 +208,26 @@ def _finish(
             target.rmdir()
         os.replace(partial, target)
 
-    writer.attempt(rest)
-    if writer.error is not None:
+    if failed is None:
+        try:
+            rest()
+        except OSError as error:
+            failed = str(error.strerror)
+    if failed is not None:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{target}: cannot be written: {writer.error.strerror}; nothing was left behind")
+        raise UserError(f"{target}: cannot be written: {failed}; nothing was left behind")
 
 
 class _Writer:
-    """Streams safetensors files. A failed write is kept in `error`, so that the other ranks can continue to the end."""
+    """Streams safetensors files in a thread. A failed write is kept, so that the other ranks can continue to the end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.error: OSError | None = None
+        self.reason: str | None = None  # why a write failed; known when it is closed
+        self.bug: Exception | None = None  # where it was not the file system
         self.file: Any = None
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(QUEUE)
+        self._thread: threading.Thread | None = None
 
     def begin(self, name: str, tensors: list[Tensor]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -213,14 +241,14 @@ class _Writer:
             offset += tensor.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self.attempt(lambda: self._open(name, struct.pack("<Q", len(text)) + text))
+        self._later(lambda: self._open(name, struct.pack("<Q", len(text)) + text))
 
     def _open(self, name: str, head: bytes) -> None:
         self.file = open(self.folder / name, "wb")  # noqa: SIM115
         self.file.write(head)
 
     def write(self, tensor: torch.Tensor) -> None:
-        self.attempt(lambda: self.file.write(tensor.contiguous().view(torch.uint8).numpy().data))
+        self._later(lambda: self.file.write(tensor.contiguous().view(torch.uint8).numpy().data))
 
     def end(self) -> None:
         def close() -> None:
@@ -228,11 +256,26 @@ class _Writer:
             os.fsync(self.file.fileno())
             self.file.close()
 
-        self.attempt(close)
+        self._later(close)
 
-    def attempt(self, work: Any) -> None:
-        if self.error is None:
-            try:
-                work()
-            except OSError as error:
-                self.error = error
+    def close(self) -> None:
+        """Wait until all is written; `reason` is final then."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+
+    def _later(self, work: Callable[[], None]) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="export", daemon=True)
+            self._thread.start()
+        self._queue.put(work)
+
+    def _run(self) -> None:
+        while (work := self._queue.get()) is not None:
+            if self.reason is None:
+                try:
+                    work()
+                except OSError as error:
+                    self.reason = str(error.strerror or error)
+                except Exception as error:  # raised when the ranks are through, which would wait for this thread
+                    self.reason, self.bug = f"{type(error).__name__}: {error}", error

@@ -1,8 +1,13 @@
-"""Read a Hugging Face directory straight into the shards of a mesh: each rank reads only the slices that it holds."""
+"""Read a Hugging Face directory straight into the shards of a mesh.
+
+A rank reads only the slices that it holds, and its data- and context-parallel replicas get them from it.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_ssu.errors import UserError
 from megatron_ssu.io.dtypes import STORED_NAMES
@@ -10,6 +15,8 @@ from megatron_ssu.models.family import Dims, Family
 from megatron_ssu.models.hf_files import HFCheckpoint, row_window
 from megatron_ssu.models.layout import Layout, LocalParam, put
 from megatron_ssu.models.matrix import Matrix
+
+BUCKET = 1 << 26  # bytes of parameters that are broadcast together; larger ones go alone
 
 DTYPE_NAMES: dict[str, torch.dtype] = {stored: getattr(torch, name) for stored, name in STORED_NAMES.items()}
 
@@ -63,6 +70,36 @@ def import_weights(layout: Layout, checkpoint: HFCheckpoint) -> None:
     with torch.no_grad():
         for local in layout:
             fill(local.param.data, local, checkpoint)
+
+
+def share_weights(layout: Layout) -> None:
+    """Give all data- and context-parallel ranks the weights that the first of them read; collective.
+
+    Small parameters go together, BUCKET bytes at a time.
+    """
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if group.size() == 1:
+        return
+    source = dist.get_global_rank(group, 0)
+    bucket: list[torch.Tensor] = []
+    for local in layout:
+        part = local.param.data.view(-1).view(torch.uint8)
+        if part.numel() >= BUCKET:
+            dist.broadcast(part, source, group=group)
+            continue
+        if sum(p.numel() for p in bucket) + part.numel() > BUCKET:
+            _broadcast(bucket, source, group)
+            bucket = []
+        bucket.append(part)
+    if bucket:
+        _broadcast(bucket, source, group)
+
+
+def _broadcast(parts: list[torch.Tensor], source: int, group: dist.ProcessGroup) -> None:
+    together = torch.cat(parts)
+    dist.broadcast(together, source, group=group)
+    for part, own in zip(parts, together.split([part.numel() for part in parts]), strict=True):
+        part.copy_(own)
 
 
 def fill(shard: torch.Tensor, local: LocalParam, checkpoint: HFCheckpoint) -> None:

@@ -12,7 +12,7 @@ from megatron_ssu.engine.mesh import Mesh, start_mesh, start_processes
 from megatron_ssu.engine.ranks import on_all_ranks
 from megatron_ssu.models.build import build_chunks, transformer_config
 from megatron_ssu.models.family import padded_vocab
-from megatron_ssu.models.hf_import import import_weights
+from megatron_ssu.models.hf_import import import_weights, share_weights
 from megatron_ssu.models.layout import Layout
 from megatron_ssu.models.source import Source, open_source
 
@@ -52,5 +52,7 @@ def build_model(run: RunConfig, source: Source, mesh: Mesh, *, load: bool = True
     vocab_rows = padded_vocab(dims.vocab, run.model.make_vocab_size_divisible_by)
     layout = Layout(family, dims, chunks, mesh.tensor_rank, mesh.tensor, vocab_rows)
     if load:
-        on_all_ranks(lambda: import_weights(layout, source.checkpoint))
+        reads = mesh.data_rank == 0 and mesh.context_rank == 0  # replicas get theirs from it: every byte is read once
+        on_all_ranks(lambda: import_weights(layout, source.checkpoint) if reads else None)
+        share_weights(layout)
     return ParallelModel(run, mesh, source, config, chunks, layout)

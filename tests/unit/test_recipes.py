@@ -33,11 +33,41 @@ def shape(layers: int, hidden: int, heads: int, groups: int, middle: int, vocab:
     }
 
 
+_QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+_OLMO3 = {
+    "model_type": "olmo3",
+    "architectures": ["Olmo3ForCausalLM"],
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 500000,
+    "sliding_window": 4096,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    },
+}
+_LLAMA3_ROPE = {
+    "rope_theta": 500000,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
 # As published in the models' config.json.
 MODELS: dict[str, dict[str, Any]] = {
     "olmo2-7b": {**_COMMON, **_OLMO2, **shape(32, 4096, 32, 32, 11008, 100352)},
     "olmo2-13b": {**_COMMON, **_OLMO2, **shape(40, 5120, 40, 40, 13824, 100352)},
     "olmo2-32b": {**_COMMON, **_OLMO2, **shape(64, 5120, 40, 8, 27648, 100352)},
+    "olmo3-32b": {**_COMMON, **_OLMO3, **shape(64, 5120, 40, 8, 27648, 100278)},
+    "qwen2.5-32b": {**_COMMON, **_QWEN2, **shape(64, 5120, 40, 8, 27648, 152064)},
+    "qwen2.5-72b": {**_COMMON, **_QWEN2, **shape(80, 8192, 64, 8, 29568, 152064)},
+    "llama3.3-70b": {**_COMMON, **_LLAMA, **_LLAMA3_ROPE, **shape(80, 8192, 64, 8, 28672, 128256)},
     "llama2-13b": {**_COMMON, **_LLAMA, **shape(40, 5120, 40, 40, 13824, 32000)},
 }
 
@@ -77,14 +107,15 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_recipe_has_its_meshes():
     assert {path.stem for path in FOLDER.glob("*.yaml")} == set(MODELS)
     for recipe in MODELS:
-        assert [row[1] for row in rows() if row[0] == recipe] == [1, 2, 4, 16, 16]
+        nodes = [row[1] for row in rows() if row[0] == recipe]
+        assert nodes == ([2, 4, 16, 16] if recipe.endswith(("70b", "72b")) else [1, 2, 4, 16, 16])
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row[0]}-{row[1]}x8-batch{row[4]}")
 def test_mesh_fits_its_model(world, row):
     recipe, nodes, (tensor, pipeline, virtual, data), micro, batch, memory, overrides = row
     run = read_run(FOLDER / f"{recipe}.yaml", overrides)
-    directory = world / run.model.path
+    directory = world / run.model.path  # the hub's ids stand for directories here
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(MODELS[recipe]))
     check_settings(run, method_of(run), MODELS[recipe], 8 * nodes)
@@ -104,4 +135,5 @@ def test_recompute_goes_with_every_recipe(world):
     assert len(RECOMPUTE) == 1
     for recipe, hf in MODELS.items():
         run = read_run(FOLDER / f"{recipe}.yaml", RECOMPUTE[0].split())
-        check_settings(run, method_of(run), hf, 8)
+        nodes = next(row[1] for row in rows() if row[0] == recipe)
+        check_settings(run, method_of(run), hf, 8 * nodes)
