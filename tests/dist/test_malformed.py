@@ -166,7 +166,7 @@ ROWS = [
     row("config lacks a size", config(hidden_size=None), FRESH, "config.json", "hidden_size"),
     row("config of another size", config(intermediate_size=64), FRESH, "mlp.", "config.json"),
     row("config has more layers", config(num_hidden_layers=3), FRESH, "model.layers.2."),
-    row("unsupported rope", config(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}), FRESH, "rope"),
+    row("unsupported rope", config(rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}), FRESH, "rope"),
     row("no weights", gone("hf/model.safetensors"), FRESH, "model.safetensors"),
     row("weights are pickles", lambda w: (w / "hf/model.safetensors").rename(w / "hf/pytorch_model.bin"), FRESH, "safetensors"),
     row("weights cut short", cut("hf/model.safetensors"), FRESH, "model.safetensors", "truncated"),
