@@ -1,9 +1,15 @@
-"""Read a Hugging Face directory straight into the shards of a mesh: each rank reads only the slices that it holds."""
+"""Read a Hugging Face directory straight into the shards of a mesh: of the ranks that hold a slice one reads it."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterable, Sequence
 
+import torch
+import torch.distributed as dist
+
+from megatron_ssu.engine.mesh import replica_group
+from megatron_ssu.engine.ranks import on_all_ranks
+from megatron_ssu.engine.replicas import share
 from megatron_ssu.errors import UserError
 from megatron_ssu.io.dtypes import STORED_NAMES
 from megatron_ssu.models.family import Dims, Family
@@ -12,6 +18,8 @@ from megatron_ssu.models.layout import Layout, LocalParam, put
 from megatron_ssu.models.matrix import Matrix
 
 DTYPE_NAMES: dict[str, torch.dtype] = {stored: getattr(torch, name) for stored, name in STORED_NAMES.items()}
+
+PORTION = 1 << 26  # bytes of a tensor that are read at a time
 
 
 def check_checkpoint(checkpoint: HFCheckpoint, family: Family, dims: Dims, dtype: torch.dtype) -> None:
@@ -59,15 +67,44 @@ def _check_tensor(checkpoint: HFCheckpoint, matrix: Matrix, dtype: torch.dtype) 
 
 
 def import_weights(layout: Layout, checkpoint: HFCheckpoint) -> None:
-    """Fill this rank's parameters; rows that pad the vocabulary become zero."""
+    """Fill this rank's parameters; rows that pad the vocabulary become zero. Collective.
+
+    Of the replicas of a shard each reads a part of its parameters, all at the same time, and sends it to the others: every
+    byte is read by one replica. Raises UserError, on all ranks alike, where a file cannot be read on any of them.
+    """
+    group = replica_group()
+    params = list(layout)
+    readers = assign_readers([local.param.numel() for local in params], dist.get_world_size(group))
+    own = dist.get_rank(group)
     with torch.no_grad():
-        for local in layout:
-            fill(local.param.data, local, checkpoint)
+        on_all_ranks(lambda: _read([p for p, reader in zip(params, readers, strict=True) if reader == own], checkpoint))
+        share([local.param.data for local in params], readers, group)
+
+
+def _read(params: Iterable[LocalParam], checkpoint: HFCheckpoint) -> None:
+    for local in params:
+        fill(local.param.data, local, checkpoint)
+
+
+def assign_readers(sizes: Sequence[int], replicas: int) -> list[int]:
+    """Which replica reads each of a shard's parameters of `sizes` elements: neighbours, whose tensors share files, in runs
+    of about the same size."""
+    total, middles, start = max(1, sum(sizes)), [], 0
+    for size in sizes:
+        middles.append(2 * start + size)
+        start += size
+    return [min(replicas - 1, middle * replicas // (2 * total)) for middle in middles]
 
 
 def fill(shard: torch.Tensor, local: LocalParam, checkpoint: HFCheckpoint) -> None:
-    """Read a parameter's shard [R, C] or [n] from the files into `shard`."""
+    """Read a parameter's shard [R, C] or [n] from the files into `shard`; beside it at most PORTION bytes are held.
+
+    Raises UserError where a file cannot be read.
+    """
     if sum(p.rows for p in local.pieces) < shard.shape[0]:
         shard.zero_()
     for piece in local.pieces:
-        put(shard, piece, checkpoint.get_slice(piece.matrix.name)[piece.index])
+        name = piece.matrix.name
+        whole, itemsize = checkpoint.get_slice(name), DTYPE_NAMES[checkpoint.dtype(name)].itemsize
+        for part in piece.portions(PORTION // itemsize):
+            put(shard, part, whole[part.index])

@@ -9,7 +9,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.engine.mesh import Mesh, start_mesh, start_processes
-from megatron_ssu.engine.ranks import on_all_ranks
 from megatron_ssu.models.build import build_chunks, transformer_config
 from megatron_ssu.models.family import padded_vocab
 from megatron_ssu.models.hf_import import import_weights
@@ -52,5 +51,5 @@ def build_model(run: RunConfig, source: Source, mesh: Mesh, *, load: bool = True
     vocab_rows = padded_vocab(dims.vocab, run.model.make_vocab_size_divisible_by)
     layout = Layout(family, dims, chunks, mesh.tensor_rank, mesh.tensor, vocab_rows)
     if load:
-        on_all_ranks(lambda: import_weights(layout, source.checkpoint))
+        import_weights(layout, source.checkpoint)
     return ParallelModel(run, mesh, source, config, chunks, layout)
