@@ -89,19 +89,12 @@ class HFCheckpoint:
     `model.safetensors` is taken before an index, as transformers does.
     """
 
-    def __init__(self, hf_dir: str | Path) -> None:
-        """Raises UserError when the directory, a shard or the index is missing or broken, or a shard lacks a tensor that
+    def __init__(self, hf_dir: str | Path, *, weights: bool = True) -> None:
+        """Without `weights` it has no tensors, whatever is in the directory. Raises UserError when the directory, a shard or the index is missing or broken, or a shard lacks a tensor that
         the index puts there."""
         self.directory = local_directory(hf_dir)
-        self._tensors = _entries(self.directory)
+        self._tensors = _entries(self.directory) if weights else {}
         self._open: dict[Path, Any] = {}
-
-    @classmethod
-    def empty(cls, hf_dir: str | Path) -> HFCheckpoint:
-        """Of a directory whose weights are not looked at: without tensors."""
-        made = cls.__new__(cls)
-        made.directory, made._tensors, made._open = local_directory(hf_dir), {}, {}
-        return made
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and row_window(name)[0] in self._tensors

@@ -33,7 +33,7 @@ def open_config(path: str | Path, key: str) -> Source:
     """Config and tokenizer alone: its checkpoint has no tensors. Raises UserError as `open_source` does of config.json."""
     hf = read_hf_config(str(path), key)
     family, dims = read_family(hf, path)
-    return Source(local_directory(path), hf, family, dims, HFCheckpoint.empty(path))
+    return Source(local_directory(path), hf, family, dims, HFCheckpoint(path, weights=False))
 
 
 def open_source(path: str | Path, key: str = "model.path") -> Source:
