@@ -90,8 +90,11 @@ class HFCheckpoint:
     """
 
     def __init__(self, hf_dir: str | Path, *, weights: bool = True) -> None:
-        """Without `weights` it has no tensors, whatever is in the directory. Raises UserError when the directory, a shard or the index is missing or broken, or a shard lacks a tensor that
-        the index puts there."""
+        """Without `weights` it has no tensors, whatever is in the directory.
+
+        Raises UserError when the directory, a shard or the index is missing or broken, or a shard lacks a tensor that the
+        index puts there.
+        """
         self.directory = local_directory(hf_dir)
         self._tensors = _entries(self.directory) if weights else {}
         self._open: dict[Path, Any] = {}
