@@ -118,7 +118,7 @@ UNEVEN = {
 
 
 @pytest.mark.parametrize("name", UNEVEN)
-@pytest.mark.parametrize("kind", ["olmo2", "llama-tied"])
+@pytest.mark.parametrize("kind", [pytest.param("olmo2", marks=pytest.mark.slow), "llama-tied"])
 def test_uneven_stages_compute_the_same(kind, name, ranks, tmp_path):
     import transformers
 
