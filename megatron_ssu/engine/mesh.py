@@ -115,6 +115,11 @@ def current_mesh() -> Mesh:
     )
 
 
+def replica_group() -> dist.ProcessGroup:
+    """The data- and context-parallel ranks that hold the same weights as this one, itself among them."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
 def stop_processes() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()

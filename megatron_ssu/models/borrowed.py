@@ -135,7 +135,7 @@ def load_weights(chunks: Any, source: Source) -> None:
     _, layout = layout_of(chunks, source.family, source.dims, "load_weights")
     dtype = layout.params[0].param.dtype if layout.params else torch.float32
     on_all_ranks(lambda: check_checkpoint(source.checkpoint, source.family, source.dims, dtype))
-    on_all_ranks(lambda: import_weights(layout, source.checkpoint))
+    import_weights(layout, source.checkpoint)
 
 
 @contextmanager

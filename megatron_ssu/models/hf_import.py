@@ -1,14 +1,15 @@
-"""Read a Hugging Face directory straight into the shards of a mesh.
-
-A rank reads only the slices that it holds, and its data- and context-parallel replicas get them from it.
-"""
+"""Read a Hugging Face directory straight into the shards of a mesh: of the ranks that hold a slice one reads it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
+from megatron_ssu.engine.mesh import replica_group
+from megatron_ssu.engine.ranks import on_all_ranks
+from megatron_ssu.engine.replicas import share
 from megatron_ssu.errors import UserError
 from megatron_ssu.io.dtypes import STORED_NAMES
 from megatron_ssu.models.family import Dims, Family
@@ -16,9 +17,9 @@ from megatron_ssu.models.hf_files import HFCheckpoint, row_window
 from megatron_ssu.models.layout import Layout, LocalParam, put
 from megatron_ssu.models.matrix import Matrix
 
-BUCKET = 1 << 26  # bytes of parameters that are broadcast together; larger ones go alone
-
 DTYPE_NAMES: dict[str, torch.dtype] = {stored: getattr(torch, name) for stored, name in STORED_NAMES.items()}
+
+PORTION = 1 << 26  # bytes of a tensor that are read at a time
 
 
 def check_checkpoint(checkpoint: HFCheckpoint, family: Family, dims: Dims, dtype: torch.dtype) -> None:
@@ -66,45 +67,44 @@ def _check_tensor(checkpoint: HFCheckpoint, matrix: Matrix, dtype: torch.dtype) 
 
 
 def import_weights(layout: Layout, checkpoint: HFCheckpoint) -> None:
-    """Fill this rank's parameters; rows that pad the vocabulary become zero."""
-    with torch.no_grad():
-        for local in layout:
-            fill(local.param.data, local, checkpoint)
+    """Fill this rank's parameters; rows that pad the vocabulary become zero. Collective.
 
-
-def share_weights(layout: Layout) -> None:
-    """Give all data- and context-parallel ranks the weights that the first of them read; collective.
-
-    Small parameters go together, BUCKET bytes at a time.
+    Of the replicas of a shard each reads a part of its parameters, all at the same time, and sends it to the others: every
+    byte is read by one replica. Raises UserError, on all ranks alike, where a file cannot be read on any of them.
     """
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    if group.size() == 1:
-        return
-    source = dist.get_global_rank(group, 0)
-    bucket: list[torch.Tensor] = []
-    for local in layout:
-        part = local.param.data.view(-1).view(torch.uint8)
-        if part.numel() >= BUCKET:
-            dist.broadcast(part, source, group=group)
-            continue
-        if sum(p.numel() for p in bucket) + part.numel() > BUCKET:
-            _broadcast(bucket, source, group)
-            bucket = []
-        bucket.append(part)
-    if bucket:
-        _broadcast(bucket, source, group)
+    group = replica_group()
+    params = list(layout)
+    readers = assign_readers([local.param.numel() for local in params], dist.get_world_size(group))
+    own = dist.get_rank(group)
+    with torch.no_grad():
+        on_all_ranks(lambda: _read([p for p, reader in zip(params, readers, strict=True) if reader == own], checkpoint))
+        share([local.param.data for local in params], readers, group)
 
 
-def _broadcast(parts: list[torch.Tensor], source: int, group: dist.ProcessGroup) -> None:
-    together = torch.cat(parts)
-    dist.broadcast(together, source, group=group)
-    for part, own in zip(parts, together.split([part.numel() for part in parts]), strict=True):
-        part.copy_(own)
+def _read(params: Iterable[LocalParam], checkpoint: HFCheckpoint) -> None:
+    for local in params:
+        fill(local.param.data, local, checkpoint)
+
+
+def assign_readers(sizes: Sequence[int], replicas: int) -> list[int]:
+    """Which replica reads each of a shard's parameters of `sizes` elements: neighbours, whose tensors share files, in runs
+    of about the same size."""
+    total, middles, start = max(1, sum(sizes)), [], 0
+    for size in sizes:
+        middles.append(2 * start + size)
+        start += size
+    return [min(replicas - 1, middle * replicas // (2 * total)) for middle in middles]
 
 
 def fill(shard: torch.Tensor, local: LocalParam, checkpoint: HFCheckpoint) -> None:
-    """Read a parameter's shard [R, C] or [n] from the files into `shard`."""
+    """Read a parameter's shard [R, C] or [n] from the files into `shard`; beside it at most PORTION bytes are held.
+
+    Raises UserError where a file cannot be read.
+    """
     if sum(p.rows for p in local.pieces) < shard.shape[0]:
         shard.zero_()
     for piece in local.pieces:
-        put(shard, piece, checkpoint.get_slice(piece.matrix.name)[piece.index])
+        name = piece.matrix.name
+        whole, itemsize = checkpoint.get_slice(name), DTYPE_NAMES[checkpoint.dtype(name)].itemsize
+        for part in piece.portions(PORTION // itemsize):
+            put(shard, part, whole[part.index])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,21 @@ class Piece:
         """The rectangle as an index into the matrix."""
         rows = slice(self.row_start, self.row_stop)
         return (rows,) if len(self.matrix.shape) == 1 else (rows, slice(self.col_start, self.col_stop))
+
+    def within(self, first: int, stop: int) -> Piece:
+        """The part of the piece in rows [first, stop) of the matrix; of 0 rows where they do not meet."""
+        runs = []
+        for run in self.runs:
+            low, high = max(run.matrix_row, first), min(run.matrix_row + run.count, stop)
+            if low < high:
+                runs.append(Run(run.shard_row + low - run.matrix_row, low, high - low))
+        return replace(self, runs=tuple(runs))
+
+    def portions(self, elements: int) -> Iterator[Piece]:
+        """Parts of consecutive rows, each of at most `elements` elements, but of one row at least."""
+        step = max(1, elements // max(1, self.col_stop - self.col_start))
+        for first in range(self.row_start, self.row_stop, step):
+            yield self.within(first, first + step)
 
 
 def put(shard: torch.Tensor, piece: Piece, part: torch.Tensor) -> None:

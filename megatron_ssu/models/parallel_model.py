@@ -9,10 +9,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.engine.mesh import Mesh, start_mesh, start_processes
-from megatron_ssu.engine.ranks import on_all_ranks
 from megatron_ssu.models.build import build_chunks, transformer_config
 from megatron_ssu.models.family import padded_vocab
-from megatron_ssu.models.hf_import import import_weights, share_weights
+from megatron_ssu.models.hf_import import import_weights
 from megatron_ssu.models.layout import Layout
 from megatron_ssu.models.source import Source, open_source
 
@@ -52,7 +51,5 @@ def build_model(run: RunConfig, source: Source, mesh: Mesh, *, load: bool = True
     vocab_rows = padded_vocab(dims.vocab, run.model.make_vocab_size_divisible_by)
     layout = Layout(family, dims, chunks, mesh.tensor_rank, mesh.tensor, vocab_rows)
     if load:
-        reads = mesh.data_rank == 0 and mesh.context_rank == 0  # replicas get theirs from it: every byte is read once
-        on_all_ranks(lambda: import_weights(layout, source.checkpoint) if reads else None)
-        share_weights(layout)
+        import_weights(layout, source.checkpoint)
     return ParallelModel(run, mesh, source, config, chunks, layout)
