@@ -50,13 +50,10 @@ class Adapters:
         mesh = self.model.mesh
         mine = (part for part in self.parts() if part.split or mesh.tensor_rank == 0)
         collect = PieceCollector({part.matrix.name: (part.param.detach, part.piece) for part in mine}, mesh)
-        found = {}
-        for matrix in collect.matrices:
-            dtype = torch.float32 if len(matrix.shape) == 1 else self.model.config.params_dtype
-            whole = collect(matrix, dtype)
-            if mesh.rank == 0:
-                found[peft_name(matrix.name)] = whole
-        return found
+        dtype = self.model.config.params_dtype
+        wanted = [(m, torch.float32 if len(m.shape) == 1 else dtype) for m in collect.matrices]
+        found = {peft_name(matrix.name): whole for matrix, whole in collect.each(wanted)}
+        return found if mesh.rank == 0 else {}
 
 
 def peft_name(name: str) -> str:

@@ -82,8 +82,8 @@ def _whole_tensors(model: ParallelModel, kinds: frozenset[str]) -> dict[str, tor
         return {}
     family, mesh = model.source.family, model.mesh
     found: dict[str, torch.Tensor] = {}
-    wanted = [m for m in family.matrices(model.source.dims) if m.kind in kinds]
-    for matrix, tensor in Collector(model.layout, mesh).each(wanted, model.config.params_dtype):
+    wanted = [(m, model.config.params_dtype) for m in family.matrices(model.source.dims) if m.kind in kinds]
+    for matrix, tensor in Collector(model.layout, mesh).each(wanted):
         names = [matrix.name]
         if model.source.dims.tied and matrix.kind == "embedding":
             names += [t for entry in family.edges if entry.kinds == ("head",) for t in entry.tensors]

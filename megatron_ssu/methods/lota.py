@@ -204,7 +204,8 @@ def most_moved(
             torch.distributed.all_reduce(whole_shard, group=group)
             states[local.param] = whole_shard.view(local.param.shape)
     collect = Collector(model.layout, model.mesh, against_cut)
-    found = {matrix.name: (matrix, state.numpy()) for matrix, state in collect.each(matrices, torch.uint8)}
+    wanted = ((matrix, torch.uint8) for matrix in matrices)
+    found = {matrix.name: (matrix, state.numpy()) for matrix, state in collect.each(wanted)}
     return _without_ties(found, trainable) if model.mesh.rank == 0 else {}
 
 

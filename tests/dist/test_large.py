@@ -1,91 +1,138 @@
-"""What large models need of import and export: every byte read once, files written by several ranks, uneven pipelines."""
+"""What large models need: weights read once, files written by several ranks, stages of different numbers of layers."""
 
 from __future__ import annotations
+
+import filecmp
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_ssu.models.hf_export import WRITERS, writing_ranks
 from tests.dist import large_work, work
 from tests.dist.ranks import RankError
-from tests.dist.test_families import TOLERANCE, ids_of, transformers_logits
 from tests.dist.work import mesh
 from tests.models import make_model
+
+SMALL = 10_000  # bytes at a time: less than an embedding of 25,600 bytes, more than several norms
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return make_model("llama", tmp_path_factory.mktemp("large") / "model")
+    return make_model("olmo2", tmp_path_factory.mktemp("models") / "olmo2")
 
 
-def test_replicas_read_nothing_and_have_the_same_weights(model, ranks):
-    """TP2 x DP2: ranks 0 and 1 read, 2 and 3 are their replicas."""
-    found = ranks.run(large_work.imported, 4, str(model), mesh(2))
-    assert [reads > 0 for reads, _ in found] == [True, True, False, False]
-    assert found[0][1] == found[2][1] != found[1][1] == found[3][1]
-    alone = ranks.run(large_work.imported, 2, str(model), mesh(2))
-    assert [digest for _, digest in alone] == [digest for _, digest in found[:2]]
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def test_replicas_of_parameters_that_are_sent_alone_have_the_same_weights(model, ranks, monkeypatch):
-    from megatron_ssu.models import hf_import
-
-    found = ranks.run(_with_a_small_bucket, 2, str(model))
-    assert found[0][0] > 0 == found[1][0] and found[0][1] == found[1][1]
-    assert hf_import.BUCKET == 1 << 26
-
-
-def _with_a_small_bucket(model):
-    from megatron_ssu.models import hf_import
-
-    hf_import.BUCKET = 10_000
-    return large_work.imported(model, mesh())
-
-
-def test_files_are_written_by_several_ranks(model, ranks, tmp_path):
-    wrote = ranks.run(large_work.exported_by, 4, str(model), mesh(2, 2), str(tmp_path / "out"))
-    assert all(len(files) > 1 for files in wrote)
-    names = [name for files in wrote for name in files]
-    assert sorted(names) == sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
-    before = load_file(model / "model.safetensors")
-    after = {k: v for name in names for k, v in load_file(tmp_path / "out" / name).items()}
-    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+@pytest.mark.parametrize(
+    "world,parallel,replicas",
+    [
+        (3, mesh(), 3),
+        (4, mesh(2), 2),
+        (4, mesh(1, 2, 2), 2),
+        (4, mesh() | {"context_parallel_size": 2}, 4),
+    ],
+    ids=["DP3", "TP2xDP2", "PP2xVPP2xDP2", "CP2xDP2"],
+)
+def test_every_parameter_is_read_by_one_replica(world, parallel, replicas, ranks, model):
+    found = ranks.run(large_work.read_parameters, world, str(model), parallel, SMALL)
+    for place in {rank["place"] for rank in found}:
+        shards = [rank for rank in found if rank["place"] == place]
+        assert len(shards) == replicas and len({shard["digest"] for shard in shards}) == 1
+        assert all(shard["read"] for shard in shards), "all of them read"
+        assert sorted(name for shard in shards for name in shard["read"]) == sorted(shards[0]["all"])
+    alone = ranks.run(large_work.read_parameters, world // replicas, str(model), _without(parallel), 10**9)
+    assert {rank["place"]: rank["digest"] for rank in found} == {rank["place"]: rank["digest"] for rank in alone}
 
 
-@pytest.mark.parametrize("rank", [0, 3])
-def test_a_full_disk_of_one_writer_leaves_nothing_behind(rank, model, ranks, tmp_path):
+def _without(parallel):
+    """The same mesh with one replica."""
+    return parallel | {"context_parallel_size": 1}
+
+
+@pytest.mark.parametrize("loser", [0, 1])
+def test_a_file_that_one_rank_cannot_read_ends_all(loser, ranks, tmp_path):
+    model = make_model("llama", tmp_path / "model")
     with pytest.raises(RankError) as caught:
-        ranks.run(large_work.export_on_a_full_disk, 4, str(model), mesh(2, 2), str(tmp_path / "out"), rank)
-    assert (
-        caught.value.kind == "UserError" and "No space left on device; nothing was left behind" in caught.value.message
-    )
-    assert not list(tmp_path.iterdir())
+        ranks.run(large_work.lose_a_file, 2, str(model), mesh(), loser, timeout=120)
+    assert caught.value.kind == "UserError" and caught.value.agreed
+    assert f"model-{loser}/model.safetensors" in caught.value.message and "\n" not in caught.value.message
 
 
-def test_writers_are_spread_over_the_job():
-    assert writing_ranks(1, 30) == [0] and writing_ranks(4, 30) == [0, 1, 2, 3] and writing_ranks(64, 2) == [0, 32]
-    assert writing_ranks(64, 30) == list(range(0, 64, 64 // WRITERS))
+def test_the_files_are_the_same_whatever_ranks_write_them(ranks, model, tmp_path):
+    source = tensors_of(model)
+    cases = {
+        "one": (1, mesh(), 10**9, None),
+        "TP2": (2, mesh(2), SMALL, None),
+        "TP2xDP2, one writer": (4, mesh(2), SMALL, 1),
+        "TP2xDP2, three writers": (4, mesh(2), SMALL, 3),
+        "PP2xVPP2xDP2": (4, mesh(1, 2, 2), SMALL, None),
+    }
+    for name, (world, parallel, size, writers) in cases.items():
+        target = tmp_path / name
+        wrote = ranks.run(large_work.export_by, world, str(model), parallel, str(target), 100_000, size, writers)
+        files = sorted(file.name for file in target.glob("*.safetensors"))
+        assert len(files) >= 4
+        assert sorted(file for rank in wrote for file in rank) == files
+        assert len([rank for rank in wrote if rank]) == min(world, writers or world)
+        exported = tensors_of(target)
+        assert exported.keys() == source.keys()
+        assert all(torch.equal(exported[tensor], value) for tensor, value in source.items())
+        assert not [file.name for file in target.iterdir() if file.name.startswith(".")]
+        same, *others = filecmp.cmpfiles(tmp_path / "one", target, [*files, "model.safetensors.index.json"], False)
+        assert len(same) == len(files) + 1 and others == [[], []]
 
 
-def test_an_uneven_pipeline_is_the_same_model(ranks, tmp_path):
-    """As 80 layers on four stages are 19, 21, 21, 19: here 10 on four, 2, 3, 3, 2."""
-    model = make_model("llama", tmp_path / "model", num_hidden_layers=10)
-    ends = {f"num_layers_in_{end}_pipeline_stage": 2 for end in ("first", "last")}
-    target = tmp_path / "out"
-    ids = ids_of(48)
-    found = next(x for x in ranks.run(_uneven, 4, str(model), ends, str(target), ids) if x is not None)
-    assert (found - transformers_logits(model, ids)).abs().max() < TOLERANCE
-    before, after = load_file(model / "model.safetensors"), load_file(target / "model.safetensors")
-    assert all(torch.equal(before[k], after[k]) for k in before)
+@pytest.mark.parametrize("limited", [0, 1])
+def test_a_writer_that_fails_ends_all_and_leaves_nothing(limited, ranks, model, tmp_path):
+    with pytest.raises(RankError) as caught:
+        ranks.run(
+            large_work.export_with_a_limit, 2, str(model), str(tmp_path / "out"), 100_000, limited, 50_000, timeout=120
+        )
+    assert caught.value.kind == "UserError" and caught.value.agreed
+    assert "out: cannot be written: File too large; nothing was left behind" in caught.value.message
+    assert list(tmp_path.iterdir()) == []
 
 
-def _uneven(model, ends, target, ids):
-    from megatron_ssu.models.parallel_model import open_model
+def test_ranks_of_other_disks_do_not_write(ranks, model, tmp_path):
+    wrote = ranks.run(large_work.export_on_own_disks, 3, str(model), str(tmp_path), 100_000, [0, 2])
+    assert wrote[0] and wrote[2] and not wrote[1]
+    exported, source = tensors_of(tmp_path / "shared" / "out"), tensors_of(model)
+    assert exported.keys() == source.keys()
+    assert all(torch.equal(exported[name], value) for name, value in source.items())
+    assert list((tmp_path / "own1").iterdir()) == []
 
-    run = work.run_config(model, mesh(1, 4))
-    run.model.transformer.update(ends)
-    session = open_model(run)
-    assert len(session.chunks[0].decoder.layers) == (2 if session.mesh.pipeline_rank in (0, 3) else 3)
-    work.export(session, target)
-    return work.logits_of(session, ids)
+
+FIRST, LAST = ({f"num_layers_in_{end}_pipeline_stage": 1} for end in ("first", "last"))
+BOTH = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
+UNEVEN = {
+    "first": (2, mesh(1, 2), {}, FIRST, [1, 3]),
+    "last": (4, mesh(2, 2), {}, LAST, [3, 3, 1, 1]),
+    "both": (3, mesh(1, 3), {}, FIRST | LAST, [1, 2, 1]),
+    "accounted": (3, mesh(1, 3), {}, BOTH, [1, 2, 1]),
+    "virtual": (2, mesh(1, 2, 2), {"num_hidden_layers": 6}, {"num_layers_in_first_pipeline_stage": 2}, [2, 4]),
+    "accounted-virtual": (2, mesh(1, 2, 2), {"num_hidden_layers": 6}, BOTH, [3, 3]),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+@pytest.mark.parametrize("kind", ["olmo2", "llama-tied"])
+def test_uneven_stages_compute_the_same(kind, name, ranks, tmp_path):
+    import transformers
+
+    world, parallel, sizes, fields, layers = UNEVEN[name]
+    model = make_model(kind, tmp_path / "model", **sizes)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
+    ids = torch.randint(0, work.VOCAB, (2, 48), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = reference(ids).logits
+    run = large_work.make_run(str(model), parallel, fields)
+    found = ranks.run(large_work.uneven, world, run, ids, str(tmp_path / "out"))
+    assert [count for count, _ in found] == layers
+    logits = next(x for _, x in found if x is not None)
+    assert (logits - expected).abs().max() < 2e-4
+    exported, source = tensors_of(tmp_path / "out"), tensors_of(model)
+    assert exported.keys() == source.keys()
+    assert all(torch.equal(exported[tensor], value) for tensor, value in source.items())
