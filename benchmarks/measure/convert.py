@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from common import show, write_json
 from rich.console import Console
 from safetensors.torch import save_file
@@ -33,21 +35,29 @@ from megatron_ssu.models.matrix import Matrix
 from megatron_ssu.models.parallel_model import open_model, open_source
 
 GIB = 2**30
+LIMIT_GIB = 0.5  # beside a rank's shard
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure what the command line asks for, and print it."""
     if options.rank:
-        one_rank(options.tensor[0], *options.rank)
+        one_rank(options, *options.rank)
         return
     console = Console(width=130)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         model = make_model(options, Path(folder) / "model")
-        found = [measure(model, tensor, Path(folder)) for _ in range(options.rounds) for tensor in options.tensor]
+        cases = list(itertools.product(options.tensor, options.data, options.writers))
+        found = [measure(options, model, case, Path(folder)) for _ in range(options.rounds) for case in cases]
         results = summary(model, found)
-    columns = ("what", "tensor", "GB/s", "spread", "beside the shard, GiB", "limit, GiB")
+    columns = ("what", "tensor", "data", "writers", "s", "GB/s", "spread", "beside the shard, GiB")
     rows = [
-        (r["what"], r["tensor"], f"{r['gbps']:.2f}", f"{r['low']:.2f}-{r['high']:.2f}", r["beside_gib"], r["limit_gib"])
+        (
+            *(r[key] for key in ("what", "tensor", "data", "writers")),
+            f"{r['model_gb'] / r['gbps']:.2f}",
+            f"{r['gbps']:.2f}",
+            f"{r['low']:.2f}-{r['high']:.2f}",
+            r["beside_gib"],
+        )
         for r in results
     ]
     show(
@@ -58,26 +68,32 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.json:
         write_json(options.json, {k: v for k, v in vars(options).items() if k not in ("json", "rank")}, results)
-    over = [f"{r['what']} at tensor {r['tensor']}" for r in results if r["beside_gib"] > r["limit_gib"]]
+    over = [f"{r['what']} at tensor {r['tensor']}" for r in results if r["beside_gib"] > LIMIT_GIB]
     sys.exit(f"over the limit: {', '.join(over)}" if over else 0)
 
 
 def make_model(options: argparse.Namespace, directory: Path) -> Path:
-    """Random bf16 files of an OLMo-2 with as many layers as the size asks for."""
-    hf = {
-        "model_type": "olmo2",
-        "architectures": ["Olmo2ForCausalLM"],
-        "hidden_size": options.hidden,
-        "intermediate_size": options.hidden * 11 // 4,
-        "num_attention_heads": options.hidden // 128,
-        "num_key_value_heads": options.hidden // 128,
-        "vocab_size": options.vocab,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": False,
-        "num_hidden_layers": 1,
-    }
+    """Random bf16 files of the config's model, else of an OLMo-2, with as many layers as the size asks for."""
+    hf = (
+        json.loads(options.config.read_text())
+        if options.config
+        else {
+            "model_type": "olmo2",
+            "architectures": ["Olmo2ForCausalLM"],
+            "hidden_size": options.hidden,
+            "intermediate_size": options.hidden * 11 // 4,
+            "num_attention_heads": options.hidden // 128,
+            "num_key_value_heads": options.hidden // 128,
+            "vocab_size": options.vocab,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": False,
+        }
+    )
+    for per_layer in ("layer_types", "max_window_layers"):
+        hf.pop(per_layer, None)
+    hf["num_hidden_layers"] = 1
     family, size = family_of(hf), options.gb * 1e9 / 2
     one, two = (elements(family, hf, layers) for layers in (1, 2))
     hf["num_hidden_layers"] = 1 + max(0, round((size - one) / (two - one)))
@@ -100,17 +116,30 @@ def elements(family: Family, hf: dict[str, Any], layers: int) -> int:
     return sum(m.elements for m in family.matrices(Dims.from_hf({**hf, "num_hidden_layers": layers})))
 
 
-def measure(model: Path, tensor: int, folder: Path) -> dict[str, Any]:
+def measure(options: argparse.Namespace, model: Path, case: tuple[int, int, int], folder: Path) -> dict[str, Any]:
     """Import and export by ranks of their own; the worst rank's memory, the slowest rank's time."""
     output = folder / "copy"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tensor)]
-    child = [sys.argv[0], "--tensor", str(tensor), "--rank", str(model), str(output)]
+    tensor, data, writers = case
+    if options.cold:
+        for file in model.glob("*.safetensors"):
+            drop_cached(file)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tensor * data)]
+    child = [sys.argv[0], "--tensor", str(tensor), "--writers", str(writers), "--shard-gb", str(options.shard_gb)]
+    child += ["--rank", str(model), str(output)]
     subprocess.run([sys.executable, *launch, *child], check=True, stderr=subprocess.DEVNULL)
     compare(HFCheckpoint(model), HFCheckpoint(output))
     shutil.rmtree(output)
-    ranks = [json.loads(file.read_text()) for file in sorted(folder.glob("copy.rank*"))]
+    ranks = [json.loads((folder / f"copy.rank{rank}").read_text()) for rank in range(tensor * data)]
     worst = {key: max(r[key] for r in ranks) for key in ranks[0]}
-    return {"tensor": tensor, **worst}
+    return {"tensor": tensor, "data": data, "writers": writers or "all", **worst}
+
+
+def drop_cached(file: Path) -> None:
+    """Let the system forget a file's content, which is on the disk."""
+    handle = os.open(file, os.O_RDONLY)
+    os.fsync(handle)
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(handle)
 
 
 def compare(source: HFCheckpoint, copy: HFCheckpoint) -> None:
@@ -122,23 +151,26 @@ def compare(source: HFCheckpoint, copy: HFCheckpoint) -> None:
             raise RuntimeError(f"{name} differs")
 
 
-def one_rank(tensor: int, model: Path, output: Path) -> None:
+def one_rank(options: argparse.Namespace, model: Path, output: Path) -> None:
     """What every rank does; its figures go to OUTPUT.rankN."""
     run = RunConfig(
         model=ModelSection(path=str(model)),
         checkpoint=CheckpointSection(directory="unused"),
         precision=PrecisionSection(dtype="bf16"),
-        parallel=ParallelSection(transformer={"tensor_model_parallel_size": tensor}),
+        parallel=ParallelSection(transformer={"tensor_model_parallel_size": options.tensor[0]}),
     )
     source = open_source(model)
     session = open_model(run, source, load=False)
     for chunk in session.chunks:
         for param in chunk.parameters():
             param.data.zero_()  # now all pages of the shard are there
+    size, limit = round(options.shard_gb * 1e9), {"writers": options.writers[0]} if options.writers[0] else {}
+    dist.barrier()
     with Watched() as reading:
         import_weights(session.layout, source.checkpoint)
+        dist.barrier()
     with Watched() as writing:
-        export_model(session.layout, session.mesh, source.checkpoint, output, 10**9)
+        export_model(session.layout, session.mesh, source.checkpoint, output, size, **limit)
     figures = {
         "import_seconds": reading.seconds,
         "import_beside": reading.beside,
@@ -189,24 +221,26 @@ def held() -> int:
 def summary(model: Path, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for each direction and mesh."""
     matrices: list[Matrix] = list(open_source(model).family.matrices(open_source(model).dims))
-    size, largest = 2 * sum(m.elements for m in matrices), 2 * max(m.elements for m in matrices)
+    size = 2 * sum(m.elements for m in matrices)
     rows = []
-    for tensor in dict.fromkeys(f["tensor"] for f in found):
+    for tensor, data, writers in dict.fromkeys((f["tensor"], f["data"], f["writers"]) for f in found):
         for what in ("import", "export"):
-            own = [f for f in found if f["tensor"] == tensor]
+            own = [f for f in found if (f["tensor"], f["data"], f["writers"]) == (tensor, data, writers)]
             speeds = [size / f[f"{what}_seconds"] / 1e9 for f in own]
             low, middle, high = np.percentile(speeds, (25, 50, 75))
             rows.append(
                 {
                     "what": what,
                     "tensor": tensor,
+                    "data": data,
+                    "writers": writers if what == "export" else "",
                     "model_gb": round(size / 1e9, 2),
                     "gbps": float(middle),
                     "low": float(low),
                     "high": float(high),
                     "beside_gib": round(max(f[f"{what}_beside"] for f in own) / GIB, 3),
                     "gpu_beside_gib": round(max(f["gpu_beside"] for f in own) / GIB, 3),
-                    "limit_gib": round(max(GIB, 2 * largest) / GIB, 3),
+                    "limit_gib": LIMIT_GIB,
                 }
             )
     return rows
