@@ -112,6 +112,7 @@ UNEVEN = {
     "last": (4, mesh(2, 2), {}, LAST, [3, 3, 1, 1]),
     "both": (3, mesh(1, 3), {}, FIRST | LAST, [1, 2, 1]),
     "accounted": (3, mesh(1, 3), {}, BOTH, [1, 2, 1]),
+    "four": (4, mesh(1, 4), {"num_hidden_layers": 10}, dict.fromkeys(FIRST | LAST, 2), [2, 3, 3, 2]),
     "virtual": (2, mesh(1, 2, 2), {"num_hidden_layers": 6}, {"num_layers_in_first_pipeline_stage": 2}, [2, 4]),
     "accounted-virtual": (2, mesh(1, 2, 2), {"num_hidden_layers": 6}, BOTH, [3, 3]),
 }
