@@ -85,6 +85,11 @@ def test_the_files_are_the_same_whatever_ranks_write_them(ranks, model, tmp_path
         assert len(same) == len(files) + 1 and others == [[], []]
 
 
+def test_small_tensors_are_collected_together(ranks, model, tmp_path):
+    assert len(tensors_of(model)) > 40
+    assert ranks.run(large_work.count_exchanges, 4, str(model), mesh(2, 2), str(tmp_path / "out")) == [1] * 4
+
+
 @pytest.mark.parametrize("limited", [0, 1])
 def test_a_writer_that_fails_ends_all_and_leaves_nothing(limited, ranks, model, tmp_path):
     with pytest.raises(RankError) as caught:
