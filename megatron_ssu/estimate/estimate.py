@@ -18,6 +18,7 @@ from megatron_ssu.config.checks.train import validate_batches, validate_regulari
 from megatron_ssu.config.checks.unsupported import NEEDS_CUDA
 from megatron_ssu.config.checks.values import at_least
 from megatron_ssu.config.schema import RunConfig
+from megatron_ssu.config.units import parse_size
 from megatron_ssu.errors import UserError
 from megatron_ssu.estimate import step_time as steps
 from megatron_ssu.estimate.activations import (
@@ -32,7 +33,7 @@ from megatron_ssu.estimate.activations import (
 )
 from megatron_ssu.estimate.compact import MatrixShield, matrix_shields
 from megatron_ssu.estimate.hardware import Gpu
-from megatron_ssu.estimate.host import HostBytes, host_bytes
+from megatron_ssu.estimate.host import HostBytes, exported_files, host_bytes
 from megatron_ssu.estimate.weights import (
     Formats,
     Parameter,
@@ -230,6 +231,12 @@ class _Counter:
                 self.copied,
                 self.formats.weight,
                 background=self.run.checkpoint.async_save,
+                files=exported_files(
+                    self.family,
+                    self.dims,
+                    "BF16" if self.formats.weight == 2 else "F32",
+                    parse_size(self.run.checkpoint.max_shard_size),
+                ),
             ),
             sum(self.method.added_elements(matrix, None, 1) for matrix in linear),
         )

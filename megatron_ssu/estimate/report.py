@@ -81,6 +81,10 @@ def render(found: Estimate, gpu: Gpu | None, console: Console, math: float = ste
         f"{host.saving / GIB:.1f} while one is written{', beside the training' if host.background else ''}, "
         f"{host.loading / GIB:.1f} while one is loaded"
     )
+    say(
+        f"import and export: at most {host.importing / GIB:.2f} and {host.exporting / GIB:.2f} GiB of host memory on a node, "
+        f"beside the system's cache; {host.files} files, written by {host.writers} ranks"
+    )
     if gpu is None:
         return
     need, have = found.stages[found.fullest].peak, gpu.memory_gb * 1e9

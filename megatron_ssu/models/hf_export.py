@@ -31,7 +31,8 @@ from megatron_ssu.models.layout import Layout
 from megatron_ssu.models.matrix import Matrix
 from megatron_ssu.models.shard_writer import ShardWriter, Tensor, head_of
 
-PORTIONS_HELD = 4  # by a rank that writes: received, assembled, waiting, being written
+# By a rank that writes: received, assembled, waiting, being written; and two that the allocator has not given back.
+PORTIONS_HELD = 6
 _TOKEN = ".token"  # the file by which ranks know rank 0's folder
 
 

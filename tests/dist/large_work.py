@@ -91,6 +91,15 @@ def _export(session: ParallelModel, target: Path, shard: int, writers: int | Non
     return written
 
 
+def count_exchanges(model: str, parallel: dict[str, Any], target: str) -> int:
+    """Import and export into one file; how often the ranks exchanged messages for it."""
+    session = open_model(run_config(model, parallel))
+    stock = torch.distributed.all_to_all_single
+    with mock.patch.object(torch.distributed, "all_to_all_single", side_effect=stock) as exchange:
+        export(session, target)
+    return exchange.call_count
+
+
 def export_with_a_limit(model: str, target: str, shard: int, limited: int, limit: int) -> None:
     """Export; rank `limited` cannot write files of more than `limit` bytes."""
     session = open_model(run_config(model, {}))

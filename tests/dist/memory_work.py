@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_ssu.models.hf_export import export_model
+from megatron_ssu.models.hf_import import import_weights
 from megatron_ssu.models.parallel_model import open_model
 from megatron_ssu.shield.shield_file import load_shield
 from megatron_ssu.train.checkpoints import Checkpoints, Progress
 from megatron_ssu.train.identity import Identity
 from megatron_ssu.train.trainer import Trainer
 from tests.dist import resume_work
-from tests.dist.work import RandomTokens, mesh
+from tests.dist.work import RandomTokens, mesh, run_config
 
 _RESET_PEAK = Path("/proc/self/clear_refs")
 
@@ -85,3 +88,36 @@ def measure(model: str, shield: str, directory: str, background: bool) -> dict[s
         finally:
             gc.enable()
     return found
+
+
+def _anonymous_peak(work: Callable[[], Any]) -> int:
+    """Bytes by which this process's own pages rise at most, sampled; those of mapped files are the system's cache."""
+    ctypes.CDLL(None).malloc_trim(0)
+    before, peak, done = _status("RssAnon"), [0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.001):
+            peak[0] = max(peak[0], _status("RssAnon") - before)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        work()
+    finally:
+        done.set()
+        thread.join()
+    return peak[0]
+
+
+def convert(model: str, target: str, max_shard_size: int) -> dict[str, int]:
+    """Bytes on this rank beside its shard: peaks over an import and an export."""
+    session = open_model(run_config(model, mesh(), "bf16"), load=False)
+    for local in session.layout:
+        local.param.data.zero_()  # from here on all pages of the shard are there
+    layout, checkpoint = session.layout, session.source.checkpoint
+    return {
+        "import": _anonymous_peak(lambda: import_weights(layout, checkpoint)),
+        "export": _anonymous_peak(
+            lambda: export_model(layout, session.mesh, checkpoint, Path(target), max_shard_size, writers=1)
+        ),
+    }

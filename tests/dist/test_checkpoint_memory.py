@@ -1,4 +1,4 @@
-"""Host memory of saving and loading: a rank's own part of the state, and nothing afterwards."""
+"""Host memory of saving and loading: a rank's own part of the state, and nothing afterwards; of import and export: portions."""
 
 from __future__ import annotations
 
@@ -36,3 +36,19 @@ def test_a_rank_holds_its_own_part_and_keeps_nothing(background, ranks, tmp_path
     files = [f.stat().st_size for f in sorted((tmp_path / "run" / "checkpoints" / "iter_0000001").glob("*.distcp"))]
     assert len(files) == RANKS and min(files) > 0.9 * max(files), "the ranks write alike"
     assert host.stored == host.saving == pytest.approx(sum(files), rel=0.02) and host.background == background
+
+
+@pytest.mark.skipif(not memory_work.can_measure(), reason="/proc/self/clear_refs cannot be written")
+def test_import_and_export_hold_portions(ranks, tmp_path):
+    """Of a model whose largest tensor has 256 MiB; libraries' first collectives and threads take a few MiB of their own."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 131072}
+    model = make_model("llama", tmp_path / "model", torch.bfloat16, **sizes)
+    found = ranks.run(memory_work.convert, RANKS, str(model), str(tmp_path / "out"), 10**9)
+    run = resume_work.make_run(str(model), mesh(), str(tmp_path / "run"), "bf16")
+    host = estimate(run, json.loads((model / "config.json").read_text()), RANKS, engine=False).host
+    libraries = 16 * 2**20
+    for rank in found:
+        assert rank["import"] < host.importing / RANKS + libraries, rank
+    assert found[0]["export"] < host.exporting + libraries, "it writes"
+    assert found[1]["export"] < libraries, "it has nothing to send to a rank that holds the same"
+    assert found[0]["export"] > host.exporting / 4, "it does hold portions"

@@ -85,6 +85,11 @@ def test_the_files_are_the_same_whatever_ranks_write_them(ranks, model, tmp_path
         assert len(same) == len(files) + 1 and others == [[], []]
 
 
+def test_small_tensors_are_collected_together(ranks, model, tmp_path):
+    assert len(tensors_of(model)) > 40
+    assert ranks.run(large_work.count_exchanges, 4, str(model), mesh(2, 2), str(tmp_path / "out")) == [1] * 4
+
+
 @pytest.mark.parametrize("limited", [0, 1])
 def test_a_writer_that_fails_ends_all_and_leaves_nothing(limited, ranks, model, tmp_path):
     with pytest.raises(RankError) as caught:
@@ -112,6 +117,7 @@ UNEVEN = {
     "last": (4, mesh(2, 2), {}, LAST, [3, 3, 1, 1]),
     "both": (3, mesh(1, 3), {}, FIRST | LAST, [1, 2, 1]),
     "accounted": (3, mesh(1, 3), {}, BOTH, [1, 2, 1]),
+    "four": (4, mesh(1, 4), {"num_hidden_layers": 10}, dict.fromkeys(FIRST | LAST, 2), [2, 3, 3, 2]),
     "virtual": (2, mesh(1, 2, 2), {"num_hidden_layers": 6}, {"num_layers_in_first_pipeline_stage": 2}, [2, 4]),
     "accounted-virtual": (2, mesh(1, 2, 2), {"num_hidden_layers": 6}, BOTH, [3, 3]),
 }

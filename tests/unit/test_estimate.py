@@ -310,6 +310,39 @@ def test_stages_share_the_layers_and_hold_fewer_micro_batches_towards_the_end(ru
     assert [in_flight(s, 2, 2, 8) for s in range(2)] == [5, 3]
 
 
+@pytest.mark.parametrize(
+    "layers,ends,expected",
+    [(64, 15, [15, 17, 17, 15]), (80, 19, [19, 21, 21, 19]), (62, None, [15, 16, 16, 15]), (64, 16, [16] * 4)],
+)
+def test_stages_of_uneven_pipelines(layers, ends, expected, run):
+    hf = {**OLMO2_13B, "num_hidden_layers": layers}
+    fields = [f"model.num_layers_in_{end}_pipeline_stage={ends}" for end in ("first", "last")]
+    if ends is None:
+        fields = [f"model.account_for_{what}_in_pipeline_split=true" for what in ("embedding", "loss")]
+    found = estimate(run(hf, "parallel.pipeline_model_parallel_size=4", *fields), hf, 4, engine=True)
+    assert [stage.layers for stage in found.stages] == expected
+    layer, embedding = 4 * 5120**2 + 3 * 5120 * 13824 + 4 * 5120, 100352 * 5120
+    by_hand = [count * layer for count in expected]
+    by_hand[0] += embedding
+    by_hand[-1] += embedding + 5120
+    assert [stage.parameters for stage in found.stages] == by_hand
+    peaks = [stage.peak for stage in found.stages]
+    assert found.fullest == peaks.index(max(peaks)) and found.parameters == sum(by_hand)
+    kept = [stage.activations / count for stage, count in zip(found.stages[:3], expected, strict=False)]
+    assert kept[0] / 4 == pytest.approx(kept[1] / 3) == pytest.approx(kept[2] / 2), "micro-batches in flight"
+
+
+def test_import_and_export_by_node(run):
+    """Four nodes: portions of 64 MiB on their way to each GPU, six of 32 MiB with each rank that writes."""
+    overrides = ["parallel.tensor_model_parallel_size=8", "checkpoint.max_shard_size=1GB"]
+    host = estimate(run(OLMO2_13B, *overrides), OLMO2_13B, 32, engine=True).host
+    assert host.importing == 8 * 2**26
+    assert 28 <= host.files <= 31 and host.writers == host.files, "27.4 GB in files of 1 GB, none of which is full"
+    assert host.exporting == 8 * 6 * 2**25
+    few = estimate(run(OLMO2_13B, *overrides, "checkpoint.max_shard_size=10GB"), OLMO2_13B, 32, engine=True).host
+    assert (few.files, few.writers, few.exporting) == (3, 3, 6 * 2**25), "on three nodes"
+
+
 def test_recomputation_keeps_less(run):
     found = estimate(run(OLMO2_13B), OLMO2_13B, 1, engine=False).recompute
     assert found["full"] < found["selective"] < found["none"]

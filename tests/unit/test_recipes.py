@@ -11,6 +11,8 @@ import pytest
 
 from megatron_ssu.commands.start import check_settings
 from megatron_ssu.config.checks.mesh import validate_mesh
+from megatron_ssu.estimate.estimate import estimate
+from megatron_ssu.estimate.hardware import GPUS
 from megatron_ssu.methods.registry import method_of, read_run
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "slurm"
@@ -72,26 +74,31 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def rows() -> list[tuple[str, int, list[int], int, int, int, list[str]]]:
-    """(recipe, nodes, mesh, micro batch, batch, GB, overrides) of every row of the README's tables."""
+def rows() -> list[tuple[str, int, list[int], int, int, tuple[str, str, str], list[str]]]:
+    """(recipe, nodes, mesh, micro batch, batch, (GB, s, host GB), overrides) of every row of the README's tables."""
     found, recipe = [], ""
     for line in README.splitlines():
         if heading := re.match(r"### .*`(\S+)\.yaml`", line):
             recipe = heading[1]
-        if row := re.match(r"\| (\d+) \| ([\dx ]+) \| (\d+) \| (\d+) \| (\d+) \| (?:`(.*)` )?\|$", line):
+        if row := re.match(
+            r"\| (\d+) \| ([\dx ]+) \| (\d+) \| (\d+) \| (\d+) \| ([\d.]+) \| (\d+) \| (?:`(.*)` )?\|$", line
+        ):
             mesh = [int(size) for size in row[2].split(" x ")]
-            found.append((recipe, int(row[1]), mesh, int(row[3]), int(row[4]), int(row[5]), (row[6] or "").split()))
+            said = (row[5], row[6], row[7])
+            found.append((recipe, int(row[1]), mesh, int(row[3]), int(row[4]), said, (row[8] or "").split()))
     return found
 
 
 def gigabytes(hf: dict[str, Any], tensor: int, pipeline: int, data: int, ratio: float) -> float:
-    """bf16 weights, fp32 gradients, and main weights and two moments of trainable elements, of a rank."""
+    """bf16 weights with the trainable ones of the linear layers a second time, and fp32 gradients, main weights and two moments
+    of what trains, of the average rank."""
     hidden, head = hf["hidden_size"], hf["hidden_size"] // hf["num_attention_heads"]
     attention = 2 * hidden * hidden + 2 * hidden * head * hf["num_key_value_heads"]
     linear = hf["num_hidden_layers"] * (attention + 3 * hidden * hf["intermediate_size"])
     both_ends = 2 * hf["vocab_size"] * hidden
-    share = tensor * pipeline
-    return (6 * (linear + both_ends) + 12 * ((1 - ratio) * linear + both_ends) / data) / share / 1e9
+    compact = (1 - ratio) * linear
+    trainable = compact + both_ends
+    return (2 * (linear + both_ends + compact) + (4 + 12 / data) * trainable) / (tensor * pipeline) / 1e9
 
 
 @pytest.fixture
@@ -113,7 +120,7 @@ def test_every_recipe_has_its_meshes():
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row[0]}-{row[1]}x8-batch{row[4]}")
 def test_mesh_fits_its_model(world, row):
-    recipe, nodes, (tensor, pipeline, virtual, data), micro, batch, memory, overrides = row
+    recipe, nodes, (tensor, pipeline, virtual, data), micro, batch, said, overrides = row
     run = read_run(FOLDER / f"{recipe}.yaml", overrides)
     directory = world / run.model.path  # the hub's ids stand for directories here
     directory.mkdir(parents=True)
@@ -127,8 +134,24 @@ def test_mesh_fits_its_model(world, row):
     )
     assert (run.train.micro_batch_size, run.train.global_batch_size) == (micro, batch)
     assert run.train.iterations * batch * run.data.sequence_length == pytest.approx(200e6, rel=1e-3)
-    assert memory == round(gigabytes(MODELS[recipe], tensor, pipeline, data, run.shield.ratio)) < 60
+    found = estimate(run, MODELS[recipe], 8 * nodes, engine=True)
+    peak = found.stages[found.fullest].peak / 1e9
+    assert said == (f"{peak:.0f}", f"{found.time(GPUS['h100']).total:.2f}", f"{found.host.saving / 1e9:.0f}")
+    assert peak < 0.85 * 80
+    state = sum(stage.state.lasting for stage in found.stages) / len(found.stages) / 1e9
+    assert state == pytest.approx(gigabytes(MODELS[recipe], tensor, pipeline, data, run.shield.ratio), rel=0.01)
     assert tensor <= 8, "tensor parallelism stays within a node"
+
+
+@pytest.mark.parametrize("recipe,seconds", [("llama3.3-70b", "0.87"), ("qwen2.5-72b", "0.89")])
+def test_uneven_stages_take_less_than_even_ones(recipe, seconds, world):
+    _, nodes, _, _, _, said, overrides = [row for row in rows() if row[0] == recipe][-1]
+    even = [override for override in overrides if "pipeline_stage" not in override]
+    assert len(even) == len(overrides) - 2
+    run = read_run(FOLDER / f"{recipe}.yaml", even)
+    found = estimate(run, MODELS[recipe], 8 * nodes, engine=True)
+    assert [stage.layers for stage in found.stages] == [20] * 4
+    assert f"{found.time(GPUS['h100']).total:.2f}" == seconds > said[1]
 
 
 def test_recompute_goes_with_every_recipe(world):

@@ -65,6 +65,11 @@ def _layers(run: RunConfig, layers: int) -> None:
             raise UserError(f"model.{name}: {count} needs pipeline_model_parallel_size above 1; leave it out")
         if count % virtual:
             raise UserError(f"model.{name}: must be a multiple of {virtual} (virtual pipeline), got {count}")
+    if len(given) == stages and virtual > 1:
+        raise UserError(
+            f"model.{ends[1]}: with two stages and a virtual pipeline megatron-core takes only one of it and {ends[0]}; leave "
+            "it out, and the last stage gets the layers that are left"
+        )
     middle, left = stages - len(given), layers + len(extra) - sum(given.values())
     if (left > 0) != (middle > 0) or left < 0 or (middle and left % (middle * virtual)):
         counted = f"{layers} layers"
