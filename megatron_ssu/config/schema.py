@@ -25,8 +25,7 @@ OWNED_TRANSFORMER: dict[str, str] = {
         (
             "num_layers hidden_size num_attention_heads num_query_groups ffn_hidden_size kv_channels normalization "
             "layernorm_epsilon layernorm_zero_centered_gamma add_bias_linear add_qkv_bias gated_linear_unit "
-            "activation_func qk_layernorm init_method_std init_method output_layer_init_method rotary_interleaved "
-            "window_size window_attn_skip_freq no_rope_freq softmax_scale"
+            "activation_func qk_layernorm init_method_std init_method output_layer_init_method rotary_interleaved"
         ).split(),
         _CHECKPOINT,
     ),
