@@ -143,7 +143,8 @@ def build_chunks(
         if tables:
             chunk.rotary_pos_emb = RopeTables(chunk.rotary_pos_emb, list(found.values()))
         else:
-            (rope,) = found.values()
+            used = next((layer.rope for layer in dims.attention if layer.rope is not None), next(iter(found)))
+            rope = found[used]  # all layers have the same
             chunk.rotary_pos_emb.inv_freq = rope.frequencies.to(local_device())
         if chunk.pre_process and scales.embedding is not None:
             scale_embeddings(chunk.embedding.word_embeddings, scales.embedding)

@@ -104,6 +104,12 @@ def test_longrope_takes_its_short_table_for_short_rows(models, ranks):
     check_logits(ranks, models("phi3-longrope"), {"TP1": (1, mesh())}, length=24)
 
 
+def test_layers_of_one_type_alone_have_their_own_rope(ranks, tmp_path):
+    """Olmo-3's first layers all have windows."""
+    model = make_model("olmo3", tmp_path / "model", num_hidden_layers=2, layer_types=["sliding_attention"] * 2)
+    check_logits(ranks, model, {"TP1": (1, mesh())})
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_each_feature_counts(name, models, ranks):
     """A model that is built wrong in one place gives other logits than transformers."""
