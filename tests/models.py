@@ -93,6 +93,34 @@ FAMILIES = {
         },
     ),
 }
+# Mixtures of experts; few of them, since where two are equally good for a token within rounding, rounding decides.
+EXPERTS = {
+    "qwen3-moe": (
+        "qwen3_moe",
+        {
+            "head_dim": 16,
+            "moe_intermediate_size": 40,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3-moe-mixed": (
+        "qwen3_moe",
+        {
+            "head_dim": 16,
+            "moe_intermediate_size": 40,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 2,
+            "num_hidden_layers": 6,
+            "mlp_only_layers": [3],
+        },
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": False}),
+}
 KINDS = {
     "olmo2": ("olmo2", {}),
     "llama": ("llama", {}),
@@ -104,13 +132,31 @@ KINDS = {
 }
 
 
+def by_file(config, tensors):
+    """Parameters of transformers' model by their names in files; experts, which it stacks, one by one, as views."""
+    found = {}
+    mixtral = config.model_type == "mixtral"
+    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    for name, tensor in tensors.items():
+        name = name.replace(".mlp.", ".block_sparse_moe.") if mixtral else name
+        block, _, stacked = name.rpartition(".")
+        if not block.endswith("experts"):
+            found[name] = tensor
+        elif stacked == "down_proj":
+            found |= {f"{block}.{k}.{names[2]}.weight": part for k, part in enumerate(tensor)}
+        else:
+            for k, part in enumerate(tensor):
+                found |= {f"{block}.{k}.{n}.weight": half for n, half in zip(names[:2], part.chunk(2), strict=True)}
+    return found
+
+
 def make_model(
     kind: str, directory: Path, dtype: torch.dtype = torch.float32, seed: int = 0, max_shard_size: str = "5GB", **sizes
 ) -> Path:
     """A random model of `kind` with weights large enough that every term matters; returns `directory`."""
     import transformers
 
-    model_type, extra = {**KINDS, **FAMILIES}[kind]
+    model_type, extra = {**KINDS, **FAMILIES, **EXPERTS}[kind]
     config = transformers.AutoConfig.for_model(model_type, **{**SIZES, **extra, **sizes})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)

@@ -14,7 +14,7 @@ from megatron_ssu.models.build import DTYPES, has_transformer_engine, transforme
 from megatron_ssu.models.families import read_family
 from megatron_ssu.models.hf_config import normalised, read_hf_config
 from megatron_ssu.models.hf_import import check_checkpoint
-from megatron_ssu.models.limits import check_adapters, check_limits
+from megatron_ssu.models.limits import check_adapters, check_limits, check_method
 from megatron_ssu.models.rope import ropes
 from megatron_ssu.models.source import Source, open_source
 from megatron_ssu.train.regularizers import check_regularizers
@@ -41,6 +41,7 @@ def check_settings(
     if training:
         check_regularizers(run.train.regularize, method)
     check_limits(run, family, dims, family.scales(normalised(hf)), transformer_engine=has_transformer_engine())
+    check_method(method.name, dims, experts=method.experts)
     if method.adapts:
         check_adapters(run, family, dims)
     transformer_config(run, family, hf, dims)  # what is left, megatron-core itself refuses

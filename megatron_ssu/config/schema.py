@@ -108,6 +108,10 @@ class ParallelSection:
         return self.transformer.get("context_parallel_size", 1)
 
     @property
+    def expert(self) -> int:
+        return self.transformer.get("expert_model_parallel_size", 1)
+
+    @property
     def sequence_parallel(self) -> bool:
         return self.transformer.get("sequence_parallel", False)
 

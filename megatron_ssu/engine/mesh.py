@@ -30,6 +30,10 @@ class Mesh:
     context_rank: int
     data: int
     data_rank: int
+    expert: int = 1
+    expert_rank: int = 0
+    expert_data: int = 1  # ranks of the stage that hold the same experts
+    expert_data_rank: int = 0
 
     @property
     def chunks(self) -> int:
@@ -47,7 +51,12 @@ class Mesh:
     def __str__(self) -> str:
         virtual = f" x {self.virtual} (virtual)" if self.virtual else ""
         context = f" x {self.context} (context)" if self.context > 1 else ""
-        return f"{self.tensor} (tensor) x {self.pipeline} (pipeline){virtual}{context} x {self.data} (data)"
+        expert = f", {self.expert} (expert)" if self.expert > 1 else ""
+        return f"{self.tensor} (tensor) x {self.pipeline} (pipeline){virtual}{context} x {self.data} (data){expert}"
+
+    def first_replica(self, *, expert: bool) -> bool:
+        """Whether this rank is the first of those that hold the same weights, of experts or of all else."""
+        return self.expert_data_rank == 0 if expert else self.data_rank == 0 and self.context_rank == 0
 
 
 def world_size() -> int:
@@ -82,6 +91,7 @@ def start_mesh(
     pipeline: int = 1,
     virtual: int | None = None,
     context: int = 1,
+    expert: int = 1,
     seed: int = 1234,
     timeout_minutes: float = 30.0,
 ) -> Mesh:
@@ -92,6 +102,8 @@ def start_mesh(
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual,
         context_parallel_size=context,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=1,  # an expert is never split: each rank has whole ones
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -112,11 +124,17 @@ def current_mesh() -> Mesh:
         context_rank=parallel_state.get_context_parallel_rank(),
         data=parallel_state.get_data_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
+        expert=parallel_state.get_expert_model_parallel_world_size(),
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_data=parallel_state.get_expert_data_parallel_world_size(),
+        expert_data_rank=parallel_state.get_expert_data_parallel_rank(),
     )
 
 
-def replica_group() -> dist.ProcessGroup:
-    """The data- and context-parallel ranks that hold the same weights as this one, itself among them."""
+def replica_group(*, expert: bool = False) -> dist.ProcessGroup:
+    """The ranks that hold the same weights as this one, itself among them: of experts, or of all else."""
+    if expert:
+        return parallel_state.get_expert_data_parallel_group()
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_ssu.models.experts import Experts
 from megatron_ssu.models.family import Dims, Family, padded_vocab
 
 Recompute = Literal["none", "selective", "full"]
@@ -81,10 +82,16 @@ def layer_kept(
     recompute: Recompute,
     modules: Sequence[str] = (),
     capped: bool = False,
+    sparse: bool = False,
 ) -> Kept:
-    """Of one layer. `engine`: Transformer Engine with flash attention; `capped`: scores have a cap, which only megatron's own
-    attention computes."""
+    """Of one layer.
+
+    engine: Transformer Engine with flash attention. capped: scores have a cap, which only megatron's own attention computes.
+    sparse: the layer has experts, evenly loaded.
+    """
     parts = _parts(dims, batch, norms, engine, capped)
+    if sparse and dims.experts is not None:
+        parts["mlp"] = _experts(dims, dims.experts, batch, engine)
     whole = sum(parts.values())
     if recompute == "full":
         return Kept(batch.itemsize * dims.hidden * batch.tokens / batch.split, whole)
@@ -96,7 +103,7 @@ def layer_kept(
         # Its inputs stay: q, k, and v as a part of what the projection gave.
         widths = 2 * dims.heads + 3 * dims.groups
         kept += batch.itemsize * widths * dims.head / batch.tensor * batch.tokens
-    if "mlp" in modules:
+    if ("moe" if sparse else "mlp") in modules:
         gone += parts["mlp"]  # its input stays: the tensor that fc1 reads
         gone += parts["norms"] / norms.hidden if norms.after else 0.0  # the norm after it is a part of it
     return Kept(whole - gone + kept, gone)
@@ -125,6 +132,15 @@ def _parts(dims: Dims, batch: MicroBatch, norms: Norms, engine: bool, capped: bo
         "attention": attention,
         "mlp": ((2 if engine else 4) * e * ffn + e * ffn) * tokens,
     }
+
+
+def _experts(dims: Dims, experts: Experts, batch: MicroBatch, engine: bool) -> float:
+    """The router in fp32, and what the experts keep of the tokens that go through them, `active` times each."""
+    e, tokens = batch.itemsize, batch.tokens / batch.split
+    router = (4 * dims.hidden if e != 4 else 0) + 3 * 4 * experts.count
+    # An expert's input, what its activation keeps, times the router's weight, and that product; the outputs of all of them.
+    routed = e * dims.hidden + ((2 if engine else 5) * e + e) * experts.ffn + e * dims.hidden
+    return (router + experts.active * routed) * tokens
 
 
 def head_kept(dims: Dims, batch: MicroBatch, divisible_by: int, *, engine: bool, capped: bool = False) -> float:

@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from math import ceil
+from statistics import fmean
 from typing import Any
 
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -37,6 +38,7 @@ from megatron_ssu.estimate.host import HostBytes, exported_files, host_bytes
 from megatron_ssu.estimate.weights import (
     Formats,
     Parameter,
+    Shards,
     StateBytes,
     added_parameter,
     edge_parameters,
@@ -51,7 +53,7 @@ from megatron_ssu.models.families import read_family
 from megatron_ssu.models.family import Dims, Family, Scales
 from megatron_ssu.models.hf_config import normalised
 from megatron_ssu.models.hub import model_name
-from megatron_ssu.models.limits import check_limits
+from megatron_ssu.models.limits import check_limits, check_method
 from megatron_ssu.shield.shield_file import Shield
 
 # Of FP8, whose weight-gradient GEMMs can leave frozen columns and rows out.
@@ -129,6 +131,7 @@ def estimate(run: RunConfig, hf: dict[str, Any], world: int, *, shield: Shield |
     family, dims = read_family(hf, run.model.path)
     scales = family.scales(normalised(hf))
     check_limits(run, family, dims, scales, transformer_engine=engine)
+    check_method(method.name, dims, experts=method.experts)
     method.validate(run, list(family.matrices(dims)))
     validate_regularize(run)
     shields = matrix_shields(method, run, family, dims, shield)
@@ -188,6 +191,8 @@ class _Counter:
             train.global_batch_size // (train.micro_batch_size * data),
             bool(parallel.ddp.get("overlap_grad_reduce")),
         )
+        self.expert = parallel.expert
+        self.shards = Shards(data, parallel.tensor * data // parallel.expert)
         self.method = method
         self.shields, self.regularize = shields, run.train.regularize
         weight = 2 if run.precision.dtype == "bf16" else 4
@@ -223,13 +228,14 @@ class _Counter:
             tokens,
             busiest,
             self.traffic(fullest),
-            optimizer_bytes(self.parameters(fullest), self.formats, mesh.data, l2=self.regularize.l2 > 0),
+            optimizer_bytes(self.parameters(fullest), self.formats, self.shards, l2=self.regularize.l2 > 0),
             self.fp8,
             host_bytes(
                 mesh,
                 self.parameters,
                 self.copied,
                 self.formats.weight,
+                self.shards,
                 background=self.run.checkpoint.async_save,
                 files=exported_files(
                     self.family,
@@ -261,13 +267,13 @@ class _Counter:
         found = [
             p
             for layer in self.layers(rank)
-            for p in layer_parameters(self.family, self.dims, layer, mesh.tensor, self.shields)
+            for p in layer_parameters(self.family, self.dims, layer, mesh.tensor, self.shields, self.expert)
         ]
         added = sum(
             self.method.added_elements(matrix, entry.split, mesh.tensor)
             for layer in self.layers(rank)
-            for entry in self.family.layer
-            for matrix in entry.matrices(self.dims, layer)
+            for entry, expert in self.family.entries(self.dims, layer)
+            for matrix in entry.matrices(self.dims, layer, expert)
         )
         found += [added_parameter(added)] if added else []
         return found + list(
@@ -290,7 +296,7 @@ class _Counter:
             sum(p.elements for p in parameters),
             round(sum(p.trainable for p in parameters)),
             round(sum(p.compact for p in parameters)),
-            state_bytes(parameters, self.formats, self.mesh.data, l2=self.regularize.l2 > 0, kl=self.regularize.kl > 0),
+            state_bytes(parameters, self.formats, self.shards, l2=self.regularize.l2 > 0, kl=self.regularize.kl > 0),
             stored,
             recomputed,
         )
@@ -302,7 +308,7 @@ class _Counter:
         """Bytes stored by all micro-batches in flight, and those recomputed at a time."""
         mesh, fields = self.mesh, self.run.model.transformer
         layers, together = len(self.layers(rank)), 1
-        whole, kept = self.kept("none"), self.kept(recompute)
+        whole, kept = self.mean_kept(rank, "none"), self.mean_kept(rank, recompute)
         stored = kept.stored * layers
         if recompute == "full":
             count = fields.get("recompute_num_layers") or 1
@@ -321,7 +327,13 @@ class _Counter:
                 stored += source_kept(self.dims, self.batch, padding, held=held)
         return round(stored), round(kept.recomputed * together)
 
-    def kept(self, recompute: Recompute) -> Kept:
+    def mean_kept(self, rank: int, recompute: Recompute) -> Kept:
+        """Of a layer of a stage; the mean over those with experts and those without."""
+        kinds = {sparse: self.kept(recompute, sparse=sparse) for sparse in (False, True)}
+        layers = [kinds[self.dims.sparse(layer)] for layer in self.layers(rank)]
+        return Kept(fmean(k.stored for k in layers), max(k.recomputed for k in layers))
+
+    def kept(self, recompute: Recompute, *, sparse: bool) -> Kept:
         return layer_kept(
             self.dims,
             self.batch,
@@ -330,6 +342,7 @@ class _Counter:
             recompute=recompute,
             modules=self.run.model.transformer.get("recompute_modules") or ("core_attn",),
             capped=self.scales.attention_cap is not None,
+            sparse=sparse,
         )
 
     def work(self, rank: int) -> steps.Work:
@@ -337,17 +350,19 @@ class _Counter:
         tokens = self.batch.tokens * mesh.micro_batches
         linear = [p for p in parameters if p.linear]
         head = dims.vocab * dims.hidden / mesh.tensor if rank == mesh.pipeline - 1 else 0.0
-        forward = 2 * tokens * sum(p.elements for p in linear)
+        forward = 2 * tokens * sum(p.share * p.elements for p in linear)
         full = 3 * forward + 6 * tokens * head
         saved = gather = 0.0
         for p in linear:
-            saved += 2 * tokens * (p.elements - self.gemm(p))
+            saved += 2 * tokens * p.share * (p.elements - self.gemm(p))
         for p in parameters:
             if p.name == self.head_name and p.training == "frozen":
                 saved += 2 * tokens * head
         if self.gathers:
             # In FP8 rows of the transposed inputs, which leave the others unread.
-            per_token = sum(2 * p.written if self.fp8 else self.batch.itemsize * (p.read + p.written) for p in linear)
+            per_token = sum(
+                p.share * (2 * p.written if self.fp8 else self.batch.itemsize * (p.read + p.written)) for p in linear
+            )
             gather = tokens * per_token
         # Two GEMMs of s x s per head, of which flash attention leaves out the masked half; the backward pass has five.
         attention = 4 * tokens * dims.heads * dims.head / mesh.tensor * self.batch.length * len(self.layers(rank))
@@ -395,6 +410,12 @@ class _Counter:
         if mesh.pipeline > 1:
             passes = 3 if self.regularize.kl else 2
             pipeline = passes * hidden / batch.split * mesh.virtual * mesh.micro_batches
-        trained = sum(p.trained for p in self.parameters(rank))
-        data = (mesh.data - 1) / mesh.data * trained * (self.formats.gradient + self.formats.weight)
+        if self.dims.experts is not None:  # every token goes to its experts and comes back, forward and backward
+            sparse = sum(self.dims.sparse(layer) for layer in self.layers(rank))
+            away = (self.expert - 1) / self.expert * self.dims.experts.active
+            tensor += 4 * away * hidden / batch.split * sparse * mesh.micro_batches
+        data = sum(
+            (self.shards.of(p) - 1) / self.shards.of(p) * p.trained * (self.formats.gradient + self.formats.weight)
+            for p in self.parameters(rank)
+        )
         return steps.Traffic(tensor, pipeline, data)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_ssu.estimate.step_time import GPUS_PER_NODE, Mesh
-from megatron_ssu.estimate.weights import Parameter
+from megatron_ssu.estimate.weights import Parameter, Shards
 from megatron_ssu.models import collect, hf_export, hf_import
 from megatron_ssu.models.family import Dims, Family
 
@@ -34,6 +34,7 @@ def host_bytes(
     parameters: Callable[[int], Sequence[Parameter]],
     copied: Callable[[int, Parameter], bool],
     weight: int,
+    shards: Shards,
     *,
     background: bool,
     files: int,
@@ -48,6 +49,7 @@ def host_bytes(
         parameters: those of a rank of a pipeline stage.
         copied: whether a stage's parameter is a copy of another stage's, which stores it.
         weight: bytes per element of a weight.
+        shards: parts that the ranks with the same weights divide them into.
         files: of an export, which are spread over the ranks.
     """
     saving: list[float] = []
@@ -56,9 +58,9 @@ def host_bytes(
         found = parameters(stage)
         for tensor in range(mesh.tensor):
             # Norms that all tensor-parallel ranks hold are stored by the first.
-            own = [p for p in found if (p.split or tensor == 0) and not copied(stage, p)]
-            saving.append(sum(STATE * p.stored + weight * p.elements for p in own) / mesh.data)
-            loading.append(STATE * sum(p.stored for p in found) / mesh.data)
+            own = [p for p in found if (p.split or p.expert or tensor == 0) and not copied(stage, p)]
+            saving.append(sum((STATE * p.stored + weight * p.elements) / shards.of(p) for p in own))
+            loading.append(STATE * sum(p.stored / shards.of(p) for p in found))
     total = sum(saving) * mesh.data
     # Tensor-parallel ranks are neighbours, then data-parallel ones, then stages.
     places = [t + mesh.tensor * s for s in range(mesh.pipeline) for _ in range(mesh.data) for t in range(mesh.tensor)]

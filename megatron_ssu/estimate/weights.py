@@ -9,6 +9,7 @@ from typing import Literal
 
 from megatron_ssu.compact.rules import is_pinned
 from megatron_ssu.estimate.compact import Compact, MatrixShield, compact
+from megatron_ssu.estimate.flops import token_share
 from megatron_ssu.models.family import Dims, Entry, Family, padded_vocab
 
 # How a weight trains:
@@ -34,6 +35,8 @@ class Parameter:
     read: float  # per token, to gather the trainable columns and rows of the GEMMs' operands; see `_read`
     written: float  # per token, likewise
     stored: float  # whose main weight and moments are in a checkpoint
+    share: float = 1.0  # of the tokens that reach the rank, those that the weight multiplies
+    expert: bool = False  # its replicas are an expert's
 
     @property
     def trainable(self) -> float:
@@ -68,11 +71,32 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer + self.source
 
 
+@dataclass(frozen=True)
+class Shards:
+    """Parts that optimizer state is divided into: the ranks that hold the same weights."""
+
+    dense: int
+    expert: int
+
+    def of(self, parameter: Parameter) -> int:
+        return self.expert if parameter.expert else self.dense
+
+    def trained(self, parameters: Sequence[Parameter]) -> float:
+        """Elements of a rank's part of the optimizer state."""
+        return sum(p.trained / self.of(p) for p in parameters)
+
+
 def layer_parameters(
-    family: Family, dims: Dims, layer: int, tensor: int, shields: Mapping[str, MatrixShield]
+    family: Family, dims: Dims, layer: int, tensor: int, shields: Mapping[str, MatrixShield], expert_ranks: int = 1
 ) -> list[Parameter]:
-    """Parameters of a layer on one of `tensor` ranks; `shields`: of the shielded matrices, by Hugging Face name."""
-    return [_parameter(entry, dims, layer, tensor, shields, 0) for entry in family.layer]
+    """Parameters of a layer on one of `tensor` ranks, of its experts those of the first of `expert_ranks`; `shields`: of the
+    shielded matrices, by Hugging Face name."""
+    local = dims.experts.count // expert_ranks if dims.experts else 0
+    return [
+        _parameter(entry, dims, layer, tensor, shields, 0, expert, expert_ranks)
+        for entry, expert in family.entries(dims, layer)
+        if expert is None or expert < local
+    ]
 
 
 def added_parameter(elements: int) -> Parameter:
@@ -103,10 +127,17 @@ def edge_parameters(
 
 
 def _parameter(
-    entry: Entry, dims: Dims, layer: int | None, tensor: int, shields: Mapping[str, MatrixShield], padding: int
+    entry: Entry,
+    dims: Dims,
+    layer: int | None,
+    tensor: int,
+    shields: Mapping[str, MatrixShield],
+    padding: int,
+    expert: int | None = None,
+    expert_ranks: int = 1,
 ) -> Parameter:
     """`padding`: rows that pad the vocabulary."""
-    matrices = entry.matrices(dims, layer)
+    matrices = entry.matrices(dims, layer, expert)
     shapes = [matrix.shape for matrix in matrices]
     own = [shields.get(matrix.name) for matrix in matrices]
     sizes = [prod(shape) for shape in shapes]
@@ -131,6 +162,9 @@ def _parameter(
         _read(own, found) if training == "compact" else 0.0,
         sum(c.written for c in found),
         sum(c.stored for c in found),
+        # Sequence parallelism divides the tokens over tensor-parallel ranks; those of all expert-parallel ranks come here.
+        1.0 if expert is None else token_share(dims, expert=True) * expert_ranks / tensor,
+        expert is not None,
     )
 
 
@@ -157,28 +191,26 @@ def _training(dimensions: int, frozen: float) -> Training:
 
 
 def state_bytes(
-    parameters: Sequence[Parameter], formats: Formats, shards: int, *, l2: bool = False, kl: bool = False
+    parameters: Sequence[Parameter], formats: Formats, shards: Shards, *, l2: bool = False, kl: bool = False
 ) -> StateBytes:
-    """Bytes on a rank that holds `parameters` and one of `shards` parts of their optimizer state.
+    """Bytes on a rank that holds `parameters` and its part of their optimizer state.
 
     fp32 main weight and two moments, 4 bytes each, for every element that is trained; in fp32 a parameter is its own main
     weight. Gradients that are not fp32 are copied in fp32 for the optimizer.
     `l2` copies the main weights, `kl` the model's weights.
     """
-    trained = sum(p.trained for p in parameters)
+    trained, own = sum(p.trained for p in parameters), shards.trained(parameters)
     weights = sum(p.elements + p.compact for p in parameters)
     return StateBytes(
         round(weights * formats.weight),
         round(trained * formats.gradient),
-        round((12 if formats.weight != 4 else 8) * trained / shards),
-        round(4 * trained / shards) if formats.gradient != 4 else 0,
-        round(
-            (4 * trained / shards if l2 else 0) + (formats.weight * sum(p.elements for p in parameters) if kl else 0)
-        ),
+        round((12 if formats.weight != 4 else 8) * own),
+        round(4 * own) if formats.gradient != 4 else 0,
+        round((4 * own if l2 else 0) + (formats.weight * sum(p.elements for p in parameters) if kl else 0)),
     )
 
 
-def optimizer_bytes(parameters: Sequence[Parameter], formats: Formats, shards: int, *, l2: bool = False) -> int:
+def optimizer_bytes(parameters: Sequence[Parameter], formats: Formats, shards: Shards, *, l2: bool = False) -> int:
     """Bytes that a rank reads and writes in one optimizer step.
 
     Per trained element: the fp32 gradient is read for the norm, read and written by clipping, and read by Adam, which reads
@@ -194,4 +226,4 @@ def optimizer_bytes(parameters: Sequence[Parameter], formats: Formats, shards: i
     if l2:
         per_element += 4 * 4
     scattered = sum(p.compact + 2 * p.elements for p in parameters if p.training == "compact")
-    return round(per_element * sum(p.trained for p in parameters) / shards + formats.weight * scattered)
+    return round(per_element * shards.trained(parameters) + formats.weight * scattered)

@@ -75,6 +75,8 @@ class Method:
         False  # whether adapters beside the weights train, which are frozen whatever the shield says
     )
 
+    experts: ClassVar[bool] = True  # whether it goes with layers of experts
+
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
 

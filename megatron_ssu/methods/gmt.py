@@ -44,6 +44,7 @@ class GradientMaskTuning(Method):
     name: ClassVar[str] = "gmt"
     summary: ClassVar[str] = "gradient-mask tuning"
     Options: ClassVar[type] = GradientMaskOptions
+    experts: ClassVar[bool] = False  # its thresholds are taken over groups of ranks that hold the same weights
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)

@@ -45,7 +45,8 @@ class HalfFineTuning(DrawnShield):
         check_ratio(self.options.ratio, "method.hft.ratio")
 
     def draw(self, matrices: Sequence[Matrix], dims: Dims) -> dict[str, Mask]:
-        """floor(ratio * n) of the n matrices of each group over all layers, spread evenly over the layers."""
+        """floor(ratio * n) of the n matrices of each group over all layers, of each layer as many as of the others, give or
+        take one, or as large a part where some have experts."""
         options, frozen = self.options, []
         drawn = random.Random(options.seed)
         for kinds in (ATTENTION_KINDS, MLP_KINDS, ("norm",) if options.norms else ()):
@@ -53,11 +54,11 @@ class HalfFineTuning(DrawnShield):
                 [m for m in matrices if m.layer == i and m.kind.removeprefix("centred_") in kinds]
                 for i in range(dims.layers)
             ]
-            total = units_of_ratio(options.ratio, sum(map(len, layers)))
-            each, left = divmod(total, dims.layers)
+            each = [units_of_ratio(options.ratio, len(group)) for group in layers]
+            left = units_of_ratio(options.ratio, sum(map(len, layers))) - sum(each)
             more = set(drawn.sample(range(dims.layers), left))
             for number, group in enumerate(layers):
-                frozen += drawn.sample(group, each + (number in more))
+                frozen += drawn.sample(group, each[number] + (number in more))
         return {matrix.name: whole(matrix) for matrix in frozen}
 
     def masks(self, run: RunConfig, source: Source) -> dict[str, Mask]:

@@ -59,6 +59,7 @@ class LowRankAdaptation(Method):
     Options: ClassVar[type] = LoraOptions
     adapts: ClassVar[bool] = True
     shields: ClassVar[bool] = True
+    experts: ClassVar[bool] = False
 
     def __init__(self, options: LoraOptions | None = None) -> None:
         super().__init__(options)

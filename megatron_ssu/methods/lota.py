@@ -58,6 +58,7 @@ class LotteryTicketAdaptation(Method):
     name: ClassVar[str] = "lota"
     summary: ClassVar[str] = "lottery ticket adaptation"
     Options: ClassVar[type] = LotteryOptions
+    experts: ClassVar[bool] = False  # its thresholds are taken over groups of ranks that hold the same weights
     shields: ClassVar[bool] = True
 
     @property

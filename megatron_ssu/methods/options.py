@@ -47,6 +47,7 @@ def check_names(run: RunConfig) -> None:
 def check_rules(run: RunConfig, matrices: Iterable[Matrix]) -> None:
     """Raises UserError for a rule of shield.protect or a kind of shield.kinds that fits none of the model's `matrices`."""
     options, by_name = plan_options(run), {matrix.name: matrix for matrix in matrices}
+    registry.check_experts(wanted_scores(run), by_name.values())
     fixed = protected(by_name, options.protect)
     if options.budget == "per-kind":
         planned = {name: m for name, m in by_name.items() if m.scored and name not in fixed}

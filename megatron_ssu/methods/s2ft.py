@@ -59,10 +59,10 @@ class SparseFineTuning(DrawnShield):
         masks = {matrix.name: whole(matrix) for matrix in matrices if matrix.kind not in free}
         for kind, fraction, width in (("down_proj", options.down, 1), ("o_proj", options.output, dims.head)):
             chosen = [matrix for matrix in matrices if matrix.kind == kind]
-            per_matrix = chosen[0].shape[1] // width
-            total = per_matrix * len(chosen)
+            ends = np.cumsum([matrix.shape[1] // width for matrix in chosen])
+            total = int(ends[-1])
             open_units = np.zeros(total, dtype=bool)
             open_units[drawn.sample(range(total), units_of_ratio(fraction, total))] = True
-            for matrix, units in zip(chosen, open_units.reshape(len(chosen), per_matrix), strict=True):
+            for matrix, units in zip(chosen, np.split(open_units, ends[:-1]), strict=True):
                 masks[matrix.name] = Mask.of("column", matrix.shape, ~np.repeat(units, width))
         return masks

@@ -127,6 +127,14 @@ def _score(session: ParallelModel, samples: Samples) -> Scores | None:
     )
 
     def write() -> None:
+        unreached = scores.unreached()  # type: ignore[union-attr]
+        if unreached:
+            log.warning(
+                "no calibration token reached %s%s: their inputs count as 0, and which of their columns are frozen says "
+                "nothing; give more samples (shield.calibration.samples) where that matters",
+                unreached[0],
+                f" and {len(unreached) - 1} more weights of idle experts" if len(unreached) > 1 else "",
+            )
         path = scores_path(run)
         path.parent.mkdir(parents=True, exist_ok=True)
         scores.save(path, overwrite=True)  # type: ignore[union-attr]

@@ -26,7 +26,7 @@ def layer_attention(config: Any) -> tuple[LayerAttention, ...]:
     """
     types = _types(config)
     nested = has_nested_ropes(config)
-    positions = _declared(config, "no_rope_layers") or [1] * len(types)  # 1: with rope
+    positions = declared(config, "no_rope_layers") or [1] * len(types)  # 1: with rope
     if len(positions) != len(types):
         raise UserError(f"config.json: no_rope_layers must have {len(types)} numbers, got {len(positions)}")
     return tuple(
@@ -40,8 +40,8 @@ def layer_attention(config: Any) -> tuple[LayerAttention, ...]:
 
 def _types(config: Any) -> list[str]:
     """`full_attention` or `sliding_attention` for every layer."""
-    layers, window = config.num_hidden_layers, _declared(config, "sliding_window")
-    types = _declared(config, "layer_types") or [FULL if window is None else SLIDING] * layers
+    layers, window = config.num_hidden_layers, declared(config, "sliding_window")
+    types = declared(config, "layer_types") or [FULL if window is None else SLIDING] * layers
     for kind in types:
         if kind not in (FULL, SLIDING):
             raise UserError(f"config.json: layer_types: {kind!r} is not supported; it must be {FULL} or {SLIDING}")
@@ -52,7 +52,7 @@ def _types(config: Any) -> list[str]:
     return list(types)
 
 
-def _declared(config: Any, key: str) -> Any:
+def declared(config: Any, key: str) -> Any:
     """A key of config.json that transformers' model of this type knows: others it keeps as attributes and does not look at."""
     known = hasattr(type(config), key) or key in inspect.signature(type(config).__init__).parameters
     return getattr(config, key, None) if known else None

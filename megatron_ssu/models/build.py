@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.sources import counts_tokens, isolates
 from megatron_ssu.engine.device import has_cuda, local_device
+from megatron_ssu.engine.experts import ready_router, reduce_experts_over
 from megatron_ssu.engine.mesh import Mesh
 from megatron_ssu.errors import UserError
 from megatron_ssu.io.dtypes import TORCH_NAMES
@@ -78,6 +79,9 @@ def transformer_config(run: RunConfig, family: Family, hf: dict[str, Any], dims:
         "calculate_per_token_loss": counts_tokens(run),
         **family.settings(normalised(hf)),
     }
+    if dims.experts is not None:
+        # Of megatron's exchanges of tokens the one that has all ranks gather all of them runs without CUDA too.
+        fields["moe_token_dispatcher_type"] = "alltoall" if has_cuda() else "allgather"
     if has_cuda():
         fields |= fused_settings(run, engine=has_transformer_engine())
     else:
@@ -122,6 +126,8 @@ def build_chunks(
     specs = layer_specs(family.layer_spec(dims, has_transformer_engine()), dims, found, scales)
     tables = needs_tables(dims, found)
     norm = _final_norm()
+    if dims.experts is not None:
+        ready_router()
     chunks = []
     for stage in range(mesh.chunks):
         vp_stage = stage if mesh.virtual else None
@@ -146,6 +152,8 @@ def build_chunks(
             used = next((layer.rope for layer in dims.attention if layer.rope is not None), next(iter(found)))
             rope = found[used]  # all layers have the same
             chunk.rotary_pos_emb.inv_freq = rope.frequencies.to(local_device())
+        if dims.experts is not None:
+            reduce_experts_over(chunk, own_group=mesh.expert_data != mesh.data * mesh.context)
         if chunk.pre_process and scales.embedding is not None:
             scale_embeddings(chunk.embedding.word_embeddings, scales.embedding)
         if chunk.post_process:

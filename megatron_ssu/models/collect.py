@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -98,11 +98,16 @@ class _Part:
 class PieceCollector:
     """Brings rows of matrices to any ranks, each piece from the nearest rank that holds it."""
 
-    def __init__(self, own: Mapping[str, tuple[Callable[[], torch.Tensor], Piece]], mesh: Mesh) -> None:
+    def __init__(
+        self,
+        own: Mapping[str, tuple[Callable[[], torch.Tensor], Piece]],
+        mesh: Mesh,
+        experts: Container[str] = (),
+    ) -> None:
         """`own`: by the matrix's name the piece that this rank answers for, and its shard [R, C] or [n]: the same on all
-        data- and context-parallel ranks. Collective."""
+        ranks of its `replica_group`. `experts`: which of them are experts'. Collective."""
         self.mesh, self._own = mesh, own
-        self._holders = _holders({name: piece for name, (_, piece) in own.items()}, mesh)
+        self._holders = _holders({name: piece for name, (_, piece) in own.items()}, experts, mesh)
 
     @property
     def matrices(self) -> list[Matrix]:
@@ -189,24 +194,31 @@ class Collector(PieceCollector):
     def __init__(self, layout: Layout, mesh: Mesh, values: Callable[[LocalParam], torch.Tensor] | None = None) -> None:
         """`values` gives the shard [R, C] or [n] of a parameter; its weight when left out. Collective."""
         shard_of = values or (lambda local: local.param.data)
-        super().__init__({p.matrix.name: (partial(shard_of, local), p) for local, p in _own_pieces(layout, mesh)}, mesh)
+        own = {p.matrix.name: (partial(shard_of, local), p) for local, p in _own_pieces(layout, mesh)}
+        super().__init__(own, mesh, {matrix.name for local in layout if local.expert for matrix in local.matrices})
 
 
 def _own_pieces(layout: Layout, mesh: Mesh) -> Iterator[tuple[LocalParam, Piece]]:
     for local in layout:
-        if local.primary and (local.split is not None or mesh.tensor_rank == 0):
+        if local.primary and (local.split is not None or local.expert or mesh.tensor_rank == 0):
             for piece in local.pieces:
                 yield local, piece
 
 
-def _holders(own: Mapping[str, Piece], mesh: Mesh) -> dict[str, list[_Holder]]:
+def _holders(own: Mapping[str, Piece], experts: Container[str], mesh: Mesh) -> dict[str, list[_Holder]]:
     """Which ranks hold which piece of every matrix; the first of the replicas says it for all of them."""
-    first = mesh.data_rank == 0 and mesh.context_rank == 0
-    mine = (list(own.values()), dist.get_process_group_ranks(replica_group())) if first else ([], [])
+    mine = [
+        (
+            [piece for name, piece in own.items() if (name in experts) == expert],
+            dist.get_process_group_ranks(replica_group(expert=expert)),
+        )
+        for expert in (False, True)
+        if mesh.first_replica(expert=expert)
+    ]
     gathered: list[Any] = [None] * mesh.world
     dist.all_gather_object(gathered, mine)
     holders: dict[str, list[_Holder]] = {}
-    for pieces, ranks in gathered:
+    for pieces, ranks in chain.from_iterable(gathered):
         for piece in pieces:
             holders.setdefault(piece.matrix.name, []).append(_Holder(piece, ranks))
     return holders

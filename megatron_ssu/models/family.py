@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.attention import LayerAttention, layer_attention
+from megatron_ssu.models.experts import Experts, experts_of
 from megatron_ssu.models.hf_config import normalised
 from megatron_ssu.models.matrix import Matrix
 
@@ -32,18 +33,29 @@ Form = Literal["plain", "vocab", "qkv", "gated"]
 class Entry:
     """One megatron parameter and the Hugging Face tensors that it is made of."""
 
-    param: str  # megatron's name, within its layer or its model
-    tensors: tuple[str, ...]  # Hugging Face names; {layer} stands for the layer's number
+    param: str  # megatron's name, within its layer or its model; {expert} stands for the expert's number
+    tensors: tuple[str, ...]  # Hugging Face names; {layer} and {expert} stand for the layer's and the expert's number
     # Matrix.kind of each tensor; further kinds (Dims.shape) say how large a norm or a bias is: q_norm and k_norm are as wide
     # as a projection, head_norm is one for all heads, centred ones are stored less 1
     kinds: tuple[str, ...]
     split: int | None = None  # dimension that tensor parallelism splits; None: replicated
     form: Form = "plain"
+    only: Literal["dense", "sparse"] | None = None  # the layers that have it: those without or with experts; None: all
 
-    def matrices(self, dims: Dims, layer: int | None) -> tuple[Matrix, ...]:
+    @property
+    def per_expert(self) -> bool:
+        """Whether every expert of a layer has one."""
+        return "{expert}" in self.param
+
+    def matrices(self, dims: Dims, layer: int | None, expert: int | None = None) -> tuple[Matrix, ...]:
         """The matrices that the parameter consists of, in `layer` or outside the layers."""
         return tuple(
-            Matrix(_window(tensor, kind, dims).format(layer=layer), dims.shape(kind), layer, _matrix_kind(kind))
+            Matrix(
+                _window(tensor, kind, dims).format(layer=layer, expert=expert),
+                dims.shape(kind),
+                layer,
+                _matrix_kind(kind),
+            )
             for tensor, kind in zip(self.tensors, self.kinds, strict=True)
         )
 
@@ -51,7 +63,7 @@ class Entry:
 def _matrix_kind(kind: str) -> str:
     if kind.endswith("norm"):
         return "centred_norm" if kind.startswith("centred") else "norm"
-    return "bias" if kind.endswith("bias") else kind
+    return "bias" if kind.endswith("bias") else kind.removeprefix("expert_")
 
 
 def _window(tensor: str, kind: str, dims: Dims) -> str:
@@ -78,6 +90,7 @@ class Dims:
     positions: int
     tied: bool
     attention: tuple[LayerAttention, ...] = ()  # of each layer; empty: full, with rope, in all
+    experts: Experts | None = None
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> Dims:
@@ -96,6 +109,7 @@ class Dims:
                 positions=hf["max_position_embeddings"],
                 tied=bool(config.tie_word_embeddings),
                 attention=layer_attention(config),
+                experts=experts_of(config),
             )
         except KeyError as error:
             raise UserError(
@@ -107,9 +121,14 @@ class Dims:
                 "whole numbers above 0; copy the file again"
             ) from None
 
+    def sparse(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return self.experts is not None and self.experts.layers[layer]
+
     def shape(self, kind: str) -> tuple[int, ...]:
         """Shape of a tensor of `kind`, [O, I] or [H]."""
         query, key = self.heads * self.head, self.groups * self.head
+        experts, expert_ffn = (self.experts.count, self.experts.ffn) if self.experts else (0, 0)
         shapes: dict[str, tuple[int, ...]] = {
             "q_proj": (query, self.hidden),
             "k_proj": (key, self.hidden),
@@ -118,6 +137,10 @@ class Dims:
             "gate_proj": (self.ffn, self.hidden),
             "up_proj": (self.ffn, self.hidden),
             "down_proj": (self.hidden, self.ffn),
+            "expert_gate_proj": (expert_ffn, self.hidden),
+            "expert_up_proj": (expert_ffn, self.hidden),
+            "expert_down_proj": (self.hidden, expert_ffn),
+            "router": (experts, self.hidden),
             "embedding": (self.vocab, self.hidden),
             "head": (self.vocab, self.hidden),
             "norm": (self.hidden,),
@@ -164,11 +187,19 @@ class Family:
             if entry.kinds[0] == "embedding":
                 yield from entry.matrices(dims, None)
         for layer in range(dims.layers):
-            for entry in self.layer:
-                yield from entry.matrices(dims, layer)
+            for entry, expert in self.entries(dims, layer):
+                yield from entry.matrices(dims, layer, expert)
         for entry in self.edges:
             if entry.kinds[0] != "embedding" and not (dims.tied and entry.kinds[0] == "head"):
                 yield from entry.matrices(dims, None)
+
+    def entries(self, dims: Dims, layer: int) -> Iterator[tuple[Entry, int | None]]:
+        """The entries of a layer in order, those of experts expert by expert, at their end, with the expert's number."""
+        absent = "dense" if dims.sparse(layer) else "sparse"
+        present = [entry for entry in self.layer if entry.only != absent]
+        yield from ((entry, None) for entry in present if not entry.per_expert)
+        for expert in range(dims.experts.count if dims.experts else 0):
+            yield from ((entry, expert) for entry in present if entry.per_expert)
 
     def linear_matrices(self, dims: Dims) -> list[Matrix]:
         """The weight matrices of the linear layers: those that a shield's scores rank."""

@@ -72,13 +72,17 @@ def import_weights(layout: Layout, checkpoint: HFCheckpoint) -> None:
     Of the replicas of a shard each reads a part of its parameters, all at the same time, and sends it to the others: every
     byte is read by one replica. Raises UserError, on all ranks alike, where a file cannot be read on any of them.
     """
-    group = replica_group()
-    params = list(layout)
-    readers = assign_readers([local.param.numel() for local in params], dist.get_world_size(group))
-    own = dist.get_rank(group)
+    shared, mine = [], []
+    for expert in (False, True):
+        group, params = replica_group(expert=expert), [local for local in layout if local.expert == expert]
+        readers = assign_readers([local.param.numel() for local in params], dist.get_world_size(group))
+        own = dist.get_rank(group)
+        mine += [local for local, reader in zip(params, readers, strict=True) if reader == own]
+        shared.append(([local.param.data for local in params], readers, group))
     with torch.no_grad():
-        on_all_ranks(lambda: _read([p for p, reader in zip(params, readers, strict=True) if reader == own], checkpoint))
-        share([local.param.data for local in params], readers, group)
+        on_all_ranks(lambda: _read(mine, checkpoint))
+        for tensors, readers, group in shared:
+            share(tensors, readers, group)
 
 
 def _read(params: Iterable[LocalParam], checkpoint: HFCheckpoint) -> None:

@@ -23,6 +23,9 @@ FUSED_NORMS = {
 }
 
 
+_LOCAL_EXPERT = re.compile(r"\blocal_experts\.(\d+)\.")
+
+
 @dataclass(frozen=True)
 class Run:
     """`count` consecutive rows of a matrix, from `matrix_row`, that are rows of the shard from `shard_row`."""
@@ -92,9 +95,11 @@ def take(shard: torch.Tensor, piece: Piece) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def pieces(entry: Entry, dims: Dims, layer: int | None, rank: int, size: int, vocab_rows: int) -> tuple[Piece, ...]:
+def pieces(
+    entry: Entry, dims: Dims, layer: int | None, rank: int, size: int, vocab_rows: int, expert: int | None = None
+) -> tuple[Piece, ...]:
     """What the shard of `entry` on tensor-parallel rank `rank` of `size` holds; `vocab_rows` is the padded vocabulary."""
-    matrices = entry.matrices(dims, layer)
+    matrices = entry.matrices(dims, layer, expert)
     if entry.form == "qkv":
         return _qkv_pieces(matrices, dims, rank, size)
     found, shard_row = [], 0
@@ -145,6 +150,7 @@ class LocalParam:
     peers: tuple[tuple[Piece, ...], ...]  # of every tensor-parallel rank
     split: int | None
     primary: bool  # False: a second copy (the tied head of the last pipeline stage)
+    expert: bool = False  # held by the ranks of an expert's own data-parallel group
 
     @property
     def parts(self) -> tuple[Piece, ...]:
@@ -174,20 +180,21 @@ class Layout:
         self.params: list[LocalParam] = []
         for chunk in map(unwrapped, chunks):
             for name, param in chunk.named_parameters():
-                entry, layer = _find(family, chunk, name)
+                entry, layer, expert = _find(family, dims, chunk, name)
                 tied_copy = entry.kinds == ("head",) and dims.tied
                 source = _embedding(family) if tied_copy else entry
                 ranks = range(tensor_size if source.split is not None else 1)
-                peers = [pieces(source, dims, layer, rank, len(ranks), vocab_rows) for rank in ranks]
+                peers = [pieces(source, dims, layer, rank, len(ranks), vocab_rows, expert) for rank in ranks]
                 self.params.append(
                     LocalParam(
                         name=name,
                         param=param,
-                        matrices=source.matrices(dims, layer),
+                        matrices=source.matrices(dims, layer, expert),
                         pieces=peers[tensor_rank % len(peers)],
                         peers=tuple(peers),
                         split=entry.split,
                         primary=not tied_copy,
+                        expert=expert is not None,
                     )
                 )
 
@@ -206,19 +213,23 @@ def unwrapped(chunk: Any) -> Any:
     return chunk
 
 
-def _find(family: Family, chunk: Any, name: str) -> tuple[Entry, int | None]:
-    """The table's entry for a parameter of a GPTModel chunk, and its layer counted over the whole model from 0."""
+def _find(family: Family, dims: Dims, chunk: Any, name: str) -> tuple[Entry, int | None, int | None]:
+    """The table's entry for a parameter of a GPTModel chunk; its layer and expert counted over the whole model from 0."""
     while name.startswith("module."):
         name = name.removeprefix("module.")
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
     if match:
-        layer = chunk.decoder.layers[int(match[1])].layer_number - 1
-        for entry in family.layer:
-            if entry.param in (match[2], FUSED_NORMS.get(match[2])):
-                return entry, layer
+        module = chunk.decoder.layers[int(match[1])]
+        layer, inner = module.layer_number - 1, FUSED_NORMS.get(match[2], match[2])
+        local = _LOCAL_EXPERT.search(inner)
+        expert = module.mlp.local_expert_indices[int(local[1])] if local else None
+        inner = _LOCAL_EXPERT.sub("local_experts.{expert}.", inner)
+        for entry, number in family.entries(dims, layer):
+            if entry.param in (inner, match[2]) and number == expert:
+                return entry, layer, expert
     for entry in family.edges:
         if entry.param == name:
-            return entry, None
+            return entry, None, None
     raise UserError(
         f"megatron's parameter {name} must be one that a {family.name} model has; build the GPTModel as the Hugging Face "
         "config says, without biases and further layers"

@@ -8,11 +8,13 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.models.family import Dims, Family, Scales
 
 TENSOR, CONTEXT = "parallel.tensor_model_parallel_size", "parallel.context_parallel_size"
+EXPERT = "parallel.expert_model_parallel_size"
 
 
 def check_limits(run: RunConfig, family: Family, dims: Dims, scales: Scales, *, transformer_engine: bool) -> None:
     """Raises UserError, naming the key, for what the model's attention is not computed with."""
     check_heads(run.parallel.tensor, family, dims, TENSOR)
+    _check_experts(run, dims)
     if scales.attention_cap is not None and run.parallel.context > 1:
         raise UserError(
             f"{CONTEXT}: {run.parallel.context} does not go with attn_logit_softcapping {scales.attention_cap} in "
@@ -29,6 +31,32 @@ def check_limits(run: RunConfig, family: Family, dims: Dims, scales: Scales, *, 
             "parallel.cp_comm_type: must be a2a or all_gather for a model with sliding windows (sliding_window in "
             f"config.json), got {exchange}"
         )
+
+
+def _check_experts(run: RunConfig, dims: Dims) -> None:
+    expert, tensor = run.parallel.expert, run.parallel.tensor
+    if dims.experts is None:
+        if expert > 1:
+            raise UserError(f"{EXPERT}: must be 1 for a model without experts, got {expert}")
+        if "moe_token_dispatcher_type" in run.model.transformer:
+            raise UserError("model.moe_token_dispatcher_type: the model has no experts; leave it out")
+        return
+    if dims.experts.count % expert:
+        raise UserError(f"{EXPERT}: must divide the {dims.experts.count} experts of a layer, got {expert}")
+    if tensor > 1 and not run.parallel.sequence_parallel:
+        raise UserError(
+            f"parallel.sequence_parallel: must be true for a model with experts on {tensor} tensor-parallel ranks, which "
+            "divide its tokens; set it"
+        )
+    for key, value in run.precision.transformer.items():
+        if key in ("fp8", "fp4") and value:
+            raise UserError(f"precision.{key}: is not supported for a model with experts; leave it out")
+
+
+def check_method(name: str, dims: Dims, *, experts: bool) -> None:
+    """Raises UserError for a method that does not go with the model; `experts`: whether it goes with layers of them."""
+    if dims.experts is not None and not experts:
+        raise UserError(f"method.name: {name} is not supported on a model with experts; choose another method")
 
 
 def check_adapters(run: RunConfig, family: Family, dims: Dims) -> None:

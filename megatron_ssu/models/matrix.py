@@ -8,7 +8,7 @@ from typing import Any
 
 ATTENTION_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_KINDS = ("gate_proj", "up_proj", "down_proj")
-OTHER_KINDS = ("embedding", "head", "norm", "centred_norm", "bias")
+OTHER_KINDS = ("embedding", "head", "norm", "centred_norm", "bias", "router")
 KINDS = (*ATTENTION_KINDS, *MLP_KINDS, *OTHER_KINDS)
 
 

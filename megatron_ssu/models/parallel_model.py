@@ -37,6 +37,7 @@ def open_model(run: RunConfig, source: Source | None = None, *, load: bool = Tru
         run.parallel.pipeline,
         run.parallel.virtual_pipeline,
         run.parallel.context,
+        run.parallel.expert,
         run.train.seed,
         run.parallel.timeout_minutes,
     )

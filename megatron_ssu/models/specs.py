@@ -11,6 +11,8 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
@@ -78,14 +80,24 @@ def decoder_layer(
 
 
 def layer_specs(spec: ModuleSpec, dims: Dims, ropes: dict[str, Rope], scales: Scales) -> list[ModuleSpec]:
-    """The spec of every layer of the model: `spec` with the layer's window, rope, scale and cap."""
+    """The spec of every layer of the model: `spec` with the layer's window, rope, scale, cap and experts."""
     tables = needs_tables(dims, ropes)
-    made: dict[LayerAttention, ModuleSpec] = {}
-    layers = dims.attention or (LayerAttention(),) * dims.layers
-    for layer in layers:
-        if layer not in made:
-            made[layer] = _layer_spec(spec, dims.head, layer, ropes, scales, tables)
-    return [made[layer] for layer in layers]
+    made: dict[tuple[LayerAttention, bool], ModuleSpec] = {}
+    attention = dims.attention or (LayerAttention(),) * dims.layers
+    kinds = [(layer, dims.sparse(number)) for number, layer in enumerate(attention)]
+    for layer, sparse in kinds:
+        if (layer, sparse) not in made:
+            base = _with_experts(spec) if sparse else spec
+            made[layer, sparse] = _layer_spec(base, dims.head, layer, ropes, scales, tables)
+    return [made[kind] for kind in kinds]
+
+
+def _with_experts(spec: ModuleSpec) -> ModuleSpec:
+    """The layer with experts, each an MLP of its own, in place of its MLP."""
+    mlp: MLPSubmodules = spec.submodules.mlp.submodules
+    experts = ModuleSpec(module=SequentialMLP, submodules=mlp)
+    moe = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
+    return replace(spec, submodules=replace(spec.submodules, mlp=moe))
 
 
 def _layer_spec(

@@ -36,13 +36,15 @@ class MicroBatch:
 def micro_batches(calibration: Calibration, session: ParallelModel, size: int) -> list[MicroBatch]:
     """This data-parallel rank's part, in micro-batches of `size` rows, filled up with masked rows.
 
-    All ranks of a pipeline get as many; the interleaved schedule needs a multiple of the pipeline's length. Sequence
-    parallelism needs rows that divide over its ranks: masked tokens are appended.
+    All ranks get as many: those of a pipeline run them together, and so do ranks that share experts. The interleaved schedule
+    needs a multiple of the pipeline's length. Sequence parallelism needs rows that divide over its ranks: masked tokens are
+    appended.
     """
     mesh, where = session.mesh, local_device()
     tokens, mask = calibration.tokens[mesh.data_rank :: mesh.data], calibration.mask[mesh.data_rank :: mesh.data]
     unit = size * (mesh.pipeline if mesh.virtual else 1)
-    missing = -tokens.shape[0] % unit if tokens.shape[0] else unit
+    most = -(-calibration.tokens.shape[0] // mesh.data)  # rows of the rank that has most
+    missing = most + -most % unit - tokens.shape[0]
     after = -tokens.shape[1] % mesh.tensor if session.config.sequence_parallel else 0
     tokens = torch.nn.functional.pad(tokens, (0, after, 0, missing))
     mask = torch.nn.functional.pad(mask, (0, after, 0, missing))

@@ -20,7 +20,7 @@ def spread_columns(
 ) -> list[Entry]:
     """score -> values by column, whole sums, [I] or this rank's part of them where tensor parallelism splits columns."""
     shape = piece.matrix.shape
-    mine = session.mesh.data_rank == 0 and (_split(local, piece) or session.mesh.tensor_rank == 0)
+    mine = _answers(session, local, alone=_split(local, piece))
     first = piece.col_start if len(shape) == 2 else piece.row_start
     return [(f"{k}/column/{piece.matrix.name}", first, shape[-1], v.cpu().numpy()) for k, v in columns.items() if mine]
 
@@ -28,15 +28,15 @@ def spread_columns(
 def spread_rows(session: ParallelModel, local: LocalParam, piece: Piece, rows: Mapping[str, Tensor]) -> list[Entry]:
     """score -> values by row of a matrix, whole sums, [O] or this rank's part of them."""
     matrix = piece.matrix
-    mine = session.mesh.data_rank == 0 and (local.split == 0 or session.mesh.tensor_rank == 0)
+    mine = _answers(session, local, alone=local.split == 0)
     return [
         (f"{k}/row/{matrix.name}", piece.row_start, matrix.shape[0], v.cpu().numpy()) for k, v in rows.items() if mine
     ]
 
 
-def spread_matrix(session: ParallelModel, piece: Piece, values: Mapping[str, Tensor]) -> list[Entry]:
+def spread_matrix(session: ParallelModel, local: LocalParam, piece: Piece, values: Mapping[str, Tensor]) -> list[Entry]:
     """score -> value [1] of a matrix, a whole sum."""
-    mine = session.mesh.data_rank == 0 and session.mesh.tensor_rank == 0
+    mine = _answers(session, local, alone=False)
     return [(f"{k}/matrix/{piece.matrix.name}", 0, 1, v.cpu().numpy()) for k, v in values.items() if mine]
 
 
@@ -50,6 +50,12 @@ def add_all_tensor_ranks(session: ParallelModel, local: LocalParam, values: Tens
     """Add up, in place, sums over whole matrices that tensor parallelism has cut. Collective."""
     if session.mesh.tensor > 1 and local.split is not None:
         dist.all_reduce(values, group=parallel_state.get_tensor_model_parallel_group())
+
+
+def _answers(session: ParallelModel, local: LocalParam, *, alone: bool) -> bool:
+    """Whether this rank sends what it has of a matrix; `alone`: no other tensor-parallel rank has the same."""
+    first = session.mesh.first_replica(expert=local.expert)
+    return first and (alone or local.expert or session.mesh.tensor_rank == 0)
 
 
 def _split(local: LocalParam, piece: Piece) -> bool:

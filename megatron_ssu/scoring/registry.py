@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from megatron_ssu.errors import UserError
+from megatron_ssu.models.matrix import Matrix
 from megatron_ssu.scoring.base import Score
 from megatron_ssu.scoring.change import CHANGE
 from megatron_ssu.scoring.drawn import RANDOM
@@ -58,6 +59,15 @@ def check_granularity(name: str, granularity: str) -> None:
             f"shield.score: {name!r} has no {granularity} scores, only {', '.join(score.granularities)}; choose one of "
             f"{having}, or another shield.granularity"
         )
+
+
+def check_experts(names: Iterable[str], matrices: Iterable[Matrix]) -> None:
+    """Raises UserError for a score of gradients on a model with experts: a row's tokens meet in an expert with those of other
+    rows, so that their gradients cannot be told apart."""
+    backward = [name for name in names if score_named(name).needs == "backward"]
+    if backward and any(matrix.kind == "router" for matrix in matrices):
+        having = ", ".join(name for name, score in SCORES.items() if score.needs != "backward")
+        raise UserError(f"shield.score: {backward[0]} is not supported on a model with experts; choose one of {having}")
 
 
 def made_by_score(names: Iterable[str]) -> list[str]:

@@ -121,6 +121,7 @@ def _check_needs(
             f"parallel.context_parallel_size: {session.mesh.context}; scoring runs without context parallelism: "
             "score with 1, any other mesh can use the scores file"
         )
+    registry.check_experts(names, session.source.family.matrices(session.source.dims))
     measured = [f"the score {name}" for name in registry.needing_calibration(names)]
     if norms:
         measured.append(f"shield.norms: {session.run.shield.norms}")
@@ -196,12 +197,12 @@ def _sums(
     """This rank's entries of the input statistics, and of the sums that scores are finished from."""
     entries: list[Entry] = []
     broken: list[str] = []
-    mine = scores if session.mesh.data_rank == 0 else ()  # data-parallel ranks hold the same weights
-    of_weights = [score for score in mine if score.needs in ("weights", "forward")]
-    of_change = [score for score in mine if score.needs == "change"]
     for local in session.layout:
         if not local.pieces or not local.primary:
             continue
+        mine = scores if session.mesh.first_replica(expert=local.expert) else ()  # the others hold the same weights
+        of_weights = [score for score in mine if score.needs in ("weights", "forward")]
+        of_change = [score for score in mine if score.needs == "change"]
         found = statistics.get(local.matrices[0].name, {})
         for piece in local.parts:
             entries += spread_columns(session, local, piece, found)
@@ -250,7 +251,7 @@ def _piece_sums(
     for number, term in enumerate(score.matrix.terms if isinstance(score.matrix, Summed) else ()):
         whole = summed(term, None)
         add_all_tensor_ranks(session, local, whole)
-        entries += spread_matrix(session, piece, {_sum_name(score, number): whole})
+        entries += spread_matrix(session, local, piece, {_sum_name(score, number): whole})
     return entries
 
 

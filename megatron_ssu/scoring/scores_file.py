@@ -75,6 +75,11 @@ class Scores:
     def has(self, score: str, axis: Axis, matrix: str) -> bool:
         return f"{score}/{axis}/{matrix}" in self.tensors
 
+    def unreached(self) -> list[str]:
+        """Matrices that no calibration token went through, sorted: those of idle experts. Their scores of inputs are 0."""
+        values = {m.name: self.tensors.get(f"{INPUT_NORM}/column/{m.name}") for m in self.matrices.values() if m.scored}
+        return sorted(name for name, value in values.items() if value is not None and not value.any())
+
     def available(self) -> list[str]:
         """What there is, as `score/axis`, sorted."""
         return sorted({"/".join(key.split("/", 2)[:2]) for key in self.tensors})

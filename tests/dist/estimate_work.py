@@ -34,7 +34,7 @@ def state(run: RunConfig, shield_file: str | None) -> dict[str, int]:
     none = Shield("none", "m", model_fingerprint(run.model.path), matrices={}, masks={})
     trainer = Trainer(session, load_shield(shield_file) if shield_file else none)
     weights = [p for chunk in session.chunks for p in chunk.parameters()]
-    buffers = [b.grad_data for chunk in trainer.chunks for b in chunk.buffers]
+    buffers = [b.grad_data for chunk in trainer.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
     for member in members(trainer.optimizer):
         member._init_optimizer_states_with_dummy_values()
         member._copy_model_grads_to_main_grads()

@@ -40,7 +40,7 @@ def models(tmp_path_factory):
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     return {
         (kind, dtype): make_model(kind, folder / f"{kind}-{dtype}", dtypes[dtype], **SIZES)
-        for kind in ("olmo2", "llama", "llama-tied", "qwen3", "gemma2")
+        for kind in ("olmo2", "llama", "llama-tied", "qwen3", "gemma2", "qwen3-moe-mixed", "mixtral")
         for dtype in dtypes
     }
 
@@ -50,7 +50,10 @@ def models(tmp_path_factory):
     "kind,dtype,shielded", [("olmo2", "bf16", True), ("llama-tied", "fp32", True), ("llama", "bf16", False)]
 )
 def test_state_is_what_the_ranks_hold(name, kind, dtype, shielded, ranks, models, tmp_path):
-    world, parallel = MESHES[name]
+    check_state(*MESHES[name], kind, dtype, shielded, ranks, models, tmp_path)
+
+
+def check_state(world, parallel, kind, dtype, shielded, ranks, models, tmp_path):
     model = models[kind, dtype]
     file = random_shield(model, tmp_path / "shield.safetensors") if shielded else None
     run = work.make_run(str(model), parallel, dtype, {}, LENGTH)
@@ -68,6 +71,33 @@ def test_state_is_what_the_ranks_hold(name, kind, dtype, shielded, ranks, models
             assert {r["parameters"] for r in ranks_of_stage} == {stage.parameters}
         for key in ("weights", "gradients", "optimizer", "gradient_copies"):
             assert mean[key] == pytest.approx(getattr(stage.state, key), rel=0.05), key
+
+
+EXPERT_MESHES = {
+    "TP1": (1, mesh()),
+    "DP2, EP2": (2, {**mesh(), "expert_model_parallel_size": 2}),
+    "TP2+SP, DP2, EP2": (4, {**mesh(2, sequence=True), "expert_model_parallel_size": 2}),
+    "TP2+SP, PP2": (4, mesh(2, 2, sequence=True)),
+}
+
+
+@pytest.mark.parametrize("name", EXPERT_MESHES)
+@pytest.mark.parametrize("kind,shielded", [("qwen3-moe-mixed", True), ("mixtral", False)])
+def test_state_of_experts_is_what_the_ranks_hold(name, kind, shielded, ranks, models, tmp_path):
+    check_state(*EXPERT_MESHES[name], kind, "bf16", shielded, ranks, models, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_activations_of_experts_are_what_autograd_keeps(dtype, ranks, models):
+    """Of all ranks together: their experts get more tokens or fewer than evenly."""
+    for world, parallel in (EXPERT_MESHES[k] for k in ("TP1", "DP2, EP2")):
+        for kind in ("qwen3-moe-mixed", "mixtral"):
+            model = models[kind, dtype]
+            hf = json.loads((model / "config.json").read_text())
+            run = work.make_run(str(model), parallel, dtype, {}, LENGTH)
+            found = ranks.run(work.activations, world, run)
+            expected = estimate(run, hf, world, engine=False).stages[0].activations
+            assert sum(found) / world == pytest.approx(expected, rel=0.08), (kind, parallel)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tests.dist.test_models import MESHES
 from tests.dist.test_shield_mesh import check_scores
 from tests.dist.test_shielded_training import oracle, random_shield
 from tests.dist.work import mesh
-from tests.models import FAMILIES, make_model
+from tests.models import FAMILIES, by_file, make_model
 
 ALL = pytest.mark.slow
 SHARED_HEADS = {"num_key_value_heads": 2}  # fewer than the ranks of TP4
@@ -125,13 +125,16 @@ def test_each_feature_counts(name, models, ranks):
     "name", [n if n in ("phi3", "gemma3", "qwen2") else pytest.param(n, marks=ALL) for n in FAMILIES]
 )
 def test_import_then_export_gives_every_bit_back(name, ranks, tmp_path):
+    check_bits(ranks, name, tmp_path, {label: MESHES[label] for label in ("TP1", "TP2xPP2+SP", "PP2xVPP2")})
+
+
+def check_bits(ranks, name, folder, meshes):
     import transformers
 
-    model = make_model(name, tmp_path / "model", torch.bfloat16, max_shard_size="150KB")
+    model = make_model(name, folder / "model", torch.bfloat16, max_shard_size="150KB")
     source = {k: v for file in model.glob("*.safetensors") for k, v in load_file(file).items()}
-    for label in ("TP1", "TP2xPP2+SP", "PP2xVPP2"):
-        world, parallel = MESHES[label]
-        target = tmp_path / label
+    for label, (world, parallel) in meshes.items():
+        target = folder / label
         ranks.run(work.convert, world, str(model), parallel, "bf16", str(target), 10**9)
         exported = load_file(target / "model.safetensors")
         assert exported.keys() == source.keys()
@@ -157,22 +160,21 @@ def rows(length=48, count=4):
 
 @pytest.mark.parametrize("name", [n if n in ("qwen2", "qwen3") else pytest.param(n, marks=ALL) for n in FAMILIES])
 def test_gradients_of_every_parameter_equal_transformers(name, models, ranks, tmp_path):
+    check_gradients(ranks, models(name), tmp_path, {label: MESHES[label] for label in ("TP1", "TP2+SP")})
+
+
+def check_gradients(ranks, model, folder, meshes):
     import transformers
 
     found = rows()
-    net = transformers.AutoModelForCausalLM.from_pretrained(
-        models(name), dtype=torch.float32, attn_implementation="eager"
-    )
+    net = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
     tokens, labels = (torch.stack([row[key] for row in found]) for key in ("tokens", "labels"))
     torch.nn.functional.cross_entropy(net(tokens).logits.flatten(0, 1), labels.flatten()).backward()
-    expected = {key: param.grad for key, param in net.named_parameters()}
-    for label in ("TP1", "TP2+SP"):
-        world, parallel = MESHES[label]
+    expected = by_file(net.config, {key: param.grad for key, param in net.named_parameters()})
+    for label, (world, parallel) in meshes.items():
         options = {"isolated": False}
-        ranks.run(
-            packing_work.gradients, world, str(models(name)), parallel, found, 2, str(tmp_path / label), **options
-        )
-        own = load_file(tmp_path / label / "model.safetensors")
+        ranks.run(packing_work.gradients, world, str(model), parallel, found, 2, str(folder / label), **options)
+        own = load_file(folder / label / "model.safetensors")
         assert own.keys() == expected.keys()
         for key, gradient in expected.items():
             assert gradient.abs().max() > 1e-5, key
@@ -213,24 +215,28 @@ def test_training_with_more_tensor_parallel_ranks_than_key_value_heads(name, mod
     "name", ["qwen2", pytest.param("qwen3", marks=ALL), "mistral", pytest.param("gemma2", marks=ALL)]
 )
 def test_scores_and_shields_do_not_depend_on_the_mesh(name, ranks, tmp_path):
-    """With one scores file, shields have the same bytes; scores of two meshes are equal within rounding."""
     model = make_model(name, tmp_path / "model", **SHARED_HEADS)
-    meshes = {k: MESHES[k] for k in ("TP1", "TP2+SP", "TP4", "TP2xPP2")}
+    biases = "half" if name == "qwen2" else "trainable"
+    check_shields(ranks, model, tmp_path, {k: MESHES[k] for k in ("TP1", "TP2+SP", "TP4", "TP2xPP2")}, biases=biases)
+
+
+def check_shields(ranks, model, folder, meshes, names=score_work.NAMES, of_largest=0, **shield):
+    """With one scores file, shields have the same bytes; scores of two meshes are equal within rounding. Returns the scores."""
     first = None
     for label, (world, parallel) in meshes.items():
-        scores = ranks.run(score_work.mesh_scores, world, str(model), parallel)[0]
+        scores = ranks.run(score_work.mesh_scores, world, str(model), parallel, names)[0]
         if first is None:
             first = scores
-            first.save(tmp_path / "scores.safetensors")
+            first.save(folder / "scores.safetensors")
         assert scores.tensors.keys() == first.tensors.keys(), label
-        check_scores(scores, first, label)
+        check_scores(scores, first, label, of_largest)
     made = set()
     for label, (world, parallel) in meshes.items():
-        folder = tmp_path / label
-        options = {"scores": str(tmp_path / "scores.safetensors"), "biases": "half" if name == "qwen2" else "trainable"}
-        ranks.run(score_work.planned, world, str(model), parallel, str(folder), "fp32", **options)
-        made.add((folder / "shield.safetensors").read_bytes())
+        target, options = folder / label, {"scores": str(folder / "scores.safetensors"), **shield}
+        ranks.run(score_work.planned, world, str(model), parallel, str(target), "fp32", **options)
+        made.add((target / "shield.safetensors").read_bytes())
     assert len(made) == 1
+    return first
 
 
 def test_statistics_of_a_norm_by_head_are_over_all_heads(ranks, tmp_path):

@@ -18,7 +18,7 @@ from megatron_ssu.shield.shield_file import Shield, load_shield
 from megatron_ssu.shield.verify import verify
 from tests.dist import work
 from tests.dist.work import mesh
-from tests.models import make_model
+from tests.models import by_file, make_model
 
 STEPS = 20
 FULL = mesh(2, 2)
@@ -61,8 +61,9 @@ def oracle(model, shield_file, lrs, *, weight_decay=0.1, clip=0.5):
     net = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
     params = dict(net.named_parameters())
     shield = load_shield(shield_file)
-    frozen = frozen_elements(params, shield)
-    start = {n: params[n].detach().clone() for n in frozen}
+    stored = by_file(net.config, {name: p.detach() for name, p in params.items()})
+    frozen = frozen_elements(stored, shield)
+    start = {n: stored[n].clone() for n in frozen}
     groups = [
         {"params": [p for p in params.values() if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in params.values() if p.ndim == 1], "weight_decay": 0.0},
@@ -75,15 +76,15 @@ def oracle(model, shield_file, lrs, *, weight_decay=0.1, clip=0.5):
         loss = torch.nn.functional.cross_entropy(net(tokens).logits.flatten(0, 1), labels.flatten())
         adam.zero_grad()
         loss.backward()
+        gradients = by_file(net.config, {name: p.grad for name, p in params.items()})
         for name, mask in frozen.items():
-            params[name].grad[mask] = 0
+            gradients[name][mask] = 0
         norm = torch.nn.utils.clip_grad_norm_(params.values(), clip)
         for group in adam.param_groups:
             group["lr"] = lr
         adam.step()
-        with torch.no_grad():
-            for name, mask in frozen.items():
-                params[name][mask] = start[name][mask]
+        for name, mask in frozen.items():
+            stored[name][mask] = start[name][mask]
         history.append((loss.item(), norm.item()))
     return history
 

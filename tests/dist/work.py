@@ -203,7 +203,11 @@ def train_steps(
         "state_bytes": state_bytes(trainer.optimizer),
         "owned": sum(part.stop - part.start for part in owned(trainer.optimizer)),
         "trainable": sum(_trainable(part, compact) for part in owned(trainer.optimizer)),
-        "gradients": sum(buffer.grad_data.numel() for chunk in trainer.chunks for buffer in chunk.buffers),
+        "gradients": sum(
+            buffer.grad_data.numel()
+            for chunk in trainer.chunks
+            for buffer in chunk.buffers + chunk.expert_parallel_buffers
+        ),
         "compact": {name: list(p.shape) for name, p in session.chunks[0].named_parameters() if "compact_" in name},
         "weights": [p.detach().clone() for chunk in session.chunks for p in chunk.parameters()]
         if stock or not target

@@ -24,6 +24,12 @@ def validate_mesh(run: RunConfig, world_size: int, *, shields: bool = True) -> i
             f"parallel: {tensor} (tensor) x {pipeline} (pipeline) x {context} (context) does not divide {world_size} "
             f"(world size); start a multiple of {model} ranks or choose sizes whose product divides {world_size}"
         )
+    at_least("parallel.expert_model_parallel_size", parallel.expert, 1)
+    if world_size // pipeline % parallel.expert:
+        raise UserError(
+            f"parallel.expert_model_parallel_size: {parallel.expert} must divide the {world_size // pipeline} ranks of a "
+            "pipeline stage"
+        )
     if parallel.sequence_parallel and tensor == 1:
         raise UserError(
             "parallel.sequence_parallel: true needs tensor_model_parallel_size above 1; set it to false, or raise "

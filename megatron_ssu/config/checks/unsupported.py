@@ -20,8 +20,11 @@ _FSDP = "fully sharded data parallelism is not supported; the distributed optimi
 
 # megatron settings that nothing here carries, as patterns of dotted keys; their defaults pass.
 UNSUPPORTED: tuple[tuple[str, str], ...] = (
-    *((f"model.{n}", "mixture of experts is not supported") for n in ("num_moe_experts", "moe_*")),
-    *((f"parallel.{n}", "mixture of experts is not supported") for n in ("expert_*", "moe_*", "*moe_expert*", "ep_*")),
+    *((f"model.{n}", "config.json decides it") for n in ("num_moe_experts", "moe_ffn_hidden_size", "moe_layer_freq")),
+    ("model.moe_grouped_gemm", "experts are shielded one by one, each as a module of its own"),
+    *((f"model.{n}", "is not supported") for n in ("moe_*",)),
+    ("parallel.expert_tensor_parallel_size", "an expert is never split over ranks"),
+    *((f"parallel.{n}", "is not supported") for n in ("moe_*", "*moe_expert*", "ep_*")),
     *((f"{s}.mtp_*", "multi-token prediction is not supported") for s in ("model", "parallel")),
     *(
         (f"model.{name}", _OTHER_MODEL)
@@ -82,9 +85,12 @@ NEEDS_CUDA: tuple[str, ...] = (
 
 def refuse_unsupported(run: RunConfig, shields: bool) -> None:
     for key, value in _settings(run):
+        shown = show(value)
+        if key == "model.moe_token_dispatcher_type":
+            _check_dispatcher(value)
+            continue
         if key == "parallel.expert_tensor_parallel_size" and value == 1:
             continue
-        shown = show(value)
         for pattern, reason in UNSUPPORTED:
             if fnmatch(key, pattern):
                 raise UserError(f"{key}: {shown}: {reason}; leave it out")
@@ -102,6 +108,13 @@ def refuse_unsupported(run: RunConfig, shields: bool) -> None:
                 f"{key}: flash needs the flash-attn package, which is not installed here; install it, or leave it out: "
                 "Transformer Engine then takes cuDNN's fused attention"
             )
+
+
+def _check_dispatcher(kind: str) -> None:
+    key, allowed = "model.moe_token_dispatcher_type", ("allgather", "alltoall") if machine.cuda() else ("allgather",)
+    if kind not in allowed:
+        needs = " without CUDA" if kind == "alltoall" else ""
+        raise UserError(f"{key}: must be {' or '.join(allowed)}{needs}, got {kind}")
 
 
 def _settings(run: RunConfig) -> Iterator[tuple[str, Any]]:

@@ -10,16 +10,19 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.models.families.gemma import GEMMA2, GEMMA3
 from megatron_ssu.models.families.llama import LLAMA
 from megatron_ssu.models.families.mistral import MISTRAL
+from megatron_ssu.models.families.mixtral import MIXTRAL
 from megatron_ssu.models.families.olmo2 import OLMO2
+from megatron_ssu.models.families.olmoe import OLMOE
 from megatron_ssu.models.families.phi3 import PHI3
 from megatron_ssu.models.families.qwen2 import QWEN2
 from megatron_ssu.models.families.qwen3 import QWEN3
+from megatron_ssu.models.families.qwen3_moe import QWEN3_MOE
 from megatron_ssu.models.families.smollm3 import SMOLLM3
 from megatron_ssu.models.family import Dims, Family
 from megatron_ssu.models.hf_config import normalised
 from megatron_ssu.models.rope_settings import check_layer_types, check_rope
 
-FAMILIES = (OLMO2, LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, PHI3, GEMMA2, GEMMA3)
+FAMILIES = (OLMO2, LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, PHI3, GEMMA2, GEMMA3, QWEN3_MOE, MIXTRAL, OLMOE)
 
 
 def family_of(hf: dict[str, Any]) -> Family:

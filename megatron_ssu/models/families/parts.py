@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_ssu.errors import UserError
+from megatron_ssu.models.experts import experts_of
 from megatron_ssu.models.family import Dims, Entry
 
 if TYPE_CHECKING:
@@ -31,6 +32,22 @@ FC1 = Entry(
     form="gated",
 )
 FC2 = Entry("mlp.linear_fc2.weight", (_L + "mlp.down_proj.weight",), ("down_proj",), split=1)
+ROUTER = Entry("mlp.router.weight", (_L + "mlp.gate.weight",), ("router",), only="sparse")
+EXPERTS = (
+    Entry(
+        "mlp.experts.local_experts.{expert}.linear_fc1.weight",
+        (_L + "mlp.experts.{expert}.gate_proj.weight", _L + "mlp.experts.{expert}.up_proj.weight"),
+        ("expert_gate_proj", "expert_up_proj"),
+        form="gated",
+        only="sparse",
+    ),
+    Entry(
+        "mlp.experts.local_experts.{expert}.linear_fc2.weight",
+        (_L + "mlp.experts.{expert}.down_proj.weight",),
+        ("expert_down_proj",),
+        only="sparse",
+    ),
+)
 EDGES = (
     Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("embedding",), split=0, form="vocab"),
     Entry("decoder.final_layernorm.weight", ("model.norm.weight",), ("norm",)),
@@ -50,6 +67,11 @@ HEAD_NORMS = (
     Entry("self_attention.q_layernorm.weight", (_L + "self_attn.q_norm.weight",), ("head_norm",)),
     Entry("self_attention.k_layernorm.weight", (_L + "self_attn.k_norm.weight",), ("head_norm",)),
 )
+# The same, over whole projections.
+PROJECTION_NORMS = (
+    Entry("self_attention.q_layernorm.weight", (_L + "self_attn.q_norm.weight",), ("q_norm",), split=0),
+    Entry("self_attention.k_layernorm.weight", (_L + "self_attn.k_norm.weight",), ("k_norm",), split=0),
+)
 
 
 def norm(param: str, tensor: str, kind: str = "norm") -> Entry:
@@ -65,14 +87,15 @@ def centred(entries: Iterable[Entry]) -> tuple[Entry, ...]:
     )
 
 
-PRE_NORM = (
+_PRE_NORM = (
     norm("input_layernorm.weight", "input_layernorm.weight"),
     QKV,
     PROJ,
     norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
-    FC1,
-    FC2,
 )
+PRE_NORM = (*_PRE_NORM, FC1, FC2)
+# With experts in some or all layers.
+PRE_NORM_EXPERTS = (*_PRE_NORM, replace(FC1, only="dense"), replace(FC2, only="dense"), ROUTER, *EXPERTS)
 ROPE_BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 
@@ -92,9 +115,44 @@ def head_norm_layer(dims: Dims, transformer_engine: bool) -> ModuleSpec:
     return decoder_layer(parts, input_norm=parts.norm, mlp_norm=parts.norm, q_norm=parts.norm, k_norm=parts.norm)
 
 
+def projection_norms(dims: Dims) -> dict[str, ModuleSpec]:
+    """Norms of q and k over their whole projections, for `decoder_layer`.
+
+    megatron's setting qk_layernorm stays off with them: it would sum their gradients over tensor-parallel ranks.
+    """
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from megatron_ssu.models.layers import ProjectionRMSNorm
+
+    heads = {"q_norm": dims.heads, "k_norm": dims.groups}
+    return {name: ModuleSpec(module=ProjectionRMSNorm, params={"heads": count}) for name, count in heads.items()}
+
+
 def epsilon(config: Any) -> dict[str, Any]:
     """The setting that all families have: the norms' epsilon."""
     return {"layernorm_epsilon": config.rms_norm_eps}
+
+
+def router_settings(config: Any, *, normalised: bool) -> dict[str, Any]:
+    """Settings of layers with experts; `normalised`: the weights of a token's experts add up to 1.
+
+    Experts are modules of their own, whose weights are shielded each for itself. No loss balances the experts: transformers
+    has none unless a config asks for router logits, and continued pretraining is to keep what the router learnt.
+    """
+    experts = experts_of(config)
+    assert experts is not None
+    every = all(experts.layers)
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.active,
+        "moe_ffn_hidden_size": experts.ffn,
+        "moe_layer_freq": 1 if every else [int(sparse) for sparse in experts.layers],
+        "moe_router_pre_softmax": not normalised or experts.active == 1,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": False,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def refuse_unless(config: Any, key: str, allowed: tuple[Any, ...]) -> None:
