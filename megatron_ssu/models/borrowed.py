@@ -60,6 +60,12 @@ def _layout_of(chunks: Any, family: Family, dims: Dims, command: str) -> tuple[l
     for chunk in bare:
         _check_chunk(chunk, family, dims, command)
     mesh = current_mesh()
+    split = parallel_state.get_expert_tensor_parallel_world_size()
+    if dims.experts is not None and split > 1:
+        raise UserError(
+            f"{command}: expert_tensor_parallel_size must be 1, got {split}; set it in initialize_model_parallel and in the "
+            "TransformerConfig"
+        )
     check_heads(mesh.tensor, family, dims, f"{command}: tensor parallelism")
     vocab_rows = bare[0].vocab_size
     layout = Layout(family, dims, bare, mesh.tensor_rank, mesh.tensor, vocab_rows)
@@ -97,6 +103,7 @@ def _check_chunk(chunk: Any, family: Family, dims: Dims, command: str) -> None:
         ("num_query_groups", config.num_query_groups, dims.groups),
         ("kv_channels", config.kv_channels, dims.head),
         ("ffn_hidden_size", config.ffn_hidden_size, dims.ffn),
+        ("num_moe_experts", config.num_moe_experts, dims.experts.count if dims.experts else None),
         ("share_embeddings_and_output_weights", chunk.share_embeddings_and_output_weights, dims.tied),
     ):
         if found != wanted:

@@ -9,6 +9,7 @@ local layers store under the same names. A `release` has weights alone: a loader
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_ssu.engine.checkpoint_io import check_foreign_metadata, load_tenso
 from megatron_ssu.engine.ranks import on_all_ranks, on_rank_zero
 from megatron_ssu.errors import UserError, named_line
 from megatron_ssu.io.atomic import to_disk, written_aside
+from megatron_ssu.models.family import Dims
 from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.models.rope import ropes
 from megatron_ssu.train.sharded_state import model_state
@@ -35,6 +37,16 @@ _NORMS = {
     "self_attention.linear_proj.post_norm.weight": "self_attention.linear_proj.post_layernorm.weight",
     "mlp.linear_fc2.post_norm.weight": "mlp.linear_fc2.post_layernorm.weight",
 }
+_EXPERT_ARGUMENTS = (
+    "moe_ffn_hidden_size",
+    "moe_layer_freq",
+    "moe_router_topk",
+    "moe_router_pre_softmax",
+    "moe_router_dtype",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+    "moe_grouped_gemm",
+)
 _CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -43,8 +55,16 @@ _CONTENT = {
 }
 
 
-def their_key(key: str) -> str:
-    """The key of a weight in their checkpoints."""
+def their_key(key: str, dims: Dims) -> str:
+    """The key of a weight in their checkpoints. Transformer Engine fuses the norm before experts into no linear layer."""
+    if key.endswith("pre_mlp_layernorm.weight") and dims.experts is not None:
+        layer = re.search(r"\blayers\.(\d+)\.", key)  # without a number where all layers are alike
+        if dims.sparse(int(layer[1])) if layer else all(dims.experts.layers):
+            return key
+    return _fused_key(key)
+
+
+def _fused_key(key: str) -> str:
     return next((key.removesuffix(ours) + theirs for ours, theirs in _NORMS.items() if key.endswith(ours)), key)
 
 
@@ -63,7 +83,7 @@ def write_release(session: ParallelModel, folder: Path, *, iteration: int = 0) -
     on_rank_zero(lambda: _make(target))
     state: dict[str, Any] = model_state(session, extra_state=True)  # which their loader asks for
     for entry in nested_values(state):
-        entry.key = their_key(entry.key)
+        entry.key = their_key(entry.key, session.source.dims)
     state |= {
         "args": _arguments(session),
         "content_metadata": dict(_CONTENT),
@@ -114,6 +134,8 @@ def _arguments(session: ParallelModel) -> Namespace:
         num_layers=dims.layers,
         hidden_size=dims.hidden,
         ffn_hidden_size=dims.ffn,
+        num_experts=config.num_moe_experts,
+        **{name: getattr(config, name) for name in _EXPERT_ARGUMENTS if dims.experts is not None},
         num_attention_heads=dims.heads,
         group_query_attention=dims.groups != dims.heads,
         num_query_groups=dims.groups,
@@ -144,6 +166,7 @@ def _arguments(session: ParallelModel) -> Namespace:
         pipeline_model_parallel_size=session.mesh.pipeline,
         virtual_pipeline_model_parallel_size=session.mesh.virtual,
         context_parallel_size=session.mesh.context,
+        expert_model_parallel_size=session.mesh.expert,
         data_parallel_size=session.mesh.data,
         world_size=session.mesh.world,
         consumed_train_samples=0,
@@ -185,16 +208,17 @@ def read_weights(session: ParallelModel, folder: Path) -> None:
     state = model_state(session)
     apply_factories(state)
     wanted = [entry for entry in nested_values(state) if isinstance(entry, ShardedTensor)]
-    on_all_ranks(lambda: _match(wanted, folder))
+    on_all_ranks(lambda: _match(wanted, folder, session.source.dims))
     on_all_ranks(lambda: _load(state, folder))
 
 
-def _match(wanted: list[ShardedTensor], folder: Path) -> None:
+def _match(wanted: list[ShardedTensor], folder: Path, dims: Dims) -> None:
     """Give every tensor the key that it has in the checkpoint, and the stored shape where a padded vocabulary differs."""
     there = dist_checkpointing.load_tensors_metadata(str(folder))
     for entry in wanted:
-        theirs = their_key(entry.key)
-        entry.key = theirs if theirs in there else entry.key
+        theirs = their_key(entry.key, dims)
+        # megatron-core's local layers store the norm before experts as others.
+        entry.key = next((key for key in (theirs, _fused_key(entry.key)) if key in there), entry.key)
         stored = there.get(entry.key)
         if stored is None:
             raise UserError(

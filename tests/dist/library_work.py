@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 import megatron_ssu as ssu
 from megatron_ssu.config.schema import CheckpointSection, ModelSection, RunConfig
 from megatron_ssu.data.loader import iterate
+from megatron_ssu.engine.experts import ready_router
 from megatron_ssu.errors import UserError
 from megatron_ssu.train.trainer import forward_step, mean_loss
 from tests.dist.work import GLOBAL_BATCH, LENGTH, RandomTokens
@@ -28,20 +29,30 @@ from tests.dist.work import GLOBAL_BATCH, LENGTH, RandomTokens
 MICRO_BATCH = 2
 
 
-def start(tensor: int = 1, pipeline: int = 1, virtual: int | None = None) -> None:
+def start(tensor: int = 1, pipeline: int = 1, virtual: int | None = None, expert: int = 1) -> None:
     """megatron's groups, as a loop of somebody else makes them."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=1,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
 
 
 def build(
-    model_dir: str, dtype: str = "fp32", virtual: int | None = None, vocab: int | None = None, **changes: Any
+    model_dir: str,
+    dtype: str = "fp32",
+    virtual: int | None = None,
+    vocab: int | None = None,
+    transformer_engine_keys: bool = False,
+    **changes: Any,
 ) -> list[GPTModel]:
-    """This rank's GPTModel chunks with megatron-core's local layer spec; `vocab`: padded; `changes` to the config."""
+    """This rank's GPTModel chunks with megatron-core's local layer spec; `vocab`: padded; `changes` to the config.
+
+    `transformer_engine_keys`: the norm before experts is stored as by megatron-core's spec of Transformer Engine's layers.
+    """
     hf = json.loads((Path(model_dir) / "config.json").read_text())
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     fields: dict[str, Any] = {
@@ -66,18 +77,26 @@ def build(
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "virtual_pipeline_model_parallel_size": virtual,
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
         "overlap_p2p_comm": virtual is not None,
         "batch_p2p_comm": False,
         **changes,
     }
     config = TransformerConfig(**fields)
+    if config.num_moe_experts:
+        ready_router()
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
+    )
+    if transformer_engine_keys:
+        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     chunks = []
     for stage in range(virtual or 1):
         stages: dict[str, Any] = {"vp_stage": stage if virtual else None}
         assert get_num_layers_to_build(config, **stages) > 0
         chunk = GPTModel(
             config,
-            get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm),
+            spec,
             vocab_size=vocab or hf["vocab_size"],
             max_sequence_length=hf["max_position_embeddings"],
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **stages),
@@ -129,6 +148,7 @@ def train(
     ddp: dict[str, Any] | None = None,
     attach: bool = False,
     evaluations: bool = False,
+    changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Losses and gradient norms of a stock loop under a shield; the model is exported to `target`.
 
@@ -138,7 +158,7 @@ def train(
     """
     start(**mesh)
     virtual = mesh.get("virtual")
-    chunks = build(model_dir, dtype, virtual)
+    chunks = build(model_dir, dtype, virtual, **(changes or {}))
     ssu.load_weights(chunks, model_dir)
     config = chunks[0].config
     wrapped: list[Any] = [Float16Module(config, chunk) for chunk in chunks] if dtype == "bf16" else list(chunks)

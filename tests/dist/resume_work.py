@@ -184,20 +184,25 @@ def compare_update_norms(run: RunConfig, shield_file: str | None) -> tuple[dict[
     computed = trainer.step(batches, measure=True).update_norms
     trainer.gather_weights()
     squares = dict.fromkeys(updates.NAMES, 0.0)
-    for (kind, old), (_, new) in zip(before, _matrices(session), strict=True):
-        squares[updates._kind(kind)] += (new - old).square().sum().item()
-    total = torch.tensor(list(squares.values()), dtype=torch.float64) / session.mesh.data
+    for (kind, copies, old), (_, _, new) in zip(before, _matrices(session), strict=True):
+        squares[updates._kind(kind)] += (new - old).square().sum().item() / copies
+    total = torch.tensor(list(squares.values()), dtype=torch.float64)
     torch.distributed.all_reduce(total)
     measured = dict(zip(squares, total.sqrt().tolist(), strict=True))
     return computed, {f"update_norm_{k}": v for k, v in measured.items() if v > 0}
 
 
-def _matrices(session: ParallelModel) -> list[tuple[str, torch.Tensor]]:
-    """Kind and float64 values of all matrices' parts of which this rank holds the first copy, padding left out."""
+def _matrices(session: ParallelModel) -> list[tuple[str, int, torch.Tensor]]:
+    """Kind, number of replicas and float64 values of all matrices' parts that this rank answers for, padding left out."""
+    mesh = session.mesh
     return [
-        (piece.matrix.kind, take(local.param.detach().view(len(local.param), -1), piece).double())
+        (
+            piece.matrix.kind,
+            mesh.expert_data if local.expert else mesh.data,
+            take(local.param.detach().view(len(local.param), -1), piece).double(),
+        )
         for local in session.layout
-        if local.primary and (local.split is not None or session.mesh.tensor_rank == 0)
+        if local.primary and (local.split is not None or local.expert or mesh.tensor_rank == 0)
         for piece in local.pieces
     ]
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.dist import score_work
+from megatron_ssu.shield.verify import verify
+from tests.dist import library_work, methods_work, regularize_work, resume_work, score_work, work
 from tests.dist.test_families import check_bits, check_gradients, check_logits, check_shields, check_training, models  # noqa: F401
+from tests.dist.test_shielded_training import random_shield
 from tests.dist.work import mesh
 from tests.models import EXPERTS, make_model
 
@@ -116,6 +119,101 @@ def test_statistics_are_over_the_tokens_that_an_expert_gets(models, ranks):  # n
                 norms = values.sum((0, 1)).sqrt()
                 np.testing.assert_allclose(scores.tensors[f"input_norm/column/{name}"], norms, rtol=1e-4)
                 np.testing.assert_allclose(scores.tensors[f"input_mean_square/column/{name}"], means, rtol=1e-4)
+
+
+SAVED_ON = (4, MESHES["TP2+SP, DP2, EP2"][1])
+LOADED_ON = {k: MESHES[k] for k in ("TP1", "TP2+SP", "TP2+SP, EP2", "TP2+SP, DP2, EP4", "PP2")}
+
+
+@pytest.fixture(scope="module")
+def saved(ranks, models, tmp_path_factory):  # noqa: F811
+    """A shielded run with checkpoints, its shield, and its losses, norms and learning rates."""
+    folder = tmp_path_factory.mktemp("saved")
+    model = models("qwen3-moe-mixed")
+    shield = random_shield(model, folder / "shield.safetensors")
+    run = resume_work.make_run(str(model), SAVED_ON[1], str(folder / "run"), iterations=7)
+    history = ranks.run(resume_work.train_run, SAVED_ON[0], run, str(shield))[0]["history"]
+    (folder / "run" / "checkpoints" / "latest").write_text("4\n")
+    return model, shield, folder / "run", history
+
+
+@pytest.mark.parametrize("name", [k if k == "TP1" else pytest.param(k, marks=pytest.mark.slow) for k in LOADED_ON])
+def test_a_run_resumes_on_another_mesh(name, saved, ranks, tmp_path):
+    model, shield, directory, quiet = saved
+    shutil.copytree(directory, tmp_path / "run")
+    world, parallel = LOADED_ON[name]
+    run = resume_work.make_run(str(model), parallel, str(tmp_path / "run"), iterations=7)
+    resumed = ranks.run(resume_work.train_run, world, run, str(shield))[0]["history"]
+    was, now = (np.array([history[i] for i in (5, 6, 7)]) for history in (quiet, resumed))
+    np.testing.assert_allclose(now[:, 0], was[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(now[:, 1], was[:, 1], rtol=1e-5)
+    assert (was[:, 2] == now[:, 2]).all()
+
+
+def test_the_same_mesh_goes_on_bit_by_bit(saved, ranks, tmp_path):
+    model, shield, directory, quiet = saved
+    shutil.copytree(directory, tmp_path / "run")
+    world, parallel = SAVED_ON
+    run = resume_work.make_run(str(model), parallel, str(tmp_path / "run"), iterations=7)
+    resumed = ranks.run(resume_work.train_run, world, run, str(shield))[0]["history"]
+    assert resumed == {i: quiet[i] for i in (5, 6, 7)}
+
+
+@pytest.mark.parametrize("name,options", [("hft", {"special_tokens": False}), ("s2ft", {"down": 0.2, "output": 0.25})])
+def test_methods_train_alike_on_every_mesh(name, options, models, ranks, tmp_path):  # noqa: F811
+    """HFT freezes whole experts, S2FT the routers."""
+    model, first = models("qwen3-moe-mixed"), None
+    for label in ("TP1", "TP2+SP, DP2, EP2"):
+        world, parallel = MESHES[label]
+        given = {**options, "directory": str(tmp_path / label)}
+        found = ranks.run(methods_work.method_steps, world, str(model), parallel, 4, name, **given)[0]["history"]
+        first = first or found
+        np.testing.assert_allclose([step[:2] for step in found], [step[:2] for step in first], rtol=2e-5)
+
+
+def test_regularized_training_is_alike_on_every_mesh(models, ranks, tmp_path):  # noqa: F811
+    model = models("qwen3-moe")
+    shield, found = random_shield(model, tmp_path / "shield.safetensors"), {}
+    for label in FEW:
+        world, parallel = MESHES[label]
+        options = {"l2": 0.5, "kl": 0.2}
+        answers = ranks.run(regularize_work.train_regularized, world, str(model), parallel, 4, options, str(shield))
+        found[label] = [[step[k] for k in ("loss", "grad_norm", "l2", "kl")] for step in answers[0]["history"]]
+        np.testing.assert_allclose(found[label][1:], found["TP1"][1:], rtol=1e-4, err_msg=label)
+
+
+def test_update_norms_count_every_weight_once(models, ranks, tmp_path):  # noqa: F811
+    model = models("qwen3-moe")
+    shield = random_shield(model, tmp_path / "shield.safetensors")
+    for label in FEW:
+        world, parallel = MESHES[label]
+        run = resume_work.make_run(str(model), parallel, str(tmp_path / label))
+        found, whole = ranks.run(resume_work.compare_update_norms, world, run, str(shield))[0]
+        assert found.keys() == whole.keys() and "update_norm_router" in found
+        assert found == pytest.approx(whole, rel=1e-3), label
+
+
+@pytest.mark.parametrize("parallel", [{"expert": 2}, {"expert": 2, "pipeline": 2}], ids=["EP2", "PP2, EP2"])
+def test_a_stock_loop_is_the_trainer(parallel, models, ranks, tmp_path):  # noqa: F811
+    """A shield on megatron-core's own model, optimizer and loop."""
+    model, world = models("mixtral"), 2 * parallel.get("pipeline", 1)
+    shield = random_shield(model, tmp_path / "shield.safetensors")
+    own = {"shield_file": str(shield), "target": str(tmp_path / "own"), "fused_adam": False}
+    ours = experts(mesh(1, parallel.get("pipeline", 1)), 2)
+    wanted = ranks.run(work.train_steps, world, str(model), ours, 6, **own)[0]["history"]
+    changes = {
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "allgather",
+        "expert_tensor_parallel_size": 1,
+    }
+    arguments = (str(model), parallel, [lr for *_, lr in wanted], str(shield), str(tmp_path / "stock"))
+    found = ranks.run(library_work.train, world, *arguments, changes=changes)[0]["history"]
+    np.testing.assert_allclose([step[0] for step in found], [step[0] for step in wanted], atol=1e-5)
+    np.testing.assert_allclose([step[1] for step in found], [step[1] for step in wanted], rtol=1e-4)
+    assert verify(model, tmp_path / "stock", shield).ok
 
 
 def test_layers_without_experts_are_as_wide_as_config_says(models):  # noqa: F811

@@ -19,11 +19,20 @@ from tests.models import make_model
 
 VOCAB = 128  # padded: as ours is, and as Megatron-LM would with another divisor
 OTHER_VOCAB = 112
+EXPERTS = {
+    "moe_router_topk": 2,
+    "moe_router_load_balancing_type": "none",
+    "moe_router_dtype": "fp32",
+    "moe_token_dispatcher_type": "allgather",
+    "expert_tensor_parallel_size": 1,
+}
 KINDS = {
     "llama": {},
     "llama-tied": {},
     "qwen2": {"add_qkv_bias": True},
     "qwen3": {"qk_layernorm": True, "kv_channels": 16},
+    "mixtral": EXPERTS | {"num_moe_experts": 4, "moe_ffn_hidden_size": 96},
+    "qwen3-moe": EXPERTS | {"num_moe_experts": 8, "moe_ffn_hidden_size": 40, "qk_layernorm": True, "kv_channels": 16},
 }
 PLACES = {"TP1": (1, 1), "TP2xPP2": (2, 2)}
 
@@ -56,7 +65,8 @@ def test_megatron_lm_loads_what_was_converted(kind, ranks, tmp_path):
     ids = torch.randint(0, 100, (2, 40), generator=torch.Generator().manual_seed(1))
     expected = logits_of(model, ids)
     for world, place in ((1, "TP1"), (4, "TP2xPP2")):
-        answers = ranks.run(megatron_work.load, world, str(target), str(model), PLACES[place], ids, VOCAB, KINDS[kind])
+        changes = {**KINDS[kind], "transformer_engine_keys": "num_moe_experts" in KINDS[kind]}
+        answers = ranks.run(megatron_work.load, world, str(target), str(model), PLACES[place], ids, VOCAB, changes)
         found, arguments, iteration = next(answer for answer in answers if answer[0] is not None)
         assert (found[..., :100] - expected).abs().max() < 2e-4
         assert iteration == 0

@@ -85,7 +85,7 @@ def test_every_family_is_found_and_its_matrices_are_those_of_transformers(kind, 
 
 
 def test_every_family_has_a_model_in_the_tests():
-    kinds = {**models.KINDS, **models.FAMILIES}
+    kinds = {**models.KINDS, **models.FAMILIES, **models.EXPERTS}
     assert {model_type for model_type, _ in kinds.values()} == {t for family in FAMILIES for t in family.model_types}
 
 
