@@ -189,9 +189,9 @@ class _Counter:
             parallel.virtual_pipeline or 1,
             data,
             train.global_batch_size // (train.micro_batch_size * data),
+            parallel.expert,
             bool(parallel.ddp.get("overlap_grad_reduce")),
         )
-        self.expert = parallel.expert
         self.shards = Shards(data, parallel.tensor * data // parallel.expert)
         self.method = method
         self.shields, self.regularize = shields, run.train.regularize
@@ -267,7 +267,7 @@ class _Counter:
         found = [
             p
             for layer in self.layers(rank)
-            for p in layer_parameters(self.family, self.dims, layer, mesh.tensor, self.shields, self.expert)
+            for p in layer_parameters(self.family, self.dims, layer, mesh.tensor, self.shields, mesh.expert)
         ]
         added = sum(
             self.method.added_elements(matrix, entry.split, mesh.tensor)
@@ -410,12 +410,14 @@ class _Counter:
         if mesh.pipeline > 1:
             passes = 3 if self.regularize.kl else 2
             pipeline = passes * hidden / batch.split * mesh.virtual * mesh.micro_batches
+        expert = 0.0
         if self.dims.experts is not None:  # every token goes to its experts and comes back, forward and backward
             sparse = sum(self.dims.sparse(layer) for layer in self.layers(rank))
-            away = (self.expert - 1) / self.expert * self.dims.experts.active
-            tensor += 4 * away * hidden / batch.split * sparse * mesh.micro_batches
+            away = (mesh.expert - 1) / mesh.expert * self.dims.experts.active
+            passes = 6 if self.regularize.kl else 4
+            expert = passes * away * hidden / batch.split * sparse * mesh.micro_batches
         data = sum(
             (self.shards.of(p) - 1) / self.shards.of(p) * p.trained * (self.formats.gradient + self.formats.weight)
             for p in self.parameters(rank)
         )
-        return steps.Traffic(tensor, pipeline, data)
+        return steps.Traffic(tensor, pipeline, data, expert)

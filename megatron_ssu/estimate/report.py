@@ -35,7 +35,9 @@ def render(found: Estimate, gpu: Gpu | None, console: Console, math: float = ste
     say(
         f"{found.model} on {mesh.tensor} (tensor) x {mesh.pipeline} (pipeline)"
         + (f" x {mesh.virtual} (virtual)" if mesh.virtual > 1 else "")
-        + f" x {mesh.data} (data) = {found.world} ranks, {mesh.micro_batches} micro-batches per step"
+        + f" x {mesh.data} (data)"
+        + (f", {mesh.expert} (expert)" if mesh.expert > 1 else "")
+        + f" = {found.world} ranks, {mesh.micro_batches} micro-batches per step"
     )
     say(
         f"{found.parameters:,} parameters, {found.frozen:,} frozen ({found.linear_ratio:.1%} of the linear layers'), "
@@ -73,7 +75,7 @@ def render(found: Estimate, gpu: Gpu | None, console: Console, math: float = ste
     )
     say(
         f"sent by a rank in a step, GB: tensor {traffic.tensor / 1e9:.2f}, pipeline {traffic.pipeline / 1e9:.2f}, "
-        f"data {traffic.data / 1e9:.2f}"
+        f"data {traffic.data / 1e9:.2f}" + (f", expert {traffic.expert / 1e9:.2f}" if traffic.expert else "")
     )
     host = found.host
     say(
@@ -93,7 +95,7 @@ def render(found: Estimate, gpu: Gpu | None, console: Console, math: float = ste
         "libraries' own (some GiB) and fragmentation"
     )
     time = found.time(gpu, math)
-    parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in asdict(time).items())
+    parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in asdict(time).items() if seconds or name != "expert")
     say(
         f"{gpu.name}: about {time.total:.2f} s per step, {found.tokens / time.total:,.0f} tokens/s "
         f"({parts}; GEMMs at {math:.0%} of the peak)"

@@ -39,6 +39,7 @@ class Traffic:
     tensor: float
     pipeline: float
     data: float
+    expert: float = 0.0  # tokens on their way to experts and back
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class StepTime:
     gemms: float
     gather: float
     tensor: float
+    expert: float
     pipeline: float
     bubble: float
     data: float
@@ -55,7 +57,16 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return self.gemms + self.gather + self.tensor + self.pipeline + self.bubble + self.data + self.optimizer
+        return (
+            self.gemms
+            + self.gather
+            + self.tensor
+            + self.expert
+            + self.pipeline
+            + self.bubble
+            + self.data
+            + self.optimizer
+        )
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,7 @@ class Mesh:
     virtual: int
     data: int
     micro_batches: int
+    expert: int
     overlap: bool  # gradient reduction and weight gathering beside forward and backward
 
     @property
@@ -85,10 +97,12 @@ def step_time(
     gather = work.gather / memory
     link, network = LINKS * gpu.link * 1e9, LINKS * gpu.network * 1e9
     tensor = traffic.tensor / (link if mesh.tensor <= GPUS_PER_NODE else network)
+    # Expert-parallel ranks are neighbours, tensor-parallel ones among them.
+    expert = traffic.expert / (link if mesh.expert <= GPUS_PER_NODE else network)
     one_node = mesh.world <= GPUS_PER_NODE
     pipeline = traffic.pipeline / (link if one_node else network)
-    bubble = (gemms + gather + tensor) * (mesh.pipeline - 1) / (mesh.virtual * mesh.micro_batches)
+    bubble = (gemms + gather + tensor + expert) * (mesh.pipeline - 1) / (mesh.virtual * mesh.micro_batches)
     data = traffic.data / (link if one_node else network)
     if mesh.overlap:
         data = max(0.0, data - gemms)
-    return StepTime(gemms, gather, tensor, pipeline, bubble, data, optimizer_bytes / memory)
+    return StepTime(gemms, gather, tensor, expert, pipeline, bubble, data, optimizer_bytes / memory)

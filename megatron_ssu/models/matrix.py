@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -38,6 +39,11 @@ class Matrix:
     def scored(self) -> bool:
         """Whether it is one of the seven linear weights of a layer, over which a budget is spent."""
         return self.kind in ATTENTION_KINDS or self.kind in MLP_KINDS
+
+
+def of_experts(name: str) -> str:
+    """A matrix's name with `*` for its expert's number: the same for all experts of a layer."""
+    return re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
 
 
 def matrices_to_json(matrices: Mapping[str, Matrix]) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from megatron_ssu.errors import UserError
 from megatron_ssu.models.hf_config import difference
-from megatron_ssu.models.matrix import KINDS, Matrix
+from megatron_ssu.models.matrix import KINDS, Matrix, of_experts
 from megatron_ssu.scoring.registry import SCORES
 from megatron_ssu.scoring.scores_file import Scores
 from megatron_ssu.shield.mask import Mask
@@ -79,6 +80,7 @@ class MatrixView:
     ratio: float
     scores: ScoreView | None
     overlap: Overlap | None
+    experts: int = 1  # whose matrices it is about
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,13 @@ class Inspection:
     views: tuple[MatrixView, ...]
     score: str | None
     other: Shield | None
+
+    def lines(self) -> list[MatrixView]:
+        """`views` with one in place of those of a layer's experts."""
+        found: dict[tuple[int | None, str, str], list[MatrixView]] = {}
+        for view in self.views:
+            found.setdefault((view.matrix.layer, of_experts(view.matrix.name), view.granularity), []).append(view)
+        return [_together(views) for views in found.values()]
 
     def kinds(self) -> list[str]:
         """Kinds that occur, in the order of the model."""
@@ -105,10 +114,11 @@ class Inspection:
         }
 
     def render(self, console: Console, *, layers: Iterable[int] | None = None) -> None:
-        """Print where the shield comes from, a line per matrix (only of `layers`, when given) and a summary by kind."""
+        """Print where the shield comes from, a line per matrix (one for those of a layer's experts; only of `layers`, when
+        given) and a summary by kind."""
         wanted = None if layers is None else set(layers)
         _render_head(console, self)
-        console.print(_matrix_table(self, [v for v in self.views if wanted is None or v.matrix.layer in wanted]))
+        console.print(_matrix_table(self, [v for v in self.lines() if wanted is None or v.matrix.layer in wanted]))
         console.print(_kind_table(self))
 
 
@@ -149,6 +159,29 @@ def inspect_shield(
             MatrixView(matrix, mask.granularity, mask.units, mask.frozen_units, shield.ratio_of(name), seen, overlap)
         )
     return Inspection(shield, tuple(views), score, other)
+
+
+def _together(views: Sequence[MatrixView]) -> MatrixView:
+    """One view of the same matrix of several experts. Each has a cut of its own: there is none of all."""
+    first = views[0]
+    if len(views) == 1:
+        return first
+    seen = [view.scores for view in views if view.scores is not None]
+    overlaps = [view.overlap for view in views if view.overlap is not None]
+    scores = None
+    if seen:
+        values, frozen = (np.concatenate([getattr(view, key) for view in seen]) for key in ("values", "frozen"))
+        scores = ScoreView(values, frozen, None, None, seen[0].lowest)
+    return MatrixView(
+        replace(first.matrix, name=of_experts(first.matrix.name)),
+        first.granularity,
+        sum(view.units for view in views),
+        sum(view.frozen_units for view in views),
+        fmean(view.ratio for view in views),
+        scores,
+        Overlap(*(sum(getattr(o, key) for o in overlaps) for key in ("both", "ours", "theirs"))) if overlaps else None,
+        len(views),
+    )
 
 
 def overlap_of(ours: Mask, theirs: Mask | None) -> Overlap:
@@ -248,7 +281,7 @@ def _matrix_table(inspection: Inspection, views: Sequence[MatrixView]) -> Table:
         layer = view.matrix.layer
         if before not in ("none yet", layer):
             table.add_section()
-        label = view.matrix.kind
+        label = view.matrix.kind + (f" ({view.experts} experts)" if view.experts > 1 else "")
         if len(view.matrix.shape) == 1:  # a layer has several norms and biases
             label = ".".join(view.matrix.name.removesuffix(".weight").split(".")[-1 if view.matrix.is_norm else -2 :])
         cells = [f"{view.frozen_units:,}", f"{view.units:,}", f"{view.ratio:.2%}", view.granularity]

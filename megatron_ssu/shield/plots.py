@@ -89,7 +89,7 @@ def heatmap(inspection: Inspection, value: Callable[[MatrixView], float | None],
 
 def score_figure(inspection: Inspection) -> Figure:
     """A panel per kind, a strip per layer: how many columns (or rows) have which score, frozen ones apart; the cut."""
-    views = [v for v in inspection.views if v.scores is not None and v.matrix.layer is not None]
+    views = [v for v in inspection.lines() if v.scores is not None and v.matrix.layer is not None]
     kinds = [kind for kind in inspection.kinds() if any(v.matrix.kind == kind for v in views)]
     layers = 1 + max(v.matrix.layer for v in views if v.matrix.layer is not None)
     across = min(4, len(kinds))

@@ -7,6 +7,7 @@ Files that define no weight, such as the tokenizer's, are compared and reported.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.hf_config import CONFIG, differing_keys, read_hf_config
 from megatron_ssu.models.hf_files import HFCheckpoint, carried_files
 from megatron_ssu.models.hub import model_name
+from megatron_ssu.models.matrix import of_experts
 from megatron_ssu.shield.mask import GRANULARITIES, Mask
 from megatron_ssu.shield.shield_file import Shield, check_model, load_shield
 
@@ -85,8 +87,7 @@ class VerifyReport:
         if granularity not in (*GRANULARITIES, "none"):
             raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)} or none, got {granularity!r}")
         members = [m for m in self.matrices if m.granularity == granularity]
-        keys = ("frozen", "moved_frozen", "trainable", "moved_trainable")
-        return {"matrices": len(members)} | {key: sum(getattr(m, key) for m in members) for key in keys}
+        return {"matrices": len(members)} | _sums(members)
 
     def granularities(self) -> list[str]:
         return [g for g in ("column", "row", "element", "none") if any(m.granularity == g for m in self.matrices)]
@@ -108,14 +109,19 @@ class VerifyReport:
         }
 
     def render(self, console: Console) -> None:
-        """Print the table: a line per shielded matrix, sums, what else differs, and the verdict."""
+        """Print the table: a line per shielded matrix, or for those of a layer's experts, sums, what else differs, and the
+        verdict."""
         table = Table(header_style="bold", box=SIMPLE, pad_edge=False)
         table.add_column("matrix", overflow="fold")
         for heading in ("shape", "by", "frozen", "of these moved", "trainable", "of these moved"):
             table.add_column(heading, justify="left" if heading == "by" else "right")
+        lines: dict[tuple[str, tuple[int, ...], str], list[MatrixReport]] = {}
         for m in self.matrices:
             if m.granularity != "none":
-                table.add_row(m.name, "x".join(map(str, m.shape)), m.granularity, *_cells(asdict(m)))
+                lines.setdefault((of_experts(m.name), m.shape, m.granularity), []).append(m)
+        for (name, shape, granularity), members in lines.items():
+            several = f" ({len(members)})" if len(members) > 1 else ""
+            table.add_row(name + several, "x".join(map(str, shape)), granularity, *_cells(_sums(members)))
         table.add_section()
         for g in self.granularities():
             totals = self.totals(g)
@@ -262,6 +268,11 @@ def _directory_name(path: str | Path) -> str:
 
 def _show(value: Any) -> str:
     return "not set" if value is None else json.dumps(value)
+
+
+def _sums(members: Sequence[MatrixReport]) -> dict[str, int]:
+    keys = ("frozen", "moved_frozen", "trainable", "moved_trainable")
+    return {key: sum(getattr(m, key) for m in members) for key in keys}
 
 
 def _cells(values: dict[str, Any]) -> list[str]:
