@@ -193,6 +193,7 @@ class _Counter:
             bool(parallel.ddp.get("overlap_grad_reduce")),
         )
         self.shards = Shards(data, parallel.tensor * data // parallel.expert)
+        self._parameters: dict[int, list[Parameter]] = {}  # by stage
         self.method = method
         self.shields, self.regularize = shields, run.train.regularize
         weight = 2 if run.precision.dtype == "bf16" else 4
@@ -263,6 +264,11 @@ class _Counter:
 
     def parameters(self, rank: int) -> list[Parameter]:
         """Of a rank of this stage."""
+        if rank not in self._parameters:
+            self._parameters[rank] = self._count_parameters(rank)
+        return self._parameters[rank]
+
+    def _count_parameters(self, rank: int) -> list[Parameter]:
         mesh = self.mesh
         found = [
             p

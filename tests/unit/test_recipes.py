@@ -61,6 +61,17 @@ _LLAMA3_ROPE = {
         "original_max_position_embeddings": 8192,
     },
 }
+_QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e7,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
 # As published in the models' config.json.
 MODELS: dict[str, dict[str, Any]] = {
     "olmo2-7b": {**_COMMON, **_OLMO2, **shape(32, 4096, 32, 32, 11008, 100352)},
@@ -70,6 +81,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2.5-32b": {**_COMMON, **_QWEN2, **shape(64, 5120, 40, 8, 27648, 152064)},
     "qwen2.5-72b": {**_COMMON, **_QWEN2, **shape(80, 8192, 64, 8, 29568, 152064)},
     "llama3.3-70b": {**_COMMON, **_LLAMA, **_LLAMA3_ROPE, **shape(80, 8192, 64, 8, 28672, 128256)},
+    "qwen3-30b-a3b": {**_COMMON, **_QWEN3_MOE, **shape(48, 2048, 32, 4, 6144, 151936)},
     "llama2-13b": {**_COMMON, **_LLAMA, **shape(40, 5120, 40, 40, 13824, 32000)},
 }
 
@@ -89,16 +101,22 @@ def rows() -> list[tuple[str, int, list[int], int, int, tuple[str, str, str], li
     return found
 
 
-def gigabytes(hf: dict[str, Any], tensor: int, pipeline: int, data: int, ratio: float) -> float:
+def gigabytes(hf: dict[str, Any], tensor: int, pipeline: int, data: int, ratio: float, expert: int) -> float:
     """bf16 weights with the trainable ones of the linear layers a second time, and fp32 gradients, main weights and two moments
     of what trains, of the average rank."""
-    hidden, head = hf["hidden_size"], hf["hidden_size"] // hf["num_attention_heads"]
-    attention = 2 * hidden * hidden + 2 * hidden * head * hf["num_key_value_heads"]
-    linear = hf["num_hidden_layers"] * (attention + 3 * hidden * hf["intermediate_size"])
+    hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
+    head = hf.get("head_dim", hidden // heads)
+    attention = 2 * hidden * head * (heads + hf["num_key_value_heads"])
+    experts = hf.get("num_experts", 0) * 3 * hidden * hf.get("moe_intermediate_size", 0) * hf["num_hidden_layers"]
+    linear = hf["num_hidden_layers"] * (attention + (0 if experts else 3 * hidden * hf["intermediate_size"]))
     both_ends = 2 * hf["vocab_size"] * hidden
-    compact = (1 - ratio) * linear
-    trainable = compact + both_ends
-    return (2 * (linear + both_ends + compact) + (4 + 12 / data) * trainable) / (tensor * pipeline) / 1e9
+
+    def bytes_of(weights: float, whole: float, replicas: float) -> float:
+        compact = (1 - ratio) * weights
+        return 2 * (weights + whole + compact) + (4 + 12 / replicas) * (compact + whole)
+
+    dense = bytes_of(linear, both_ends, data) / (tensor * pipeline)
+    return (dense + bytes_of(experts, 0, tensor * data / expert) / (expert * pipeline)) / 1e9
 
 
 @pytest.fixture
@@ -139,7 +157,9 @@ def test_mesh_fits_its_model(world, row):
     assert said == (f"{peak:.0f}", f"{found.time(GPUS['h100']).total:.2f}", f"{found.host.saving / 1e9:.0f}")
     assert peak < 0.85 * 80
     state = sum(stage.state.lasting for stage in found.stages) / len(found.stages) / 1e9
-    assert state == pytest.approx(gigabytes(MODELS[recipe], tensor, pipeline, data, run.shield.ratio), rel=0.01)
+    assert state == pytest.approx(
+        gigabytes(MODELS[recipe], tensor, pipeline, data, run.shield.ratio, run.parallel.expert), rel=0.01
+    )
     assert tensor <= 8, "tensor parallelism stays within a node"
 
 
