@@ -33,6 +33,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--ffn", type=int, help="default 2.75 x hidden")
+    parser.add_argument(
+        "--experts", type=int, help="a Qwen3-MoE with so many experts of width --ffn, in place of an OLMo-2"
+    )
+    parser.add_argument("--active", type=int, default=8, help="experts that a token goes through")
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--vocab", type=int, default=512)
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence")

@@ -125,20 +125,27 @@ def random_shield(model: Path, variant: Variant) -> Shield:
 
 
 def make_model(options: argparse.Namespace, directory: Path) -> Path:
-    """A random OLMo-2 of the asked size."""
+    """A random OLMo-2 or Qwen3-MoE of the asked size."""
     import transformers
 
-    config = transformers.Olmo2Config(
-        hidden_size=options.hidden,
-        intermediate_size=options.ffn or int(2.75 * options.hidden),
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.heads,
-        vocab_size=options.vocab,
-        max_position_embeddings=options.length,
+    ffn = options.ffn or int(2.75 * options.hidden)
+    sizes = {
+        "hidden_size": options.hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": options.heads,
+        "num_key_value_heads": options.heads,
+        "vocab_size": options.vocab,
+        "max_position_embeddings": options.length,
+    }
+    experts = {"num_experts": options.experts, "num_experts_per_tok": options.active, "moe_intermediate_size": ffn}
+    config = (
+        transformers.Qwen3MoeConfig(**sizes, **experts, head_dim=options.hidden // options.heads, norm_topk_prob=True)
+        if options.experts
+        else transformers.Olmo2Config(**sizes)
     )
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
-    model: Any = transformers.Olmo2ForCausalLM(config)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)
     model.to(dtype).save_pretrained(directory)
     return directory
 

@@ -42,7 +42,9 @@ class CompactStore:
     def put(self, tensors: list[Any], gemm: Callable[[Any, Any], Any]) -> None:
         """Add the gradient of X and dY = `tensors`; `gemm(x, dy)` is the layer's own, into `weight.main_grad`."""
         x, grad_output = tensors
-        if self.multiply is None:
+        if isinstance(grad_output, Tensor) and grad_output.numel() == 0:  # of an expert that got no token
+            pass
+        elif self.multiply is None:
             whole = self.compact.weight.main_grad  # type: ignore[attr-defined]
             whole.zero_()
             gemm(x, grad_output)

@@ -48,12 +48,16 @@ class CompactWeight:
 
     def add_gradients(self, grad_output: Tensor, x: Tensor) -> None:
         """Add dY^T X to the compact parameters' gradients; grad_output [T, O], x [T, I]."""
+        if len(x):  # an expert may get no token
+            self._add(grad_output, x)
+        self.added()
+
+    def _add(self, grad_output: Tensor, x: Tensor) -> None:
         for matrix, inputs in zip(self.own_gemms, self.inputs.columns(x), strict=True):
             add_gemm(main_grad(matrix.param), matrix.output.columns(grad_output), inputs)
         elements = [matrix for matrix in self.matrices if matrix.part.kind == "element"]
         if elements:
             self.add_dense(grad_output.t().matmul(x), elements)
-        self.added()
 
     def add_dense(self, gradient: Tensor, matrices: Sequence[CompactMatrix] | None = None) -> None:
         """Add what is trainable of a whole gradient [O, I] of the weight, in its dtype or fp32."""

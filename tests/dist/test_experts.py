@@ -45,7 +45,7 @@ names = pytest.mark.parametrize(
 SCORES = [name for name in score_work.NAMES if name not in ("fisher", "target-contrast")]
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@names
 @few_and_all
 def test_logits_equal_transformers(name, meshes, models, ranks):  # noqa: F811
     check_logits(ranks, models(name), meshes)
@@ -67,6 +67,29 @@ def test_gradients_of_every_parameter_equal_transformers(name, models, ranks, tm
 @few_and_all
 def test_training_under_a_shield_equals_plain_torch(name, meshes, models, ranks, tmp_path):  # noqa: F811
     check_training(ranks, models(name), tmp_path, meshes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "transformer",
+    [
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    ],
+    ids=["full", "moe"],
+)
+def test_recomputed_layers_train_alike(transformer, models, ranks, tmp_path):  # noqa: F811
+    model = models("qwen3-moe")
+    shield, found = random_shield(model, tmp_path / "shield.safetensors"), []
+    for given in ({}, transformer):
+        world, parallel = MESHES["TP2+SP, EP2"]
+        options = {"shield_file": str(shield), "transformer": given}
+        found.append(ranks.run(work.train_steps, world, str(model), parallel, 3, **options)[0]["history"])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+
+
+def test_idle_experts_train_alike(idle_model, ranks, tmp_path):
+    check_training(ranks, idle_model, tmp_path, {k: MESHES[k] for k in ("TP1", "EP2")}, steps=2)
 
 
 @pytest.fixture
@@ -159,6 +182,7 @@ def test_the_same_mesh_goes_on_bit_by_bit(saved, ranks, tmp_path):
     assert resumed == {i: quiet[i] for i in (5, 6, 7)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,options", [("hft", {"special_tokens": False}), ("s2ft", {"down": 0.2, "output": 0.25})])
 def test_methods_train_alike_on_every_mesh(name, options, models, ranks, tmp_path):  # noqa: F811
     """HFT freezes whole experts, S2FT the routers."""
@@ -171,6 +195,7 @@ def test_methods_train_alike_on_every_mesh(name, options, models, ranks, tmp_pat
         np.testing.assert_allclose([step[:2] for step in found], [step[:2] for step in first], rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_regularized_training_is_alike_on_every_mesh(models, ranks, tmp_path):  # noqa: F811
     model = models("qwen3-moe")
     shield, found = random_shield(model, tmp_path / "shield.safetensors"), {}
@@ -193,6 +218,7 @@ def test_update_norms_count_every_weight_once(models, ranks, tmp_path):  # noqa:
         assert found == pytest.approx(whole, rel=1e-3), label
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [{"expert": 2}, {"expert": 2, "pipeline": 2}], ids=["EP2", "PP2, EP2"])
 def test_a_stock_loop_is_the_trainer(parallel, models, ranks, tmp_path):  # noqa: F811
     """A shield on megatron-core's own model, optimizer and loop."""

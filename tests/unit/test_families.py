@@ -28,7 +28,7 @@ def config_of(kind: str, **changes: Any) -> dict[str, Any]:
     """config.json of a small model, as transformers writes it."""
     import transformers
 
-    model_type, extra = {**models.KINDS, **models.FAMILIES}[kind]
+    model_type, extra = {**models.KINDS, **models.FAMILIES, **models.EXPERTS}[kind]
     config = transformers.AutoConfig.for_model(model_type, **{**models.SIZES, **extra})
     return {**json.loads(config.to_json_string(use_diff=False)), **changes}
 
@@ -49,6 +49,9 @@ REFUSED = [
     ("smollm3", {"no_rope_layers": [1, 0]}, ["no_rope_layers must have 4 numbers, got 2"]),
     ("qwen3", {"layer_types": ["chunked_attention"] * 4}, ["layer_types", "'chunked_attention'"]),
     ("mistral", {"sliding_window": 0}, ["sliding_window must be a whole number above 0, got 0"]),
+    ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise = 0.1"]),
+    ("olmoe", {"clip_qkv": 8.0}, ["clip_qkv = 8.0"]),
+    ("qwen3-moe", {"num_experts_per_tok": 9}, ["num_experts_per_tok", "the 8 experts", "got 9"]),
     ("llama", {"num_hidden_layers": None}, ["num_hidden_layers", "whole number"]),
 ]  # fmt: skip
 
@@ -64,7 +67,7 @@ def test_what_is_not_carried_out_is_refused_in_one_line(kind, changes, words, tm
         assert word in message
 
 
-@pytest.mark.parametrize("kind", models.FAMILIES)
+@pytest.mark.parametrize("kind", [*models.FAMILIES, *models.EXPERTS])
 def test_every_family_is_found_and_its_matrices_are_those_of_transformers(kind, tmp_path):
     model = models.make_model(kind, tmp_path / "model")
     hf = json.loads((model / "config.json").read_text())
