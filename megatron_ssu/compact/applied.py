@@ -21,6 +21,7 @@ from megatron.core.fp8_utils import is_float8tensor
 
 from megatron_ssu.compact.parameters import CompactParameters
 from megatron_ssu.compact.trial import tried_gemm
+from megatron_ssu.engine.experts import mark_experts
 from megatron_ssu.engine.mesh import current_mesh
 from megatron_ssu.engine.ranks import on_all_ranks, on_rank_zero
 from megatron_ssu.engine.step_hooks import around_step
@@ -172,6 +173,8 @@ def apply_shield(chunks: Any, shield: Shield, family: Family, dims: Dims) -> App
     bare, layout = layout_of(chunks, family, dims, "apply")
     on_all_ranks(lambda: _check_shield(shield, family, dims))
     on_all_ranks(lambda: _check_config(bare[0].config, layout))
+    for chunk in bare:
+        mark_experts(chunk, current_mesh())
     return AppliedShield(bare, layout, shield)
 
 

@@ -9,6 +9,8 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
 
+from megatron_ssu.engine.mesh import Mesh
+
 
 def ready_router() -> None:
     """Let the router run without Transformer Engine: megatron-core 0.16.1 then looks up a name that it has not set."""
@@ -21,12 +23,13 @@ def expert_layers(chunk: torch.nn.Module) -> Iterator[MoELayer]:
     return (module for module in chunk.modules() if isinstance(module, MoELayer))
 
 
-def reduce_experts_over(chunk: torch.nn.Module, *, own_group: bool) -> None:
-    """Say whether DDP reduces the experts' gradients over an expert's own data-parallel group, before it wraps the chunk.
+def mark_experts(chunk: torch.nn.Module, mesh: Mesh) -> None:
+    """Let DDP reduce the experts' gradients over the ranks that hold the same experts, before it wraps the chunk.
 
-    megatron says so by the mark `allreduce`, which it sets by the expert-parallel size alone; but without expert parallelism
+    megatron marks them by `allreduce`, for which it looks at the expert-parallel size alone; but without expert parallelism
     too the tensor-parallel ranks, of which each has a part of the tokens, have replicas of the experts.
     """
+    own_group = mesh.expert_data != mesh.data * mesh.context
     for layer in expert_layers(chunk):
         for param in layer.experts.parameters():
             param.allreduce = not own_group  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.sources import counts_tokens, isolates
 from megatron_ssu.engine.device import has_cuda, local_device
-from megatron_ssu.engine.experts import ready_router, reduce_experts_over
+from megatron_ssu.engine.experts import mark_experts, ready_router
 from megatron_ssu.engine.mesh import Mesh
 from megatron_ssu.errors import UserError
 from megatron_ssu.io.dtypes import TORCH_NAMES
@@ -152,8 +152,7 @@ def build_chunks(
             used = next((layer.rope for layer in dims.attention if layer.rope is not None), next(iter(found)))
             rope = found[used]  # all layers have the same
             chunk.rotary_pos_emb.inv_freq = rope.frequencies.to(local_device())
-        if dims.experts is not None:
-            reduce_experts_over(chunk, own_group=mesh.expert_data != mesh.data * mesh.context)
+        mark_experts(chunk, mesh)
         if chunk.pre_process and scales.embedding is not None:
             scale_embeddings(chunk.embedding.word_embeddings, scales.embedding)
         if chunk.post_process:

@@ -193,10 +193,14 @@ class Family:
             if entry.kinds[0] != "embedding" and not (dims.tied and entry.kinds[0] == "head"):
                 yield from entry.matrices(dims, None)
 
+    def present(self, dims: Dims, layer: int) -> list[Entry]:
+        """The entries that a layer has."""
+        absent = "dense" if dims.sparse(layer) else "sparse"
+        return [entry for entry in self.layer if entry.only != absent]
+
     def entries(self, dims: Dims, layer: int) -> Iterator[tuple[Entry, int | None]]:
         """The entries of a layer in order, those of experts expert by expert, at their end, with the expert's number."""
-        absent = "dense" if dims.sparse(layer) else "sparse"
-        present = [entry for entry in self.layer if entry.only != absent]
+        present = self.present(dims, layer)
         yield from ((entry, None) for entry in present if not entry.per_expert)
         for expert in range(dims.experts.count if dims.experts else 0):
             yield from ((entry, expert) for entry in present if entry.per_expert)

@@ -224,8 +224,8 @@ def _find(family: Family, dims: Dims, chunk: Any, name: str) -> tuple[Entry, int
         local = _LOCAL_EXPERT.search(inner)
         expert = module.mlp.local_expert_indices[int(local[1])] if local else None
         inner = _LOCAL_EXPERT.sub("local_experts.{expert}.", inner)
-        for entry, number in family.entries(dims, layer):
-            if entry.param in (inner, match[2]) and number == expert:
+        for entry in family.present(dims, layer):
+            if entry.param in (inner, match[2]):
                 return entry, layer, expert
     for entry in family.edges:
         if entry.param == name:

@@ -112,7 +112,7 @@ def mesh_facts(session: ParallelModel) -> dict[str, Any]:
     """The mesh and the kind of device; random number generators are read back on the same one only."""
     mesh = session.mesh
     facts = {k: getattr(mesh, k) for k in ("tensor", "pipeline", "virtual", "context", "data")}
-    return {**facts, "device": local_device().type}
+    return {**facts, **({"expert": mesh.expert} if mesh.expert > 1 else {}), "device": local_device().type}
 
 
 def _rng(session: ParallelModel) -> ShardedTensor:

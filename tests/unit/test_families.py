@@ -50,6 +50,7 @@ REFUSED = [
     ("qwen3", {"layer_types": ["chunked_attention"] * 4}, ["layer_types", "'chunked_attention'"]),
     ("mistral", {"sliding_window": 0}, ["sliding_window must be a whole number above 0, got 0"]),
     ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise = 0.1"]),
+    ("mixtral", {"num_experts_per_tok": 1}, ["num_experts_per_tok = 1", "norm_topk_prob"]),
     ("olmoe", {"clip_qkv": 8.0}, ["clip_qkv = 8.0"]),
     ("qwen3-moe", {"num_experts_per_tok": 9}, ["num_experts_per_tok", "the 8 experts", "got 9"]),
     ("llama", {"num_hidden_layers": None}, ["num_hidden_layers", "whole number"]),

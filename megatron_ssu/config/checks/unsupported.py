@@ -22,7 +22,7 @@ _FSDP = "fully sharded data parallelism is not supported; the distributed optimi
 UNSUPPORTED: tuple[tuple[str, str], ...] = (
     *((f"model.{n}", "config.json decides it") for n in ("num_moe_experts", "moe_ffn_hidden_size", "moe_layer_freq")),
     ("model.moe_grouped_gemm", "experts are shielded one by one, each as a module of its own"),
-    *((f"model.{n}", "is not supported") for n in ("moe_*",)),
+    ("model.moe_*", "is not supported"),
     ("parallel.expert_tensor_parallel_size", "an expert is never split over ranks"),
     *((f"parallel.{n}", "is not supported") for n in ("moe_*", "*moe_expert*", "ep_*")),
     *((f"{s}.mtp_*", "multi-token prediction is not supported") for s in ("model", "parallel")),

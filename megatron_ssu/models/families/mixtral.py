@@ -9,7 +9,7 @@ from megatron_ssu.models.families.parts import (
     EDGES,
     PRE_NORM_EXPERTS,
     epsilon,
-    plain_mlp,
+    plain_experts,
     pre_norm_layer,
     refuse_unless,
     router_settings,
@@ -27,7 +27,7 @@ def _renamed(entry: Entry) -> Entry:
 
 
 def _check(config: Any) -> None:
-    plain_mlp(config)
+    plain_experts(config, normalised=True)
     refuse_unless(config, "router_jitter_noise", (0.0, None))
 
 

@@ -9,7 +9,7 @@ from megatron_ssu.models.families.parts import (
     PRE_NORM_EXPERTS,
     PROJECTION_NORMS,
     epsilon,
-    plain_mlp,
+    plain_experts,
     projection_norms,
     refuse_unless,
     router_settings,
@@ -28,7 +28,7 @@ def _layer_spec(dims: Dims, transformer_engine: bool) -> ModuleSpec:
 
 
 def _check(config: Any) -> None:
-    plain_mlp(config)
+    plain_experts(config, normalised=config.norm_topk_prob)
     refuse_unless(config, "clip_qkv", (None,))
 
 

@@ -147,7 +147,7 @@ def router_settings(config: Any, *, normalised: bool) -> dict[str, Any]:
         "moe_router_topk": experts.active,
         "moe_ffn_hidden_size": experts.ffn,
         "moe_layer_freq": 1 if every else [int(sparse) for sparse in experts.layers],
-        "moe_router_pre_softmax": not normalised or experts.active == 1,
+        "moe_router_pre_softmax": not normalised,
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
         "moe_grouped_gemm": False,
@@ -168,3 +168,13 @@ def plain_mlp(config: Any) -> None:
     refuse_unless(config, "hidden_act", ("silu",))
     refuse_unless(config, "attention_bias", (False, None))
     refuse_unless(config, "mlp_bias", (False, None))
+
+
+def plain_experts(config: Any, *, normalised: bool) -> None:
+    """The same with experts; `normalised`: the weights of a token's experts add up to 1."""
+    plain_mlp(config)
+    if normalised and config.num_experts_per_tok == 1:
+        raise UserError(
+            "config.json: num_experts_per_tok = 1 is not supported where the weights of a token's experts add up to 1 "
+            "(norm_topk_prob): the router would have no gradient"
+        )

@@ -10,7 +10,7 @@ from megatron_ssu.models.families.parts import (
     PRE_NORM_EXPERTS,
     epsilon,
     head_norm_layer,
-    plain_mlp,
+    plain_experts,
     router_settings,
 )
 from megatron_ssu.models.family import Family
@@ -28,5 +28,5 @@ QWEN3_MOE = Family(
     edges=EDGES,
     settings=_settings,
     layer_spec=head_norm_layer,
-    check=plain_mlp,
+    check=lambda config: plain_experts(config, normalised=config.norm_topk_prob),
 )
