@@ -114,7 +114,7 @@ EXPERTS = {
             "num_experts_per_tok": 2,
             "norm_topk_prob": False,
             "decoder_sparse_step": 2,
-            "num_hidden_layers": 6,
+            "num_hidden_layers": 8,
             "mlp_only_layers": [3],
         },
     ),

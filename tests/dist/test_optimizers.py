@@ -54,14 +54,15 @@ def array(history):
 @pytest.mark.parametrize("kind", [k for k in optimizer_work.KINDS if k != "adamw"])
 def test_another_optimizer_trains_and_resumes(kind, ranks, model, shield, adamw, tmp_path):
     directory, expected = adamw
-    tolerance = 2e-2 if "fp16" in kind else 1e-3  # of bf16 weights, whose last bits may round otherwise
+    # Losses and gradient norms of bf16 weights, whose last bits round otherwise, and otherwise from CPU to CPU.
+    tolerance = [2e-2, 2e-2] if "fp16" in kind else [1e-3, 1e-2]
     whole = train(ranks, model, shield, tmp_path / "whole", kind)
-    assert np.allclose(array(whole), array(expected), rtol=tolerance)
+    assert (np.abs(array(whole) / array(expected) - 1) < tolerance).all()
     resumed = train(ranks, model, shield, half_of(tmp_path / "whole", tmp_path / "resumed"), kind)
     assert sorted(resumed) == list(range(HALF + 1, STEPS + 1))
     assert {i: whole[i] for i in resumed} == resumed
     taken_over = train(ranks, model, shield, half_of(directory, tmp_path / "taken over"), kind)
-    assert np.allclose(array(taken_over), array(expected)[HALF:], rtol=tolerance)
+    assert (np.abs(array(taken_over) / array(expected)[HALF:] - 1) < tolerance).all()
 
 
 def test_no_frozen_bit_moves_under_weight_decay_in_the_gradient(ranks, tmp_path):
