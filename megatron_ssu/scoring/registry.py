@@ -63,7 +63,7 @@ def check_granularity(name: str, granularity: str) -> None:
 
 def check_experts(names: Iterable[str], matrices: Iterable[Matrix]) -> None:
     """Raises UserError for a score of gradients on a model with experts: a row's tokens meet in an expert with those of other
-    rows, so that their gradients cannot be told apart."""
+    rows, whose gradients cannot be separated."""
     backward = [name for name in names if score_named(name).needs == "backward"]
     if backward and any(matrix.kind == "router" for matrix in matrices):
         having = ", ".join(name for name, score in SCORES.items() if score.needs != "backward")
