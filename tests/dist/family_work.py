@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_ssu.engine.experts import expert_layers
 from megatron_ssu.models.parallel_model import ParallelModel, open_model
 from tests.dist import work
 
@@ -25,6 +26,11 @@ DAMAGES = {
     "no q and k norms": lambda model: _fill(model, "layernorm.weight", 1.0),
     "norms that are not centred": lambda model: _uncentre(model),
     "all channels turned alike": lambda model: _turned(model),
+    "router weights that add up otherwise": lambda model: _route(
+        model, "moe_router_pre_softmax", not model.config.moe_router_pre_softmax
+    ),
+    "one expert per token more": lambda model: _route(model, "moe_router_topk", model.config.moe_router_topk + 1),
+    "experts in another order": lambda model: _swap_experts(model),
 }
 
 
@@ -73,6 +79,19 @@ def _fill(model: ParallelModel, ending: str, value: float) -> None:
         for name, param in attention.named_parameters():
             if name.endswith(ending):
                 param.data.fill_(value)
+
+
+def _route(model: ParallelModel, name: str, value: Any) -> None:
+    setattr(model.config, name, value)
+    for layer in expert_layers(model.chunks[0]):
+        layer.router.topk = model.config.moe_router_topk
+
+
+def _swap_experts(model: ParallelModel) -> None:
+    for layer in expert_layers(model.chunks[0]):
+        first, second, *_ = layer.experts.local_experts
+        for one, other in zip(first.parameters(), second.parameters(), strict=True):
+            one.data, other.data = other.data, one.data
 
 
 def _uncentre(model: ParallelModel) -> None:

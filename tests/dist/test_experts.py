@@ -12,7 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ssu.shield.verify import verify
 from tests.dist import library_work, methods_work, regularize_work, resume_work, score_work, work
-from tests.dist.test_families import check_bits, check_gradients, check_logits, check_shields, check_training, models  # noqa: F401
+from tests.dist.test_families import (  # noqa: F401
+    check_bits,
+    check_damages,
+    check_gradients,
+    check_logits,
+    check_shields,
+    check_training,
+    models,
+)
 from tests.dist.test_shielded_training import random_shield
 from tests.dist.work import mesh
 from tests.models import EXPERTS, make_model
@@ -61,6 +69,12 @@ SCORES = [name for name in score_work.NAMES if name not in ("fisher", "target-co
 @few_and_all
 def test_logits_equal_transformers(name, meshes, models, ranks):  # noqa: F811
     check_logits(ranks, models(name), meshes)
+
+
+@names
+def test_each_feature_counts(name, models, ranks):  # noqa: F811
+    damages = ["router weights that add up otherwise", "one expert per token more", "experts in another order"]
+    check_damages(ranks, models(name), damages)
 
 
 @one_on_all

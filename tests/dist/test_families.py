@@ -112,12 +112,16 @@ def test_layers_of_one_type_alone_have_their_own_rope(ranks, tmp_path):
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_each_feature_counts(name, models, ranks):
+    check_damages(ranks, models(name), DAMAGES[name])
+
+
+def check_damages(ranks, model, damages):
     """A model that is built wrong in one place gives other logits than transformers."""
     ids = ids_of(48)
-    expected = transformers_logits(models(name), ids)
-    (found,) = ranks.run(family_work.damaged_logits, 1, str(models(name)), DAMAGES[name], ids)
+    expected = transformers_logits(model, ids)
+    (found,) = ranks.run(family_work.damaged_logits, 1, str(model), damages, ids)
     assert (found[0] - expected).abs().max() < TOLERANCE
-    for damage, logits in zip(DAMAGES[name], found[1:], strict=True):
+    for damage, logits in zip(damages, found[1:], strict=True):
         assert (logits - expected).abs().max() > 5 * TOLERANCE, damage
 
 
