@@ -356,7 +356,7 @@ def _model(run: RunConfig, source: Source, chunks: Any) -> Iterator[ParallelMode
     from megatron_ssu.engine.cpu_backend import cpu_backend
     from megatron_ssu.engine.mesh import current_mesh
     from megatron_ssu.engine.ranks import on_all_ranks
-    from megatron_ssu.models.borrowed import scoring_model
+    from megatron_ssu.models.borrowed import check_whole_experts, scoring_model
     from megatron_ssu.models.build import DTYPES
     from megatron_ssu.models.hf_import import check_checkpoint
     from megatron_ssu.models.parallel_model import build_model
@@ -377,7 +377,10 @@ def _model(run: RunConfig, source: Source, chunks: Any) -> Iterator[ParallelMode
             "pipeline_model_parallel_size": mesh.pipeline,
             "virtual_pipeline_model_parallel_size": mesh.virtual,
             "context_parallel_size": mesh.context,
+            "expert_model_parallel_size": mesh.expert,
+            "sequence_parallel": mesh.tensor > 1 and source.dims.experts is not None,
         }
+        check_whole_experts(source.dims, "score")
         dtype = DTYPES[run.precision.dtype]
         on_all_ranks(lambda: check_checkpoint(source.checkpoint, source.family, source.dims, dtype))
         yield build_model(run, source, mesh)

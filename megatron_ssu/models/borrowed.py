@@ -60,18 +60,23 @@ def _layout_of(chunks: Any, family: Family, dims: Dims, command: str) -> tuple[l
     for chunk in bare:
         _check_chunk(chunk, family, dims, command)
     mesh = current_mesh()
-    split = parallel_state.get_expert_tensor_parallel_world_size()
-    if dims.experts is not None and split > 1:
-        raise UserError(
-            f"{command}: expert_tensor_parallel_size must be 1, got {split}; set it in initialize_model_parallel and in the "
-            "TransformerConfig"
-        )
+    check_whole_experts(dims, command)
     check_heads(mesh.tensor, family, dims, f"{command}: tensor parallelism")
     vocab_rows = bare[0].vocab_size
     layout = Layout(family, dims, bare, mesh.tensor_rank, mesh.tensor, vocab_rows)
     for local in layout:
         _check_shape(local, vocab_rows // mesh.tensor, command)
     return bare, layout
+
+
+def check_whole_experts(dims: Dims, command: str) -> None:
+    """Raises UserError where megatron's groups would split a model's experts."""
+    split = parallel_state.get_expert_tensor_parallel_world_size()
+    if dims.experts is not None and split > 1:
+        raise UserError(
+            f"{command}: expert_tensor_parallel_size must be 1, got {split}; set it in initialize_model_parallel and in the "
+            "TransformerConfig"
+        )
 
 
 def _wrappers(chunk: Any) -> Iterator[Any]:
@@ -154,6 +159,8 @@ def scoring_model(run: RunConfig, source: Source, chunks: Any) -> Iterator[Paral
     """
     bare, layout = layout_of(chunks, source.family, source.dims, "score")
     on_all_ranks(lambda: _refuse_fused(layout))
+    if source.dims.experts is not None and current_mesh().tensor > 1 and not bare[0].config.sequence_parallel:
+        raise UserError("score: config.sequence_parallel must be true for experts on several tensor-parallel ranks")
     config, training = bare[0].config, [chunk.training for chunk in bare]
     kept = {name: getattr(config, name) for name in _LOOP_FUNCTIONS}
     for name in kept:

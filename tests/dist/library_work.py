@@ -27,6 +27,15 @@ from megatron_ssu.train.trainer import forward_step, mean_loss
 from tests.dist.work import GLOBAL_BATCH, LENGTH, RandomTokens
 
 MICRO_BATCH = 2
+# Settings of the tests' Mixtral.
+MIXTRAL: dict[str, Any] = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_router_load_balancing_type": "none",
+    "moe_router_dtype": "fp32",
+    "moe_token_dispatcher_type": "allgather",
+    "expert_tensor_parallel_size": 1,
+}
 
 
 def start(tensor: int = 1, pipeline: int = 1, virtual: int | None = None, expert: int = 1) -> None:
@@ -296,3 +305,16 @@ def score(model_dir: str, tensor: int, calibration: str, names: list[str]) -> li
     assert not any(module.training for module in chunk.modules())
     assert all(p.requires_grad and p.grad is None for p in chunk.parameters())
     return [scores.tensors for scores in found]
+
+
+def score_experts(model_dir: str, calibration: str) -> tuple[dict[str, Any], str]:
+    """Scores of the model's directory on two tensor- and expert-parallel ranks, and what chunks on them are refused with."""
+    start(2, expert=2)
+    options: dict[str, Any] = {"scores": ["wanda"], "calibration": calibration, "samples": 8, "sequence_length": 32}
+    found = ssu.score(model_dir, **options)
+    (chunk,) = build(model_dir, **MIXTRAL)
+    try:
+        ssu.score(model_dir, chunks=chunk, **options)
+    except UserError as error:
+        return found.tensors, str(error)
+    return found.tensors, ""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import megatron_ssu as ssu
 from megatron_ssu.shield.verify import verify
 from tests.dist import library_work, methods_work, regularize_work, resume_work, score_work, work
 from tests.dist.test_families import (  # noqa: F401
@@ -24,6 +25,7 @@ from tests.dist.test_families import (  # noqa: F401
 from tests.dist.test_shielded_training import random_shield
 from tests.dist.work import mesh
 from tests.models import EXPERTS, make_model
+from tests.unit.data_makers import make_instruct_tokenizer
 
 
 def experts(parallel, ranks):
@@ -251,19 +253,24 @@ def test_a_stock_loop_is_the_trainer(parallel, models, ranks, tmp_path):  # noqa
     own = {"shield_file": str(shield), "target": str(tmp_path / "own"), "fused_adam": False}
     ours = experts(mesh(1, parallel.get("pipeline", 1)), 2)
     wanted = ranks.run(work.train_steps, world, str(model), ours, 6, **own)[0]["history"]
-    changes = {
-        "num_moe_experts": 4,
-        "moe_router_topk": 2,
-        "moe_router_load_balancing_type": "none",
-        "moe_router_dtype": "fp32",
-        "moe_token_dispatcher_type": "allgather",
-        "expert_tensor_parallel_size": 1,
-    }
     arguments = (str(model), parallel, [lr for *_, lr in wanted], str(shield), str(tmp_path / "stock"))
-    found = ranks.run(library_work.train, world, *arguments, changes=changes)[0]["history"]
+    found = ranks.run(library_work.train, world, *arguments, changes=library_work.MIXTRAL)[0]["history"]
     np.testing.assert_allclose([step[0] for step in found], [step[0] for step in wanted], atol=1e-5)
     np.testing.assert_allclose([step[1] for step in found], [step[1] for step in wanted], rtol=1e-4)
     assert verify(model, tmp_path / "stock", shield).ok
+
+
+def test_the_library_scores_experts_on_the_mesh_that_is_there(ranks, tmp_path):
+    model = make_model("mixtral", tmp_path / "model", vocab_size=384, num_hidden_layers=2)
+    make_instruct_tokenizer(model, "llama-3")
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"text": f"Line {i} says what {i * i} is."}) + "\n" for i in range(8)))
+    alone = ssu.score(model, calibration=chats, scores=["wanda"], samples=8, sequence_length=32).tensors
+    for found, refused in ranks.run(library_work.score_experts, 2, str(model), str(chats)):
+        assert set(found) == set(alone)
+        for key, values in found.items():
+            np.testing.assert_allclose(values, alone[key], rtol=1e-5, atol=1e-6 * np.abs(alone[key]).max(), err_msg=key)
+        assert "config.sequence_parallel must be true" in refused
 
 
 def test_layers_without_experts_are_as_wide_as_config_says(models):  # noqa: F811
