@@ -6,15 +6,18 @@ import atexit
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from megatron_ssu.errors import UserError, one_line
+from megatron_ssu.errors import UserError, named_line, one_line
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -72,7 +75,15 @@ def iterate(
 def _raise_errors(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
     with _signals_held():
         batches = iter(loader)  # starts the loader processes
-    for batch in batches:
+    while True:
+        try:
+            batch = next(batches, None)
+        except (EOFError, ConnectionError) as error:
+            if not loader.num_workers or str(error).startswith("Caught"):  # the dataset's own, with its traceback
+                raise
+            raise RuntimeError(f"DataLoader worker went while it handed over a batch: {named_line(error)}") from error
+        if batch is None:
+            return
         if isinstance(batch, str):
             raise UserError(batch)
         yield batch
@@ -117,8 +128,18 @@ def _signals_are_the_parents() -> Callable[[int], None]:
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, terminate)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)  # held since the fork: see _signals_held
+        sys.excepthook = partial(_say_unless_hung_up, sys.excepthook)
 
     return begin
+
+
+def _say_unless_hung_up(
+    say: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """`say`, unless a connection ended. A loader process's thread that hands tensors over calls `sys.excepthook` where the
+    rank went in the middle, be it that another of its loader processes was killed; the rank says why."""
+    if not issubclass(kind, EOFError | ConnectionError):
+        say(kind, error, trace)
 
 
 class _Order:

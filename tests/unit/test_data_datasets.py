@@ -3,16 +3,19 @@ from __future__ import annotations
 import os
 import signal
 from itertools import islice
+from multiprocessing import current_process, resource_sharer
+from multiprocessing.connection import Client
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from megatron_ssu.config.schema import DataSection, DataSource
 from megatron_ssu.data.datasets import Parts, Settings, build_valid
-from megatron_ssu.data.loader import iterate
+from megatron_ssu.data.loader import iterate, lost_loader
 from megatron_ssu.data.prepare import prepare
 from megatron_ssu.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ssu.errors import UserError
@@ -284,6 +287,46 @@ def test_loader_processes_leave_signals_to_their_rank() -> None:
         for number in 50 * SIGNALS:
             worker.send_signal(number)
     assert len(workers) >= 2 and len(numbers(batches)) == 199
+
+
+class Handed(Numbers):
+    """Writes where its loader process hands tensors over to `note`, once it does."""
+
+    note: Path
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if (address := resource_sharer._resource_sharer._address) and not self.note.exists():
+            part = self.note.with_suffix(".part")
+            part.write_text(address)
+            part.rename(self.note)
+        return super().__getitem__(index)
+
+
+def test_a_rank_that_goes_while_it_is_handed_a_batch_leaves_no_traceback(tmp_path, capfd) -> None:
+    samples = Handed(40)
+    samples.note = tmp_path / "address"
+    batches = iterate(samples, micro_batch_size=2, loader_workers=1)
+    for _ in range(8):
+        next(batches)
+    for _ in range(5):
+        Client(samples.note.read_text(), authkey=current_process().authkey).close()
+    assert len(numbers(batches)) == 12  # the thread served these after it
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset by peer")])
+def test_a_loader_process_that_goes_while_it_hands_over_a_batch_is_named(error, monkeypatch) -> None:
+    batches = iterate(Numbers(40), micro_batch_size=2, loader_workers=1)
+    next(batches)
+
+    def broken(*arguments, **options):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError) as caught:
+        patch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", broken)
+        next(batches)
+    line = lost_loader(caught.value)
+    assert line.startswith("a data loader process was killed") and type(error).__name__ in line and "\n" not in line
 
 
 @pytest.mark.parametrize("workers", [0, 1])
