@@ -158,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     command = add("verify", "Check bit by bit that what was frozen did not move")
     command.add_argument("--source", required=True, metavar="DIR", help="the model before: a directory or hub id")
     command.add_argument("--adapted", required=True, metavar="DIR", help="the model after")
-    command.add_argument("--shield", required=True, metavar="FILE", help="the shield that it was trained under")
+    under = command.add_mutually_exclusive_group(required=True)
+    under.add_argument("--shield", metavar="FILE", help="the shield that it was trained under")
+    under.add_argument("--packs", nargs="+", metavar="PACK", help="or the packs that are in it, and nothing else")
     command.add_argument("--json", metavar="FILE", help="write the report there as well")
     command = add_run(
         "estimate",
@@ -174,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", metavar="FILE", help="write the figures there as well")
     _add_shield_tools(add)
+    _add_pack(add)
     _add_generate(add)
     _add_measures(add)
     return parser
@@ -205,6 +208,40 @@ def _add_shield_tools(add: Callable) -> None:
     command.add_argument("operation", choices=("union", "intersection", "difference"))
     command.add_argument("shields", nargs="+", metavar="SHIELD", help="two shield files or more")
     command.add_argument("--output", required=True, metavar="FILE", help="the shield file to make")
+
+
+def _add_pack(add: Callable) -> None:
+    command = add(
+        "pack",
+        "Carry an adaptation as a file: make it, put it on, take it off, stack several",
+        "A pack holds what moved, and goes both ways bit for bit.",
+    )
+    actions = command.add_subparsers(title="actions", metavar="ACTION", required=True, dest="action")
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=text, description=f"{text}.")
+
+    made = action("create", "Make a pack of what an adaptation moved")
+    made.add_argument("--source", required=True, metavar="DIR", help="the model before: a directory or hub id")
+    made.add_argument("--adapted", required=True, metavar="DIR", help="the model after")
+    made.add_argument("--shield", required=True, metavar="FILE", help="the shield that it was trained under")
+    made.add_argument("--output", required=True, metavar="PACK", help="the safetensors file to make")
+    for name, text, model in (
+        ("apply", "Put a pack on its source: the adapted directory, bit for bit", "the source"),
+        (
+            "remove",
+            "Take a pack off: the source directory, bit for bit, or a stack without it",
+            "a model that it is in",
+        ),
+    ):
+        other = action(name, text)
+        other.add_argument("model", metavar="DIR", help=f"{model}: a directory or hub id")
+        other.add_argument("pack", metavar="PACK", help="the pack")
+        other.add_argument("--output", required=True, metavar="DIR", help="the directory to make")
+    several = action("stack", "Put packs of one source on it that move none of each other's weights")
+    several.add_argument("packs", nargs="+", metavar="PACK", help="two packs or more")
+    several.add_argument("--source", required=True, metavar="DIR", help="their source: a directory or hub id")
+    several.add_argument("--output", required=True, metavar="DIR", help="the directory to make")
 
 
 def _add_measures(add: Callable) -> None:

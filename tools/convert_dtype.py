@@ -29,7 +29,7 @@ def convert(source: Path, target: Path, dtype: str) -> None:
     Raises:
         UserError: `source` is not a model directory, or `target` exists or cannot be written; nothing is left behind then.
     """
-    from megatron_ssu.models.hf_export import check_target
+    from megatron_ssu.io.atomic import check_target
 
     checkpoint = HFCheckpoint(source)
     read_hf_config(str(source), "--source")

@@ -13,9 +13,10 @@ from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.config.units import parse_size
 from megatron_ssu.engine.ranks import on_rank_zero
 from megatron_ssu.errors import UserError
+from megatron_ssu.io.atomic import check_target
 from megatron_ssu.methods.base import Method
 from megatron_ssu.methods.registry import method_of
-from megatron_ssu.models.hf_export import check_target, export_model
+from megatron_ssu.models.hf_export import export_model
 from megatron_ssu.models.parallel_model import ParallelModel, open_model
 from megatron_ssu.models.source import Source
 from megatron_ssu.train.checkpoints import Checkpoints, Progress

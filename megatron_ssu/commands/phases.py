@@ -24,12 +24,11 @@ from megatron_ssu.engine.ranks import on_all_ranks, on_rank_zero
 from megatron_ssu.errors import UserError
 from megatron_ssu.generate.answers import open_job
 from megatron_ssu.generate.replay import NAME
-from megatron_ssu.io.atomic import write_text
+from megatron_ssu.io.atomic import check_target, write_text
 from megatron_ssu.methods.options import check_names
 from megatron_ssu.methods.planned import shield_path
 from megatron_ssu.methods.registry import method_of
 from megatron_ssu.models.fingerprint import model_fingerprint
-from megatron_ssu.models.hf_export import check_target
 from megatron_ssu.models.hub import model_name
 from megatron_ssu.shield.compose import moved_on
 from megatron_ssu.shield.shield_file import Shield, load_shield

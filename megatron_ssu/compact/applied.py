@@ -26,9 +26,10 @@ from megatron_ssu.engine.mesh import current_mesh
 from megatron_ssu.engine.ranks import on_all_ranks, on_rank_zero
 from megatron_ssu.engine.step_hooks import around_step
 from megatron_ssu.errors import UserError
+from megatron_ssu.io.atomic import check_target
 from megatron_ssu.models.borrowed import layout_of
 from megatron_ssu.models.family import Dims, Family
-from megatron_ssu.models.hf_export import check_target, export_model
+from megatron_ssu.models.hf_export import export_model
 from megatron_ssu.models.hf_files import HFCheckpoint
 from megatron_ssu.models.layout import Layout
 from megatron_ssu.shield.shield_file import Shield

@@ -178,7 +178,9 @@ class ShieldSection:
         default_factory=CalibrationSection
     )  # target text: score target-contrast
     change_from: str | None = None  # score change: the Hugging Face directory to compare model.path with
-    reserve: list[str] = field(default_factory=list)  # shield files; what they let train is frozen, and counts in ratio
+    reserve: list[str] = field(
+        default_factory=list
+    )  # shields and packs; what they train is frozen, and counts in ratio
 
     @property
     def measures_norms(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -73,4 +74,32 @@ def check_writable(path: str | Path) -> Path:
         raise UserError(f"{path}: cannot be written (there is no directory {path.parent}); make it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"{path}: cannot be written (no permission for {path.parent}); name another place")
+    return path
+
+
+def check_target(target: str | Path, key: str) -> Path:
+    """The whole path of `target`, where a directory can be made there; asked before long work.
+
+    `key` names the option or key that gave it. Raises UserError for a place that is taken or cannot be written.
+    """
+    if str(target).startswith("~"):
+        raise UserError(f"{key}: {target}: ~ is not expanded; write the whole path")
+    try:
+        path = Path(target).resolve()
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        parent = next((p for p in path.parents if p.exists()), path)
+    except OSError as error:
+        raise UserError(f"{key}: {target} cannot be made ({error.strerror}); name another directory") from error
+    if path == Path.cwd():
+        raise UserError(f"{key}: {str(target)!r} is the current directory; name a directory to make")
+    if taken:
+        raise UserError(f"{key}: {target} exists already and is not overwritten; name another directory or remove it")
+    if not parent.is_dir():
+        raise UserError(f"{key}: {target} cannot be made in {parent} (it is a file); name another directory")
+    try:
+        Path(tempfile.mkdtemp(prefix=".megatron-ssu-", dir=parent)).rmdir()  # permissions do not say all
+    except OSError as error:
+        raise UserError(
+            f"{key}: {target} cannot be made in {parent} ({error.strerror}); name another directory"
+        ) from error
     return path

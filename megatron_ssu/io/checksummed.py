@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron_ssu.errors import UserError
 from megatron_ssu.io.atomic import written_aside
 
 HEADER_KEY = "megatron_ssu"
+_TYPES = {np.dtype(f"<u{width}"): f"U{8 * width}" for width in (1, 2, 4, 8)}  # numpy's and safetensors' names
 _DIGESTS = "tensors"
 _SEAL = "sha256"
 
@@ -36,10 +38,7 @@ def write_sealed(
 ) -> None:
     """Write a sealed file under a temporary name and move it into place; UserError when `path` is taken."""
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise UserError(f"{path}: already exists; remove it or choose another name")
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such directory; make it first")
+    _check_place(path, overwrite)
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     sealed = _dumps(seal(header, tensors))
     try:
@@ -50,6 +49,57 @@ def write_sealed(
             part.chmod(mode)
     except (OSError, SafetensorError) as error:  # safetensors has a class of its own for a full disk
         raise UserError(f"{path}: cannot be written ({error})") from error
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A tensor of unsigned integers that need not fit in memory: `parts` gives its numbers in order, again at every call."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    digest: str
+    parts: Callable[[], Iterable[np.ndarray]]
+
+    @classmethod
+    def of(cls, tensor: np.ndarray) -> Streamed:
+        return cls(tensor.dtype, tensor.shape, _tensor_digest(tensor), lambda: [tensor])
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def write_streamed(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Streamed]) -> None:
+    """As `write_sealed`, part by part."""
+    path = Path(path)
+    _check_place(path)
+    sealed: dict[str, Any] = {**header, _DIGESTS: {name: tensors[name].digest for name in sorted(tensors)}}
+    sealed[_SEAL] = _header_digest(sealed)
+    entries: dict[str, Any] = {"__metadata__": {HEADER_KEY: _dumps(sealed)}}
+    order, end = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)), 0
+    for name in order:
+        tensor, start = tensors[name], end
+        end += tensor.nbytes
+        entries[name] = {"dtype": _TYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
+    head = json.dumps(entries, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    try:
+        with written_aside(path) as part, part.open("wb") as stream:
+            stream.write(len(head).to_bytes(8, "little") + head)
+            for name in order:
+                for numbers in tensors[name].parts():
+                    stream.write(np.ascontiguousarray(numbers).reshape(-1).view(np.uint8).data)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error})") from error
+
+
+def sealed_format(path: str | Path) -> str | None:
+    """The format that a sealed file says it has; None where it is none, or cannot be read."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return str(json.loads((file.metadata() or {})[HEADER_KEY])["format"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None
 
 
 class SealedFile:
@@ -106,8 +156,20 @@ def _header_digest(header: Mapping[str, Any]) -> str:
     return hashlib.sha256(_dumps({k: v for k, v in header.items() if k != _SEAL}).encode()).hexdigest()
 
 
+def _check_place(path: Path, overwrite: bool = False) -> None:
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: already exists; remove it or choose another name")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such directory; make it first")
+
+
+def begin_digest(dtype: np.dtype, shape: tuple[int, ...]) -> Any:
+    """What the digest of a tensor begins with; its bytes in order follow."""
+    return hashlib.sha256(f"{dtype.str}{shape}".encode())
+
+
 def _tensor_digest(tensor: np.ndarray) -> str:
     tensor = np.ascontiguousarray(tensor)
-    digest = hashlib.sha256(f"{tensor.dtype.str}{tensor.shape}".encode())
+    digest = begin_digest(tensor.dtype, tensor.shape)
     digest.update(tensor.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+    return str(digest.hexdigest())

@@ -12,7 +12,6 @@ import json
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -74,34 +73,6 @@ def spread(ranks: Sequence[int], files: int) -> list[int]:
     part."""
     count = min(files, len(ranks))
     return [ranks[number * len(ranks) // count] for number in range(count)]
-
-
-def check_target(target: str | Path, key: str) -> Path:
-    """The whole path of `target`, where an export can be written there; asked before a model is loaded.
-
-    `key` names the option or key that gave it. Raises UserError for a place that is taken or cannot be written.
-    """
-    if str(target).startswith("~"):
-        raise UserError(f"{key}: {target}: ~ is not expanded; write the whole path")
-    try:
-        path = Path(target).resolve()
-        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
-        parent = next((p for p in path.parents if p.exists()), path)
-    except OSError as error:
-        raise UserError(f"{key}: {target} cannot be made ({error.strerror}); name another directory") from error
-    if path == Path.cwd():
-        raise UserError(f"{key}: {str(target)!r} is the current directory; name a directory to make")
-    if taken:
-        raise UserError(f"{key}: {target} exists already and is not overwritten; name another directory or remove it")
-    if not parent.is_dir():
-        raise UserError(f"{key}: {target} cannot be made in {parent} (it is a file); name another directory")
-    try:
-        Path(tempfile.mkdtemp(prefix=".megatron-ssu-", dir=parent)).rmdir()  # permissions do not say all
-    except OSError as error:
-        raise UserError(
-            f"{key}: {target} cannot be made in {parent} ({error.strerror}); name another directory"
-        ) from error
-    return path
 
 
 def export_model(

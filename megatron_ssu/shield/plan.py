@@ -28,6 +28,7 @@ from megatron_ssu.shield.budget import (
 )
 from megatron_ssu.shield.mask import GRANULARITIES as MASK_GRANULARITIES
 from megatron_ssu.shield.mask import Granularity, Mask
+from megatron_ssu.shield.pack_file import Pack
 from megatron_ssu.shield.ranking import (
     ENDS,
     Weights,
@@ -39,9 +40,9 @@ from megatron_ssu.shield.ranking import (
     layer_scores,
     matrix_score,
 )
-from megatron_ssu.shield.reserved import Reserved
+from megatron_ssu.shield.reserved import Reserved, open_reserved
 from megatron_ssu.shield.select import ProtectRule, protected
-from megatron_ssu.shield.shield_file import Shield, load_shield
+from megatron_ssu.shield.shield_file import Shield
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +67,8 @@ class PlanOptions:
     protect: Sequence[ProtectRule] = ()  # a later rule goes before an earlier one
     norms: str = "trainable"  # trainable, frozen, half, half-released
     biases: str = "trainable"  # trainable, frozen, half
-    reserve: Sequence[
-        str
-    ] = ()  # shield files, of the model or of one that it was trained from; what they train is frozen
+    # Shield files, of the model or of one that it was trained from, and packs: what they train or move is frozen.
+    reserve: Sequence[str] = ()
 
 
 def check_options(options: PlanOptions) -> None:
@@ -128,8 +128,9 @@ def plan_shield(
 
     scores: of all matrices; those of the seven linear kinds are planned, the others can be protected.
     frozen_rows: embedding or head name -> (shape, row numbers), the special tokens' rows.
-    options.reserve: of every planned matrix the units that one of these shields trains are frozen first, and count in what
-        the budget gives it; where they are more than that, all of them are frozen.
+    options.reserve: of every planned matrix the units that one of these shields trains, or packs moves, are frozen first, and
+        count in what the budget gives it; where they are more than that, all of them are frozen. What packs move of other
+        matrices (rows of embedding and head, elements of norms and biases) is frozen too.
     weights: matrix name -> tensor [shape] on the CPU; for element granularity of most scores, for norms 'half' and
         'half-released' and for biases 'half'. One matrix at a time is asked for and not kept.
     before: the same of the checkpoint that score `change` compares with, for element granularity.
@@ -139,22 +140,26 @@ def plan_shield(
     check_options(options)
     fixed = protected(scores.matrices, options.protect)
     planned = {n: m for n, m in sorted(scores.matrices.items()) if m.scored and n not in fixed}
+    reserved = Reserved([open_reserved(path) for path in options.reserve])
     if options.granularity in ("matrix", "layer"):
         masks = _whole_masks(scores, options, planned)
         frozen_norms = _frozen_layers(masks, scores.matrices) if options.granularity == "layer" else {}
     else:
-        masks, frozen_norms = _unit_masks(scores, options, planned, weights, before), {}
+        masks, frozen_norms = _unit_masks(scores, options, planned, reserved, weights, before), {}
     notes = _plan_norms(scores, options, weights, masks)
     _plan_biases(scores, options, weights, masks)
     masks |= frozen_norms
     for name, (shape, rows) in sorted((frozen_rows or {}).items()):
         masks[name] = _row_mask(scores.matrices, name, shape, rows)
+    for matrix, mask in reserved.further(m for _, m in sorted(scores.matrices.items()) if not m.scored):
+        masks[matrix.name] = _both(masks.get(matrix.name), mask)
     for name, action in fixed.items():
         matrix = scores.matrices[name]
         if action == "frozen" or matrix.scored:
             masks[name] = Mask.constant(_plain_granularity(matrix, options), matrix.shape, action == "frozen")
         else:
             masks.pop(name, None)
+    reserved.check(masks, scores.matrices)
     return Shield(
         method=method,
         model=scores.model,
@@ -174,12 +179,12 @@ def _unit_masks(
     scores: Scores,
     options: PlanOptions,
     planned: Mapping[str, Matrix],
+    reserved: Reserved,
     weights: Weights | None,
     before: Weights | None,
 ) -> dict[str, Mask]:
     """Masks by column, row or element."""
     counts, masks = _counts(scores, options, planned), {}
-    reserved = Reserved([load_shield(path) for path in options.reserve])
     granularity: Granularity = options.granularity  # type: ignore[assignment]
     for name, matrix in planned.items():
         if granularity != "element":
@@ -321,6 +326,15 @@ def _row_mask(matrices: Mapping[str, Matrix], name: str, shape: tuple[int, ...],
     return Mask.of("row", tuple(shape), frozen)
 
 
+def _both(one: Mask | None, other: Mask) -> Mask:
+    """Frozen in either."""
+    if one is None:
+        return other
+    if one.granularity != other.granularity:
+        one, other = one.to_elements(), other.to_elements()
+    return Mask(one.granularity, one.shape, one.packed | other.packed)
+
+
 def _plain_granularity(matrix: Matrix, options: PlanOptions) -> Granularity:
     """The cheapest granularity for a mask that is all or nothing."""
     if len(matrix.shape) != 2:
@@ -346,8 +360,12 @@ def choices(options: PlanOptions) -> dict[str, Any]:
     if score_named(options.score).needs == "seed":
         header["seed"] = options.seed
     if options.reserve:
-        header["reserve"] = [load_shield(path).digest() for path in options.reserve]
+        header["reserve"] = [_digest(open_reserved(path)) for path in options.reserve]
     return header
+
+
+def _digest(file: Shield | Pack) -> str:
+    return file.digest if isinstance(file, Pack) else file.digest()
 
 
 def _plan_header(options: PlanOptions, scores: Scores) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def verify(source_dir: str | Path, adapted_dir: str | Path, shield: Shield | str
     source, adapted = HFCheckpoint(source_dir), HFCheckpoint(adapted_dir)
     configs = [read_hf_config(str(path), key) for path, key in ((source_dir, "--source"), (adapted_dir, "--adapted"))]
     check_model(shield, model_fingerprint(source_dir, "--source"), _directory_name(source_dir))
-    _check_tensors(source, adapted)
+    check_tensors(source, adapted)
     for name, matrix in shield.matrices.items():
         if name not in source:
             raise UserError(f"{source.directory}: has no tensor {name}, which the shield names")
@@ -240,7 +240,7 @@ def _compare(name: str, source: np.ndarray, adapted: np.ndarray, mask: Mask | No
     )
 
 
-def _check_tensors(source: HFCheckpoint, adapted: HFCheckpoint) -> None:
+def check_tensors(source: HFCheckpoint, adapted: HFCheckpoint) -> None:
     """UserError unless both hold tensors of the same names, dtypes and shapes."""
     ours, theirs = set(source.names()), set(adapted.names())
     for names, where in ((ours - theirs, adapted.directory), (theirs - ours, source.directory)):

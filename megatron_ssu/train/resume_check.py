@@ -8,10 +8,10 @@ from typing import Any
 
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.errors import UserError
+from megatron_ssu.io.atomic import check_target
 from megatron_ssu.methods.base import Method
 from megatron_ssu.methods.training_facts import DOCUMENTS
 from megatron_ssu.models.fingerprint import model_fingerprint
-from megatron_ssu.models.hf_export import check_target
 from megatron_ssu.models.source import Source
 from megatron_ssu.shield.shield_file import Shield
 from megatron_ssu.train.checkpoints import Checkpoints, Progress

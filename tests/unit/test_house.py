@@ -27,6 +27,7 @@ FLOORS = (
     "data",
     "scoring",
     "shield",
+    "packs",
     "compact",
     "adapters",
     "methods",
@@ -44,9 +45,10 @@ HEIGHT = {
 # What answers from small files, and so within a second. (`megatron` alone is a namespace that is looked for, not loaded.)
 LIGHT = (
     "shield",
+    "packs",
     "scoring.scores_file",
     "methods.registry",
-    *(f"commands.{c}" for c in ("verify", "inspect", "compose")),
+    *(f"commands.{c}" for c in ("verify", "inspect", "compose", "pack")),
 )
 HEAVY = ("torch.distributed", "megatron.core", "transformers")
 

@@ -95,8 +95,8 @@ def to_megatron(options: argparse.Namespace, console: Console) -> None:
     from megatron_ssu.commands.start import start
     from megatron_ssu.engine.mesh import start_processes
     from megatron_ssu.engine.ranks import on_all_ranks, on_rank_zero
+    from megatron_ssu.io.atomic import check_target
     from megatron_ssu.methods.registry import method_of, read_run
-    from megatron_ssu.models.hf_export import check_target
     from megatron_ssu.models.parallel_model import open_model
     from megatron_ssu.train.megatron_checkpoint import write_release
 
@@ -118,9 +118,9 @@ def from_megatron(options: argparse.Namespace, console: Console) -> None:
     from megatron_ssu.commands.start import check_settings
     from megatron_ssu.engine.mesh import start_processes, world_size
     from megatron_ssu.engine.ranks import on_all_ranks, on_rank_zero
+    from megatron_ssu.io.atomic import check_target
     from megatron_ssu.methods.registry import method_of
     from megatron_ssu.models.hf_config import read_hf_config
-    from megatron_ssu.models.hf_export import check_target
     from megatron_ssu.train.megatron_checkpoint import newest
 
     start_processes()
