@@ -178,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_shield_tools(add)
     _add_pack(add)
     _add_generate(add)
+    _add_evaluate(add)
     _add_measures(add)
     return parser
 
@@ -242,6 +243,49 @@ def _add_pack(add: Callable) -> None:
     several.add_argument("packs", nargs="+", metavar="PACK", help="two packs or more")
     several.add_argument("--source", required=True, metavar="DIR", help="their source: a directory or hub id")
     several.add_argument("--output", required=True, metavar="DIR", help="the directory to make")
+
+
+def _add_evaluate(add: Callable) -> None:
+    command = add(
+        "evaluate",
+        "Evaluate models side by side: losses, answers, tasks of lm-evaluation-harness; forgetting against the first",
+        "A MODEL is a Hugging Face directory or hub id, or a run's directory (its checkpoint; @N: of iteration N).\n"
+        "  megatron-ssu evaluate source=models/base SSU=models/adapted --texts en.jsonl am.jsonl --chats chats.jsonl\n"
+        "Runs alone, in transformers, or on every rank of torchrun, on the mesh of --run-file.",
+    )
+    command.add_argument(
+        "models", nargs="+", metavar="[NAME=]MODEL", help="the first is the source, with which the others are compared"
+    )
+    command.add_argument(
+        "--texts", nargs="+", metavar="[NAME=]FILE", help="JSONL of texts: loss per byte and per token"
+    )
+    command.add_argument(
+        "--chats", nargs="+", metavar="[NAME=]FILE", help="JSONL of chats: answers are compared and looked at"
+    )
+    command.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="tasks of lm-evaluation-harness, or task files (.yaml)"
+    )
+    command.add_argument("--task-path", metavar="DIR", help="a folder of further task files")
+    command.add_argument("--fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
+    command.add_argument("--chat-template", action="store_true", help="ask the tasks' questions as chats")
+    command.add_argument("--limit", type=int, metavar="N", help="the first N documents, chats, and questions per task")
+    command.add_argument("--sequence-length", type=int, metavar="N", help="of texts (default: the model's positions)")
+    command.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer to a chat (128)")
+    command.add_argument(
+        "--identifier",
+        default="auto",
+        metavar="NAME",
+        help="of languages: script, langid, MODULE:FUNCTION (langid if there)",
+    )
+    command.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (8)")
+    command.add_argument(
+        "--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: that of the files; fp32 on a CPU"
+    )
+    command.add_argument(
+        "--run-file", metavar="RUN.yaml", help="evaluate on the mesh, and in the precision, of this run file"
+    )
+    command.add_argument("--output", metavar="FILE", help="write the results there as JSON lines")
+    command.add_argument("--answers", metavar="DIR", help="write the models' answers there")
 
 
 def _add_measures(add: Callable) -> None:

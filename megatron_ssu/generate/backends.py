@@ -114,7 +114,7 @@ class VLLM:
         dtype = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}[section.dtype]
         self._model = LLM(model=str(model), dtype=dtype, seed=section.seed, trust_remote_code=trust_remote_code)
         self._tokenizer, self._section = tokenizer, section
-        self._ends = turn_ends(_configured_ends(model), tokenizer)
+        self._ends = turn_ends(configured_ends(model), tokenizer)
 
     def answer(self, batch: Sequence[Prompt], number: int) -> list[Answer]:
         from vllm import SamplingParams
@@ -142,7 +142,8 @@ class VLLM:
         return found
 
 
-def _configured_ends(model: Path) -> int | list[int] | None:
+def configured_ends(model: Path) -> int | list[int] | None:
+    """eos_token_id of generation_config.json, where there is one."""
     file = model / "generation_config.json"
     found: int | list[int] | None = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
     return found

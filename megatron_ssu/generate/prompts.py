@@ -49,7 +49,7 @@ def read_prompts(
         try:
             value = parse_object(line)
             messages, tools = turns_before_answer(value), tools_of(value)
-            ids = tokenizer.encode_rendered(_rendered(tokenizer, messages, tools))
+            ids = tokenizer.encode_rendered(rendered(tokenizer, messages, tools))
         except BadLine as error:
             raise UserError(f"{path}:{number}: {error}") from error.__cause__
         if len(ids) + section.max_new_tokens <= positions:
@@ -83,7 +83,7 @@ def turns_before_answer(value: dict[str, Any]) -> list[dict[str, Any]]:
     return turns
 
 
-def _rendered(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], tools: list[Any] | None) -> str:
+def rendered(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], tools: list[Any] | None) -> str:
     try:
         return check_unicode(tokenizer.render_chat(messages, add_generation_prompt=True, tools=tools))
     except BadLine:

@@ -13,6 +13,7 @@ SLOW = [
     r"test_faults::test_a_loader_process",
     r"test_faults::test_a_full_disk.*\[(common|metadata)-|test_faults::test_a_full_disk.*True\]",
     r"test_faults::test_a_signal.*\[True\]",
+    r"test_evaluate::test_a_runs_checkpoint|test_evaluate::.*\[(gemma3|qwen3-moe|olmo2-(TP1|DP2|TP2xPP2))",
     r"test_malformed::test_ranks_end_alike\[checkpoint\]",
     r"test_models::.*\[(?!olmo2|bf16-olmo2|olmo2-bf16)",
     r"test_resharding::test_a_run_resumes.*\[(?!row-PP2xVPP2|element-TP4)",

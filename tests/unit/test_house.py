@@ -35,6 +35,7 @@ FLOORS = (
     "train",
     "drift",
     "generate",
+    "evaluate",
     "commands",
     ("cli", "api"),
     "__main__",
