@@ -16,7 +16,7 @@ READY := .venv/.ready
 TYPED := megatron_ssu
 export OMP_NUM_THREADS ?= 1
 # Random kills that a run survives in the kill test; each costs about 4 seconds.
-export MEGATRON_SSU_KILLS ?= 15
+export MEGATRON_SSU_KILLS ?= 10
 
 # Tests that run at a time; many of them wait for ranks or processes of their own.
 JOBS ?= 2

@@ -179,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_pack(add)
     _add_generate(add)
     _add_evaluate(add)
+    _add_dial(add)
     _add_measures(add)
     return parser
 
@@ -256,6 +257,45 @@ def _add_evaluate(add: Callable) -> None:
     command.add_argument(
         "models", nargs="+", metavar="[NAME=]MODEL", help="the first is the source, with which the others are compared"
     )
+    _add_questions(command)
+    command.add_argument("--output", metavar="FILE", help="write the results there as JSON lines")
+    command.add_argument("--answers", metavar="DIR", help="write the models' answers there")
+
+
+def _add_dial(add: Callable) -> None:
+    command = add(
+        "dial",
+        "Dial an adaptation back: evaluate models between source and adapted one, and export the best",
+        "Frozen weights stay at every point; 0 is the source, 1 the adapted model.\n"
+        "  megatron-ssu dial --source models/base --adapted models/adapted --texts source=en.jsonl target=am.jsonl \\\n"
+        "      --output dialled/ --export models/dialled",
+    )
+    command.add_argument("--source", required=True, metavar="DIR", help="the model before: a directory or hub id")
+    command.add_argument("--adapted", required=True, metavar="DIR", help="the model after")
+    command.add_argument("--steps", type=int, default=5, metavar="N", help="points, both ends among them (5)")
+    command.add_argument(
+        "--per-kind", action="store_true", help="dial attention, MLP, embeddings and norms alone, one by one"
+    )
+    command.add_argument(
+        "--source-figure", default="source:loss_per_byte", metavar="DATA:METRIC", help="what is to be kept"
+    )
+    command.add_argument(
+        "--target-figure", default="target:loss_per_byte", metavar="DATA:METRIC", help="what is to be learnt"
+    )
+    command.add_argument(
+        "--keep",
+        type=float,
+        default=3.0,
+        metavar="PERCENT",
+        help="choose the best target among points that forget no more (3)",
+    )
+    command.add_argument("--choose", metavar="POINT", help="or choose this one, such as 0.5")
+    _add_questions(command)
+    command.add_argument("--output", required=True, metavar="DIR", help="write picture, points and results there")
+    command.add_argument("--export", metavar="DIR", help="write the chosen model there")
+
+
+def _add_questions(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--texts", nargs="+", metavar="[NAME=]FILE", help="JSONL of texts: loss per byte and per token"
     )
@@ -284,8 +324,6 @@ def _add_evaluate(add: Callable) -> None:
     command.add_argument(
         "--run-file", metavar="RUN.yaml", help="evaluate on the mesh, and in the precision, of this run file"
     )
-    command.add_argument("--output", metavar="FILE", help="write the results there as JSON lines")
-    command.add_argument("--answers", metavar="DIR", help="write the models' answers there")
 
 
 def _add_measures(add: Callable) -> None:

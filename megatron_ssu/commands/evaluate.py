@@ -71,14 +71,11 @@ def run(run_file: None, options: argparse.Namespace, console: Console) -> int:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(options, name)}")
     target = check_writable(options.output) if options.output else None
     folder = check_folder(options.answers) if options.answers else None
-    on_mesh = options.run_file is not None or all(model.run for model in models)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not on_mesh:
-        raise UserError(
-            "--run-file: missing; under torchrun models are evaluated on a mesh: name a run file that has it under parallel"
-        )
     first = int(os.environ.get("RANK", "0")) == 0
-    questions = _questions(options)
-    versions, results = _versions(questions), []
+    questions = read_questions(options)
+    if not all(model.run for model in models):
+        join_ranks(options)
+    versions, results = versions_of(questions), []
     for model in models:
         if first:
             console.print(f"evaluating {model.name}: {model.path}", highlight=False, soft_wrap=True)
@@ -88,7 +85,7 @@ def run(run_file: None, options: argparse.Namespace, console: Console) -> int:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_text(folder / f"{name}-{chats.name}.jsonl".replace("/", "_"), lines)
 
-        results.append(_evaluated(model, options, questions, keep))
+        results.append(evaluated(model, options, questions, keep))
         if first and target is not None:
             write_text(target, to_jsonl(results, versions))
     if first:
@@ -97,6 +94,19 @@ def run(run_file: None, options: argparse.Namespace, console: Console) -> int:
         if target is not None:
             console.print(f"{target}: written", highlight=False, soft_wrap=True)
     return 0
+
+
+def join_ranks(options: argparse.Namespace) -> None:
+    """Join the ranks of --run-file's mesh. Raises UserError under torchrun without one."""
+    if options.run_file is not None:
+        from megatron_ssu.engine.mesh import start_processes
+        from megatron_ssu.methods.registry import read_run
+
+        start_processes(read_run(options.run_file).parallel.timeout_minutes)
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "--run-file: missing; under torchrun models are evaluated on a mesh: name a run file that has it under parallel"
+        )
 
 
 def named(text: str) -> Named:
@@ -121,7 +131,7 @@ def _check_names(models: list[Named]) -> None:
             raise UserError(f"evaluate: two models are called {name}; write NAME=MODEL")
 
 
-def _questions(options: argparse.Namespace) -> Questions:
+def read_questions(options: argparse.Namespace) -> Questions:
     """Read all that is asked. Raises UserError where there is nothing to ask, or it cannot be read."""
     if not (options.texts or options.chats or options.tasks):
         raise UserError("evaluate: nothing to measure; name --texts, --chats or --tasks")
@@ -148,7 +158,7 @@ def _file(text: str) -> tuple[str, str]:
     return (name, path) if separator else (Path(text).name.split(".")[0], text)
 
 
-def _evaluated(
+def evaluated(
     model: Named, options: argparse.Namespace, questions: Questions, keep: Callable[[Chats, str], None]
 ) -> ModelResult:
     if model.run is None and options.run_file is None:
@@ -226,7 +236,7 @@ def _raise(problem: UserError | None) -> None:
         raise problem
 
 
-def _versions(questions: Questions) -> dict[str, str]:
+def versions_of(questions: Questions) -> dict[str, str]:
     import torch
 
     versions = {"megatron-ssu": __version__, "torch": torch.__version__}

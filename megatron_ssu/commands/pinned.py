@@ -66,7 +66,7 @@ def pin_options(options: argparse.Namespace, *, weights: bool = True) -> None:
     """The same of a command's options; `options.models` is a list."""
     for name in _OPTIONS:
         given = getattr(options, name, None)
-        named = ("verify", "similarity", "prepare", *(("pack",) if name != "model" else ()))
+        named = ("verify", "dial", "similarity", "prepare", *(("pack",) if name != "model" else ()))
         key = f"--{name}" if options.command in named else options.command
         if isinstance(given, str):
             setattr(options, name, pin_path(given, key, weights=weights))

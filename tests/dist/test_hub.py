@@ -121,12 +121,13 @@ def test_what_cannot_be_fetched_is_refused_in_one_line(ranks, world, hub, tmp_pa
     shutil.copy(world / "published" / "config.json", bare)
     hub.push("org/bare", bare)
     file = run_file(world, tmp_path)
-    for reference, words in {
+    refusals = {
         "org/gated": ["model.path", "org/gated is gated", "HF_TOKEN"],
         "org/missing": ["model.path", "org/missing is no directory", "no model of the hub"],
         "org/tiny@v2": ["model.path", "no revision v2"],
         "org/bare": ["model.path", "safetensors"],
-    }.items():
+    }
+    for reference, words in list(refusals.items())[:: 1 if ranks == 1 else 3]:
         done = run(hub, tmp_path / "cache", "train", file, f"model.path={reference}", ranks=ranks)
         lines = [line for line in done.stderr.splitlines() if line.startswith("megatron-ssu")]
         assert len(lines) == 1 and (done.returncode == 2 or ranks > 1), done.stderr

@@ -19,7 +19,7 @@ import pytest
 from tests.dist.test_shielded_training import random_shield
 from tests.models import make_model
 
-KILLS = int(os.environ.get("MEGATRON_SSU_KILLS", "15"))
+KILLS = int(os.environ.get("MEGATRON_SSU_KILLS", "10"))
 RANKS, INTERVAL = 2, 3
 
 

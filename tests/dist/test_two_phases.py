@@ -57,7 +57,7 @@ def moments(folder, draw):
         if phase == SECOND:
             yield lambda: any((folder / SECOND).glob("replay.jsonl*"))
             yield lambda: (folder / SECOND / "shield.safetensors").exists()
-        for step in sorted(draw.sample(range(1, STEPS), 3)):
+        for step in sorted(draw.sample(range(1, STEPS), 2)):
             yield lambda phase=phase, step=step: reached(folder / phase) >= step
 
 
