@@ -1,6 +1,7 @@
 """The exceptions that end a command with one line, and their exit statuses."""
 
 STATUS_NOT_FINITE = 3  # max_skipped steps in a row
+STATUS_RULE = 5  # evaluate.stop_when was met
 STATUS_RANK_LOST = 4  # a rank, or a data loader process of one, died or hangs
 
 

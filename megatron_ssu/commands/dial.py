@@ -13,17 +13,18 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ssu.commands.evaluate import Named, Questions, evaluated, join_ranks, read_questions, versions_of
+from megatron_ssu.commands.evaluate import Named, evaluated, join_ranks, section_of, versions_of
 from megatron_ssu.engine.ranks import is_rank_zero, on_rank_zero
 from megatron_ssu.errors import UserError
+from megatron_ssu.evaluate.dial import GROUPS, write_point
 from megatron_ssu.evaluate.front import Point, choose, forgetting, front
 from megatron_ssu.evaluate.measured import Measured
+from megatron_ssu.evaluate.questions import Questions, read_questions
 from megatron_ssu.evaluate.results import ModelResult, described, to_jsonl
 from megatron_ssu.io.atomic import check_folder, check_target, write_text
 from megatron_ssu.io.extras import require
 from megatron_ssu.models.hf_files import HFCheckpoint
 from megatron_ssu.models.source import Source, open_source
-from megatron_ssu.packs.dial import GROUPS, write_point
 from megatron_ssu.shield.verify import check_tensors
 
 
@@ -55,7 +56,7 @@ def run(run_file: None, options: argparse.Namespace, console: Console) -> int:
     if options.choose is not None and options.choose not in [place.name for place in planned]:
         names = ", ".join(place.name for place in planned)
         raise UserError(f"--choose: {options.choose!r} is no point; there are {names}")
-    questions = read_questions(options)
+    questions = read_questions(section_of(options))
     join_ranks(options)
     points, results = _evaluated(planned, options, questions, (source, adapted), folder, figures, console)
 

@@ -5,23 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from megatron_ssu import __version__
+from megatron_ssu.config.schema import EvaluateSection
 from megatron_ssu.errors import UserError
-from megatron_ssu.evaluate.chats import Chats, answer_chats, answers_as_jsonl, measure_chats, read_chats
-from megatron_ssu.evaluate.languages import Identify, identifier
-from megatron_ssu.evaluate.measured import Measured
-from megatron_ssu.evaluate.model import Model
+from megatron_ssu.evaluate.chats import Chats
+from megatron_ssu.evaluate.questions import Keep, Questions, read_questions
 from megatron_ssu.evaluate.results import ModelResult, show, to_jsonl
-from megatron_ssu.evaluate.texts import Texts, measure_texts, read_texts
 from megatron_ssu.io.atomic import check_folder, check_writable, write_text
-from megatron_ssu.io.extras import require
 
 _RUN = re.compile(r"(.+?)(?:@(\d+))?")
 
@@ -36,43 +32,13 @@ class Named:
     iteration: int | None = None  # of the checkpoint; None: the newest
 
 
-@dataclass(frozen=True)
-class Questions:
-    """All that every model is asked."""
-
-    texts: list[Texts]
-    chats: list[Chats]
-    tasks: Any  # TaskOptions, or None
-    identify: Identify
-    options: argparse.Namespace
-
-    def measure(self, model: Model, tokenizer_path: str | Path, keep: Callable[[Chats, str], None]) -> list[Measured]:
-        """Everything of one model; `keep` is given its answers as JSON lines."""
-        found: list[Measured] = []
-        for texts in self.texts:
-            found += measure_texts(model, texts, self.options.sequence_length)
-        for chats in self.chats:
-            answers = answer_chats(model, chats, self.options.max_new_tokens)
-            keep(chats, answers_as_jsonl(chats, answers))
-            facts = {"max_new_tokens": self.options.max_new_tokens, "identifier": self.options.identifier}
-            found += measure_chats(chats, answers, self.identify, facts)
-        if self.tasks is not None:
-            from megatron_ssu.evaluate.harness import run_tasks
-
-            found += run_tasks(model, self.tasks, tokenizer_path)
-        return found
-
-
 def run(run_file: None, options: argparse.Namespace, console: Console) -> int:
     models = [named(text) for text in options.models]
     _check_names(models)
-    for name in ("max_new_tokens", "batch_size", "sequence_length", "limit"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(options, name)}")
     target = check_writable(options.output) if options.output else None
     folder = check_folder(options.answers) if options.answers else None
     first = int(os.environ.get("RANK", "0")) == 0
-    questions = read_questions(options)
+    questions = read_questions(section_of(options))
     if not all(model.run for model in models):
         join_ranks(options)
     versions, results = versions_of(questions), []
@@ -131,26 +97,27 @@ def _check_names(models: list[Named]) -> None:
             raise UserError(f"evaluate: two models are called {name}; write NAME=MODEL")
 
 
-def read_questions(options: argparse.Namespace) -> Questions:
-    """Read all that is asked. Raises UserError where there is nothing to ask, or it cannot be read."""
-    if not (options.texts or options.chats or options.tasks):
-        raise UserError("evaluate: nothing to measure; name --texts, --chats or --tasks")
-    identify = identifier(options.identifier)
-    tasks = None
-    if options.tasks:
-        require("--tasks", "lm_eval", "evaluate")
-        from megatron_ssu.evaluate.harness import TaskOptions, check_tasks
+def section_of(options: argparse.Namespace) -> EvaluateSection:
+    """The options as the section of a run file that says the same. Raises UserError where nothing is asked."""
+    for name in ("max_new_tokens", "batch_size", "sequence_length", "limit"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(options, name)}")
+    given = {f.name: getattr(options, f.name) for f in fields(EvaluateSection) if hasattr(options, f.name)}
+    tasks = [task for names in options.tasks or [] for task in names.split(",") if task]
+    files = {kind: _files(getattr(options, kind) or []) for kind in ("texts", "chats")}
+    section = EvaluateSection(**given | files | {"tasks": tasks})
+    if not section.asks:
+        raise UserError(f"{options.command}: nothing to measure; name --texts, --chats or --tasks")
+    return section
 
-        names = tuple(task for given in options.tasks for task in given.split(",") if task)
-        tasks = TaskOptions(names, options.task_path, options.fewshot, options.limit, options.chat_template)
-        check_tasks(tasks)
-    texts = [read_texts(name, path, options.limit) for name, path in map(_file, options.texts or [])]
-    chats = [read_chats(name, path, options.limit) for name, path in map(_file, options.chats or [])]
-    data = [entry.name for entry in texts] + [entry.name for entry in chats]
-    for name in data:
-        if data.count(name) > 1:
+
+def _files(given: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, path in map(_file, given):
+        if name in found:
             raise UserError(f"evaluate: two files are called {name}; write NAME=FILE")
-    return Questions(texts, chats, tasks, identify, options)
+        found[name] = path
+    return found
 
 
 def _file(text: str) -> tuple[str, str]:
@@ -158,9 +125,7 @@ def _file(text: str) -> tuple[str, str]:
     return (name, path) if separator else (Path(text).name.split(".")[0], text)
 
 
-def evaluated(
-    model: Named, options: argparse.Namespace, questions: Questions, keep: Callable[[Chats, str], None]
-) -> ModelResult:
+def evaluated(model: Named, options: argparse.Namespace, questions: Questions, keep: Keep) -> ModelResult:
     if model.run is None and options.run_file is None:
         import transformers
 
@@ -175,35 +140,22 @@ def evaluated(
     return _on_mesh(model, options, questions, keep)
 
 
-def _on_mesh(
-    model: Named, options: argparse.Namespace, questions: Questions, keep: Callable[[Chats, str], None]
-) -> ModelResult:
+def _on_mesh(model: Named, options: argparse.Namespace, questions: Questions, keep: Keep) -> ModelResult:
     """On the run file's mesh; rank 0 asks, the others serve. Collective."""
     from megatron.core import __version__ as core
 
     from megatron_ssu.engine.mesh import start_processes
-    from megatron_ssu.engine.ranks import on_rank_zero
-    from megatron_ssu.evaluate.on_mesh import MeshModel
+    from megatron_ssu.evaluate.on_mesh import MeshModel, answered
     from megatron_ssu.methods.registry import read_run
 
     run = read_run(options.run_file or str(model.run))
     start_processes(run.parallel.timeout_minutes)
     parallel, fingerprint = _open(model, run)
     opened = MeshModel(model.name, model.path, fingerprint, parallel, options.batch_size)
-    mesh, source = parallel.mesh, parallel.source.path
+    mesh = parallel.mesh
     del parallel
-    measured: list[Measured] = []
-    problem: UserError | None = None
-    if mesh.rank:
-        opened.serve()
-    else:
-        try:
-            measured = questions.measure(opened, source, keep)
-        except UserError as error:
-            problem = error
-    opened.close()
-    on_rank_zero(lambda: _raise(problem))
-    return ModelResult(model.name, model.path, fingerprint, f"megatron-core {core} on {mesh}", measured)
+    measured = answered(opened, questions, mesh.rank, keep)
+    return ModelResult(model.name, model.path, fingerprint, f"megatron-core {core} on {mesh}", list(measured))
 
 
 def _open(model: Named, run: Any) -> tuple[Any, str]:
@@ -229,11 +181,6 @@ def _open(model: Named, run: Any) -> tuple[Any, str]:
     run = replace(run, model=replace(run.model, path=model.path))
     source = on_all_ranks(lambda: open_source(model.path, "evaluate"))
     return open_model(run, source), on_rank_zero(lambda: model_fingerprint(model.path, "evaluate"))
-
-
-def _raise(problem: UserError | None) -> None:
-    if problem is not None:
-        raise problem
 
 
 def versions_of(questions: Questions) -> dict[str, str]:

@@ -33,12 +33,15 @@ from megatron_ssu.engine.ranks import gathered, is_rank_zero, on_all_ranks, on_r
 from megatron_ssu.errors import STATUS_NOT_FINITE, TrainingStopped, UserError
 from megatron_ssu.estimate.flops import flops_per_token
 from megatron_ssu.estimate.hardware import peak_flops
+from megatron_ssu.evaluate.callback import Asking
+from megatron_ssu.evaluate.questions import read_questions
 from megatron_ssu.generate.replay import with_answers
 from megatron_ssu.methods.base import Job, Method, nothing_frozen
 from megatron_ssu.methods.registry import method_of
 from megatron_ssu.models.parallel_model import ParallelModel, build_model, open_model
 from megatron_ssu.models.source import Source
 from megatron_ssu.shield.shield_file import Shield
+from megatron_ssu.train.callbacks.base import Callback
 from megatron_ssu.train.checkpoints import Checkpoints, Progress
 from megatron_ssu.train.identity import identity_of
 from megatron_ssu.train.loop import Datasets, train
@@ -66,11 +69,19 @@ def train_run(run: RunConfig, console: Console, before: RunConfig | None = None)
     """
     method = method_of(run)
     source = start(run, method, training=True)
+    evaluators = _evaluators(run)
     with held(run.checkpoint.directory, "train"):
-        return _train(run, method, source, console, before)
+        return _train(run, method, source, console, before, evaluators)
 
 
-def _train(run: RunConfig, method: Method, source: Source, console: Console, before: RunConfig | None) -> Progress:
+def _train(
+    run: RunConfig,
+    method: Method,
+    source: Source,
+    console: Console,
+    before: RunConfig | None,
+    evaluators: Sequence[Callback],
+) -> Progress:
     if run.replay.generate is not None and replays(run):
         run = with_answers(run, source, console)
     if run.train.epochs is not None:
@@ -80,7 +91,7 @@ def _train(run: RunConfig, method: Method, source: Source, console: Console, bef
     exported = on_rank_zero(lambda: may_be_exported(run, latest))
     on_rank_zero(lambda: _begin_directory(run))
     with closing(on_all_ranks(lambda: _log(run))):
-        return _logged(run, method, source, console, before, checkpoints, latest, exported)
+        return _logged(run, method, source, console, before, evaluators, checkpoints, latest, exported)
 
 
 def _logged(
@@ -89,6 +100,7 @@ def _logged(
     source: Source,
     console: Console,
     before: RunConfig | None,
+    evaluators: Sequence[Callback],
     checkpoints: Checkpoints,
     latest: int | None,
     exported: bool,
@@ -123,7 +135,7 @@ def _logged(
     telemetry = _telemetry(session, console, progress)
     try:
         _announce(telemetry, session, method, shield, progress)
-        progress = train(trainer, identity, datasets, telemetry, progress, _process_start())
+        progress = train(trainer, identity, datasets, telemetry, progress, _process_start(), evaluators=evaluators)
     finally:
         telemetry.close()
     if run.checkpoint.export:
@@ -159,6 +171,14 @@ def probe(datasets: Datasets, model: ParallelModel, iterations: int, optimizer: 
             )
     trainer.gather_weights()
     return trainer
+
+
+def _evaluators(run: RunConfig) -> list[Callback]:
+    """What the section `evaluate` asks for. Raises UserError where it cannot be read. Collective."""
+    section = run.evaluate
+    if not section.asks and section.stop_when is None and section.best is None:
+        return []
+    return [Asking(section, on_all_ranks(lambda: read_questions(section)) if section.asks else None)]
 
 
 def _check_trains(trainer: Trainer) -> None:

@@ -359,6 +359,49 @@ class CheckpointSection:
 
 
 @dataclass
+class RuleSection:
+    """A figure that has become worse than before the first step."""
+
+    figure: str  # source_valid_loss, target_valid_loss/NAME, or evaluate/DATA/METRIC
+    worse_by: float  # per cent
+
+
+@dataclass
+class BestSection:
+    """Which checkpoint is the best."""
+
+    figure: str  # as in a rule; that with the best value
+    unless: RuleSection | None = None  # not where this is so
+
+
+@dataclass
+class EvaluateSection:
+    """What the model is asked while it trains; see docs/evaluate.md."""
+
+    interval: int = 0  # steps between these evaluations; 0: at start and end only
+    texts: dict[str, str] = field(default_factory=dict)  # name -> JSONL or a table: loss per byte and per token
+    chats: dict[str, str] = field(
+        default_factory=dict
+    )  # name -> JSONL or a table: greedy answers, compared and looked at
+    tasks: list[str] = field(default_factory=list)  # of lm-evaluation-harness, or task files (.yaml)
+    task_path: str | None = None  # a folder of further task files
+    fewshot: int | None = None  # examples before each question; null: as each task says
+    chat_template: bool = False  # ask the tasks' questions as chats
+    limit: int | None = None  # the first so many documents, chats, and questions per task
+    sequence_length: int | None = None  # of texts; null: the model's positions
+    max_new_tokens: int = 128  # longest answer to a chat
+    batch_size: int = 8  # rows at a time
+    identifier: str = "auto"  # of languages: script, langid (auto: where it is installed), MODULE:FUNCTION
+    stop_when: RuleSection | None = None  # end the run, with a checkpoint, at the first evaluation that finds it so
+    best: BestSection | None = None  # save, and keep, the best checkpoint; `checkpoints/best` names it
+
+    @property
+    def asks(self) -> bool:
+        """Whether anything is asked but the validation losses."""
+        return bool(self.texts or self.chats or self.tasks)
+
+
+@dataclass
 class LogSection:
     """What is logged while it runs."""
 
@@ -400,6 +443,7 @@ class RunConfig:
     data: DataSection = field(default_factory=DataSection)
     replay: ReplaySection = field(default_factory=ReplaySection)
     train: TrainSection = field(default_factory=TrainSection)
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     log: LogSection = field(default_factory=LogSection)
     phases: list[Phase] = field(
         default_factory=list, metadata={"phases": True}

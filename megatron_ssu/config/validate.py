@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_ssu.config.checks.checkpoint import validate_checkpoint
+from megatron_ssu.config.checks.evaluate import validate_evaluate
 from megatron_ssu.config.checks.mesh import validate_mesh
 from megatron_ssu.config.checks.model import validate_model
 from megatron_ssu.config.checks.precision import validate_precision
@@ -35,5 +36,6 @@ def validate_run(
     validate_model(run, hf, training=training)
     if training:
         validate_train(run, dp)
+        validate_evaluate(run)
     elif writing:
         validate_checkpoint(run)

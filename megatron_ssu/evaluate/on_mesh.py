@@ -8,7 +8,8 @@ by what trained: every family, window and rope as it is.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,12 +20,16 @@ from torch import Tensor
 
 from megatron_ssu.config.schema import RunConfig
 from megatron_ssu.data.tokenizer import load_tokenizer
-from megatron_ssu.engine.ranks import gathered
+from megatron_ssu.engine.ranks import gathered, on_rank_zero
 from megatron_ssu.errors import UserError
+from megatron_ssu.evaluate.measured import Measured
 from megatron_ssu.evaluate.model import Row, Score, Stop, longest_first
+from megatron_ssu.evaluate.questions import Keep, Questions
 from megatron_ssu.generate.backends import configured_ends, turn_ends
 from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.train.micro_batches import Batch, read_batch, run_chunk, run_schedule
+
+_FP8_TOKENS = 16  # what FP8 GEMMs need a multiple of
 
 
 class MeshModel:
@@ -37,6 +42,7 @@ class MeshModel:
         self.tokenizer = load_tokenizer(model.source.path)
         self.ends = turn_ends(configured_ends(model.source.path), self.tokenizer)
         self._model, self._micro = model, batch_size
+        self.mark: Callable[[], None] = lambda: None  # called before every pass
         for chunk in model.chunks:
             chunk.eval()
 
@@ -78,7 +84,7 @@ class MeshModel:
         for members in longest_first(lengths, self._micro * mesh.data):
             yield [members[rank :: mesh.data] for rank in range(mesh.data)]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # megatron keeps ropes that it computed: an inference tensor would not train
     def _score(self, rows: list[Row]) -> list[Score]:
         found: dict[int, Score] = {}
         for members in self._rounds([len(row.ids) for row in rows]):
@@ -93,7 +99,7 @@ class MeshModel:
                 found |= dict(zip(part, result, strict=True))
         return [found[i] for i in range(len(rows))]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # megatron keeps ropes that it computed: an inference tensor would not train
     def _answer(self, prompts: list[list[int]], limit: int, stop: Stop | None = None) -> list[list[int]]:
         found: dict[int, list[int]] = {}
         for members in self._rounds([len(prompt) for prompt in prompts]):
@@ -133,8 +139,10 @@ class MeshModel:
         Log-probabilities of the labels (0 without), fp32 [b, s], and the likeliest tokens, int64 [b, s]; None before the last
         stage.
         """
+        self.mark()
         run, mesh = self._model.run, self._model.mesh
-        step = mesh.tensor if run.parallel.sequence_parallel else 1
+        sequence = mesh.tensor if run.parallel.sequence_parallel else 1
+        step = math.lcm(sequence, _FP8_TOKENS if run.precision.transformer.get("fp8") else 1)
         width = -(-width // step) * step
         batch = {
             "tokens": _right_padded(rows, width, self._micro),
@@ -153,6 +161,32 @@ class MeshModel:
 
         found = run_schedule(run, forward, self._model.chunks, iter([batch]), 1, forward_only=True, collect=True)
         return found[0] if mesh.last_stage else None
+
+
+def answered(
+    model: MeshModel, questions: Questions, rank: int, keep: Keep = lambda chats, lines: None
+) -> Sequence[Measured]:
+    """What is measured of a model on the mesh: rank 0 asks, the others serve; on all ranks. Collective.
+
+    Raises UserError, on all ranks alike, where rank 0 finds what is asked cannot be.
+    """
+    found: Sequence[Measured] = []
+    problem: UserError | None = None
+    if rank:
+        model.serve()
+    else:
+        try:
+            found = questions.measure(model, model.tokenizer.path, keep)
+        except UserError as error:
+            problem = error
+    model.close()
+
+    def result() -> Sequence[Measured]:
+        if problem is not None:
+            raise problem
+        return found
+
+    return on_rank_zero(result)
 
 
 def check_run(run: RunConfig) -> RunConfig:

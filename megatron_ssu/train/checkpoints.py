@@ -2,6 +2,7 @@
 
     <checkpoint.directory>/checkpoints/iter_0000500/     one checkpoint
     <checkpoint.directory>/checkpoints/latest            the number of the newest complete one
+    <checkpoint.directory>/checkpoints/best              that of the best one, where evaluate.best says which; it is kept
 
 Beside its storage's files a checkpoint has `digests.json`. It is written under a `.part` name and renamed when every rank has
 finished; `latest` moves after that. Written in the background, training continues meanwhile: a thread writes a copy of the
@@ -33,7 +34,7 @@ from megatron_ssu.models.parallel_model import ParallelModel
 from megatron_ssu.train import sharded_state as states
 from megatron_ssu.train.checksums import Digests, check_digests, digest_files, write_digests
 from megatron_ssu.train.identity import METHOD, Identity, method_facts, model_facts
-from megatron_ssu.train.latest import LATEST, checkpoint_path, checkpoints_folder, latest_iteration
+from megatron_ssu.train.latest import LATEST, best_iteration, checkpoint_path, checkpoints_folder, latest_iteration
 from megatron_ssu.train.optimizer_state import OptimizerState
 from megatron_ssu.train.storage import DistCheckpointing, Storage, WriteRequest
 
@@ -50,6 +51,7 @@ class Progress:
     samples: int = 0  # of the training data, consumed
     skipped: int = 0  # steps skipped in a row, up to now
     blend: dict[str, Any] | None = None  # what continues the blend of the training data; see data/blend.py
+    figures: dict[str, Any] | None = None  # what rules of the section `evaluate` remember: start, best, best_iteration
 
 
 @dataclass
@@ -244,7 +246,10 @@ class Checkpoints:
             raise self._unwritten(part, error) from error
         if self.keep is not None:
             found = sorted(p for p in self.folder.iterdir() if re.fullmatch(r"iter_\d+", p.name) and p <= final)
+            best = best_iteration(self.folder)
             for old in found[: -self.keep]:
+                if best is not None and old == self.path(best):
+                    continue
                 shutil.rmtree(old, ignore_errors=True)
 
     def load(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ssu.errors import UserError
+from megatron_ssu.io.atomic import write_text
 
 LATEST = "latest"
+BEST = "best"
 
 
 def checkpoints_folder(directory: str | Path) -> Path:
@@ -29,3 +31,15 @@ def latest_iteration(folder: Path) -> int | None:
             f"{file}: must be the iteration of a checkpoint in {folder}, got {text[:40]!r}; write one that is there"
         )
     return int(text)
+
+
+def best_iteration(folder: Path) -> int | None:
+    """Iteration of the checkpoint in `folder` that evaluate.best chose, or None."""
+    file = folder / BEST
+    text = file.read_text(errors="replace").strip() if file.exists() else ""
+    return int(text) if text.isdecimal() and checkpoint_path(folder, int(text)).is_dir() else None
+
+
+def write_best(folder: Path, iteration: int) -> None:
+    """Name a checkpoint the best. Raises UserError."""
+    write_text(folder / BEST, f"{iteration}\n")

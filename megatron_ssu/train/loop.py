@@ -62,6 +62,7 @@ class Loop:
         self.telemetry, self.progress, self.checkpoints = telemetry, progress, checkpoints
         self.callbacks = list(callbacks)
         self.stop: str | None = None  # by what the run is asked to stop
+        self.save_now = False  # whether a callback asks for a checkpoint after this step
         self.first_sample = progress.samples  # of the step
 
     @property
@@ -117,7 +118,7 @@ class Loop:
         progress.samples += self.run.train.global_batch_size
         sums = iter(step.votes)
         mine, *theirs = [[next(sums) for _ in range(size)] for size in sizes]
-        self.stop = verdict(mine)
+        self.stop, self.save_now = verdict(mine), False
         for callback, numbers in zip(self.callbacks, theirs, strict=True):
             callback.on_votes(numbers)
         return step
@@ -131,11 +132,13 @@ def train(
     progress: Progress,
     started: float | None = None,
     *,
+    evaluators: Sequence[Callback] = (),
     callbacks: Sequence[Callback] = (),
 ) -> Progress:
     """Train from `progress` to train.iterations; evaluates and saves on the way. Collective.
 
-    `started` (time.monotonic) is when train.exit_after begins to count; `callbacks` come after the loop's own.
+    `started` (time.monotonic) is when train.exit_after begins to count. `evaluators` come after the validation losses and
+    before checkpoints, `callbacks` after the loop's own.
     Raises TrainingStopped where the run ends before.
     """
     run = trainer.run
@@ -145,6 +148,7 @@ def train(
         LossSpikes(run.train.spike_sigma),
         SkippedSteps(checkpoints),
         Evaluation(),
+        *evaluators,
         CheckpointSaver(checkpoints, identity),
         DataRead(),
         EventTimes(),

@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+from megatron_ssu.errors import STATUS_RULE
+
 REASONS = ("SIGTERM", "SIGINT", "SIGUSR1", "train.exit_after")
 REPEAT = 5.0
-STATUS = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 75, "train.exit_after": 75}
+STATUS = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 75, "train.exit_after": 75, "evaluate.stop_when": STATUS_RULE}
 
 
 class StopRequests:

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from megatron_ssu import cli
 from megatron_ssu.commands.dial import places
 from megatron_ssu.errors import UserError
+from megatron_ssu.evaluate.dial import GROUPS, between, groups_of, write_point
 from megatron_ssu.evaluate.front import Point, choose, forgetting, front
 from megatron_ssu.evaluate.measured import Measured, ratio
 from megatron_ssu.evaluate.plots import plane_figure
 from megatron_ssu.models.fingerprint import model_fingerprint
 from megatron_ssu.models.hf_files import HFCheckpoint
 from megatron_ssu.models.source import open_source
-from megatron_ssu.packs.dial import GROUPS, between, groups_of, write_point
 from megatron_ssu.shield import pack_file
 from megatron_ssu.shield.mask import Mask
 from megatron_ssu.shield.shield_file import Shield

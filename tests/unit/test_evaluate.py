@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_ssu import cli
 from megatron_ssu.commands.evaluate import named
+from megatron_ssu.config.checks.evaluate import validate_evaluate
+from megatron_ssu.config.schema import BestSection, RuleSection
 from megatron_ssu.errors import UserError
 from megatron_ssu.evaluate.chats import Chat, Chats, Said, measure_chats
 from megatron_ssu.evaluate.harness import HarnessModel, TaskOptions, run_tasks
@@ -24,7 +28,9 @@ from megatron_ssu.evaluate.hugging_face import HuggingFaceModel, until_end
 from megatron_ssu.evaluate.languages import identifier, script_of
 from megatron_ssu.evaluate.measured import Measured, change, interval, ratio
 from megatron_ssu.evaluate.model import Row
+from megatron_ssu.evaluate.rules import Figure, better, met, worse_by
 from megatron_ssu.evaluate.texts import measure_texts, read_texts, windows
+from megatron_ssu.methods.registry import read_run
 from tests.dist.evaluate_work import ask
 from tests.models import make_model
 from tests.unit.data_makers import TEXTS, make_hf_tokenizer, write_jsonl
@@ -296,3 +302,48 @@ def test_names_of_models(models, tmp_path):
     assert named(str(tmp_path / "amharic" / "run.yaml")).iteration is None
     assert named("x=org/name@abc").run is None and named("x=org/name@abc").path == "org/name@abc"
     assert named(str(models / "first")).name == "first"
+
+
+@pytest.mark.parametrize(
+    ("section", "line"),
+    [
+        ({"stop_when": {"figure": "source_loss", "worse_by": 3}}, "evaluate.stop_when.figure: must be a figure of this run"),
+        ({"stop_when": {"figure": "source_valid_loss", "worse_by": -1}}, "evaluate.stop_when.worse_by: must be at least 0"),
+        ({"texts": {"a": "none.jsonl"}}, "evaluate.texts.a: 'none.jsonl' does not exist"),
+        ({"interval": -1}, "evaluate.interval: must be at least 0"),
+        ({"best": {"figure": "evaluate/x/acc"}}, "evaluate.best.figure: must be a figure of this run"),
+        ({"intervall": 3}, "evaluate.intervall"),
+        ({"tasks": ["x"]}, "not asked with parallel.virtual_pipeline_model_parallel_size: 2"),
+    ],
+)  # fmt: skip
+def test_a_section_that_is_wrong_is_refused(tmp_path, section, line):
+    (tmp_path / "run.yaml").write_text(
+        json.dumps(
+            {
+                "model": {"path": "m"},
+                "checkpoint": {"directory": "r"},
+                "data": {"source_valid": "e.jsonl"},
+                "evaluate": section,
+                "parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+            }
+        )
+    )
+    with pytest.raises(UserError, match=re.escape(line)):
+        validate_evaluate(read_run(str(tmp_path / "run.yaml")))
+
+
+def test_rules():
+    rule = RuleSection("source_valid_loss", 3)
+    start = {"source_valid_loss": 2.0, "evaluate/a/acc": 0.5}
+
+    def now(loss, acc):
+        return {"source_valid_loss": Figure(loss, "lower"), "evaluate/a/acc": Figure(acc, "higher")}
+
+    assert met(rule, start, now(2.07, 0)) and not met(rule, start, now(2.05, 0))
+    assert met(replace(rule, figure="evaluate/a/acc"), start, now(2, 0.4)) and not met(rule, {}, now(9, 0))
+    assert worse_by(replace(rule, figure="evaluate/a/acc"), start, now(2, 0.4)) == pytest.approx(20)
+    best = BestSection("evaluate/a/acc", rule)
+    assert better(best, start, None, now(2, 0.1)) and better(best, start, 0.1, now(2, 0.2))
+    assert not better(best, start, 0.2, now(2, 0.2)) and not better(best, start, None, now(2.5, 0.9))
+    assert better(BestSection("source_valid_loss"), start, 2.0, now(1.9, 0))
+    assert not better(best, start, None, {})

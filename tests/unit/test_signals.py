@@ -52,7 +52,7 @@ def test_the_budget_counts_from_the_start_it_is_given():
 def test_one_rank_is_enough_and_being_ended_goes_before_going_on():
     votes = [[0.0, 0.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]]
     assert verdict([sum(v) for v in zip(*votes, strict=True)]) == "SIGTERM"
-    assert set(STATUS) == set(REASONS)
+    assert set(STATUS) == {*REASONS, "evaluate.stop_when"}
 
 
 @pytest.mark.parametrize(

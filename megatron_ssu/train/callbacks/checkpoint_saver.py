@@ -1,4 +1,4 @@
-"""Checkpoints on the way: every checkpoint.interval steps, when the run is asked to stop, and at the end."""
+"""Checkpoints on the way: every checkpoint.interval steps, when a callback or a signal asks for one, and at the end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CheckpointSaver(Callback):
             self._finish_pending(loop)
 
     def on_step_end(self, loop: Loop, step: Step) -> None:
-        if loop.last or loop.stop or loop.due(loop.run.checkpoint.interval):
+        if loop.last or loop.stop or loop.save_now or loop.due(loop.run.checkpoint.interval):
             self._save(loop)
 
     def on_stop(self, loop: Loop) -> None:
