@@ -29,8 +29,8 @@ score, train and export run alone, or on every rank of
 
 exit status: 0 done; 1 verify found a frozen weight that moved or another model definition, or a bug; 2 bad input, a run that
   another job holds, a checkpoint that could not be written, reported in one line, or nothing frozen that verify could check;
-  3 too many steps skipped; 4 a rank was lost or hangs; 5 evaluate.stop_when was met; 75, 130, 143 training was stopped, with a checkpoint, by SIGUSR1 or
-  train.exit_after, SIGINT, SIGTERM: start again
+  3 too many steps skipped; 4 a rank was lost or hangs; 5 evaluate.stop_when was met; 75, 130, 143 training was stopped, with a
+  checkpoint, by SIGUSR1 or train.exit_after, SIGINT, SIGTERM: start again
 """
 OVERRIDES = "section.key=value: overrides the run file, such as shield.ratio=0.25"
 
