@@ -180,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(add)
     _add_evaluate(add)
     _add_dial(add)
+    _add_report(add)
     _add_measures(add)
     return parser
 
@@ -293,6 +294,16 @@ def _add_dial(add: Callable) -> None:
     _add_questions(command)
     command.add_argument("--output", required=True, metavar="DIR", help="write picture, points and results there")
     command.add_argument("--export", metavar="DIR", help="write the chosen model there")
+
+
+def _add_report(add: Callable) -> None:
+    command = add(
+        "report", "Write one page about runs: what was trained, curves, evaluation, costs, how to do it again"
+    )
+    command.add_argument("runs", nargs="+", metavar="RUN", help="directories of runs (checkpoint.directory)")
+    command.add_argument("--output", required=True, metavar="FILE.html", help="the page, which needs nothing else")
+    command.add_argument("--results", nargs="+", metavar="FILE", help="what `evaluate --output` wrote")
+    command.add_argument("--verify", action="store_true", help="verify the runs' exports, and say what came out")
 
 
 def _add_questions(command: argparse.ArgumentParser) -> None:

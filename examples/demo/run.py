@@ -28,7 +28,7 @@ DEMO = Example(
     name="demo",
     mark=".megatron-ssu-demo",
     run_files=[HERE / name for name in ("source.yaml", "fft.yaml", "ssu.yaml")],
-    made=("world", "hf", "runs", "results.json", "forgetting.png"),
+    made=("world", "hf", "runs", "results.json", "forgetting.png", "report.html"),
     steps=[
         Step("Make the bilingual world", script("world.py", "--output", "world")),
         Step(
@@ -43,7 +43,8 @@ DEMO = Example(
             "Evaluate with plain transformers",
             script("evaluate.py", "--world", "world", "--output", "results.json", *MODELS),
         ),
-        Step("Report", script("report.py", "--results", "results.json", *REPORT)),
+        Step("Compare", script("report.py", "--results", "results.json", *REPORT)),
+        Step("Write one page about both runs", [*TRAINER, "report", "runs/fft", "runs/ssu", "--output", "report.html"]),
     ],
     result="forgetting.png",
 )

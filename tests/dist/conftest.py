@@ -10,12 +10,17 @@ share_a_device()  # commands that tests run in their own process
 # none of the three promises. Regular expressions over FILE::TEST[PARAMETERS].
 SLOW = [
     "test_(two_phases|context|checkpoint_memory|estimate|tools|real_data|scaling)::",
+    r"test_drift::test_the_command_runs_under_torchrun",
     r"test_faults::test_a_loader_process",
     r"test_faults::test_a_full_disk.*\[(common|metadata)-|test_faults::test_a_full_disk.*True\]",
     r"test_faults::test_a_signal.*\[True\]",
     r"test_evaluate::test_a_runs_checkpoint|test_evaluate::.*\[(gemma3|qwen3-moe|olmo2-(TP1|DP2|TP2xPP2))",
+    r"test_hub::test_offline",
+    r"test_library::test_the_example\[TP2\]",
     r"test_malformed::test_ranks_end_alike\[checkpoint\]",
     r"test_models::.*\[(?!olmo2|bf16-olmo2|olmo2-bf16)",
+    r"test_packing::test_weights_that_change_on_resume",
+    r"test_phases::test_a_run_that_is_stopped.*\[mesh",
     r"test_resharding::test_a_run_resumes.*\[(?!row-PP2xVPP2|element-TP4)",
     r"test_resume::test_same_mesh.*\[(tp2|vpp-overlap)\]",
     r"test_resume::test_ranks_without_trainable_weights\[(all|rank)\]",

@@ -100,9 +100,7 @@ def test_activations_of_experts_are_what_autograd_keeps(dtype, ranks, models):
             assert sum(found) / world == pytest.approx(expected, rel=0.08), (kind, parallel)
 
 
-@pytest.mark.parametrize(
-    "kind,dtype", [("olmo2", "bf16"), ("llama", "fp32"), ("llama", "bf16"), ("qwen3", "bf16"), ("gemma2", "bf16")]
-)
+@pytest.mark.parametrize("kind,dtype", [("olmo2", "bf16"), ("llama", "fp32"), ("gemma2", "bf16")])
 def test_activations_are_what_autograd_keeps(kind, dtype, ranks, models):
     model = models[kind, dtype]
     hf = json.loads((model / "config.json").read_text())

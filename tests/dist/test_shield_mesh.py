@@ -31,6 +31,9 @@ MESHES = {
 }
 FEW = {name: MESHES[name] for name in ("TP1", "TP2+SP", "TP2xPP2xDP2")}
 meshes_few_and_all = pytest.mark.parametrize("meshes", [FEW, MESHES], ids=["few", "all"])
+kinds_and_meshes = pytest.mark.parametrize(
+    "kind,meshes", [("olmo2", FEW), ("olmo2", MESHES), ("llama", FEW)], ids=["olmo2-few", "olmo2-all", "llama-few"]
+)
 SOURCE = Path(__file__).parents[3] / "shared" / "data" / "olmo2-tiny-source"
 
 
@@ -102,8 +105,7 @@ def check_meshes(ranks, model, meshes, names=score_work.NAMES):
     return shields
 
 
-@meshes_few_and_all
-@pytest.mark.parametrize("kind", ["olmo2", "llama"])
+@kinds_and_meshes
 def test_shields_of_two_meshes_differ_at_the_cut_alone(kind, meshes, ranks, tmp_path):
     model = make_model(kind, tmp_path / "model")
     made = check_meshes(ranks, model, meshes)
@@ -146,8 +148,7 @@ def change(model, new):
     save_file({k: new(k, v).contiguous() for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
 
 
-@meshes_few_and_all
-@pytest.mark.parametrize("kind", ["olmo2", "llama"])
+@kinds_and_meshes
 def test_constant_weights_go_to_the_lower_numbers(kind, meshes, ranks, tmp_path):
     model = make_model(kind, tmp_path / "model")
     change(model, lambda name, w: torch.full_like(w, 0.03 if w.ndim == 2 else 1.0))
@@ -162,8 +163,7 @@ def test_constant_weights_go_to_the_lower_numbers(kind, meshes, ranks, tmp_path)
                 assert bits[: len(bits) // 2].all() and not bits[len(bits) // 2 :].any(), (label, score, name)
 
 
-@meshes_few_and_all
-@pytest.mark.parametrize("kind", ["olmo2", "llama"])
+@kinds_and_meshes
 def test_ties_in_the_cut_are_broken_alike_on_every_mesh(kind, meshes, ranks, tmp_path):
     """The MLP's features are three, each many times over, on all tensor-parallel ranks."""
     model = make_model(kind, tmp_path / "model")

@@ -11,11 +11,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from megatron_ssu.config.schema import DataSection, DataSource
 from megatron_ssu.data.datasets import Parts, Settings, build_valid
-from megatron_ssu.data.loader import iterate, lost_loader
+from megatron_ssu.data.loader import _raise_errors, iterate, lost_loader
 from megatron_ssu.data.prepare import prepare
 from megatron_ssu.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ssu.errors import UserError
@@ -314,19 +313,32 @@ def test_a_rank_that_goes_while_it_is_handed_a_batch_leaves_no_traceback(tmp_pat
     assert capfd.readouterr().err == ""
 
 
+class Broken:
+    """A loader whose processes go while they hand over a batch; without any, which other tests would see."""
+
+    num_workers = 1
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __iter__(self) -> Broken:
+        return self
+
+    def __next__(self) -> None:
+        raise self.error
+
+
 @pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset by peer")])
-def test_a_loader_process_that_goes_while_it_hands_over_a_batch_is_named(error, monkeypatch) -> None:
-    batches = iterate(Numbers(40), micro_batch_size=2, loader_workers=1)
-    next(batches)
-
-    def broken(*arguments, **options):
-        raise error
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError) as caught:
-        patch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", broken)
-        next(batches)
+def test_a_loader_process_that_goes_while_it_hands_over_a_batch_is_named(error) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        next(_raise_errors(Broken(error)))
     line = lost_loader(caught.value)
     assert line.startswith("a data loader process was killed") and type(error).__name__ in line and "\n" not in line
+
+
+def test_an_error_of_the_dataset_keeps_its_traceback() -> None:
+    with pytest.raises(EOFError, match="Caught EOFError in DataLoader worker"):
+        next(_raise_errors(Broken(EOFError("Caught EOFError in DataLoader worker process 0."))))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -248,7 +248,7 @@ def test_two_workers_write_the_bytes_of_one(tmp_path: Path, model: Path) -> None
 @pytest.mark.process
 @pytest.mark.parametrize(
     ("number", "workers", "status"),
-    [pytest.param(signal.SIGTERM, 2, 143, marks=pytest.mark.slow), (signal.SIGINT, 1, -signal.SIGINT)],
+    [pytest.param(signal.SIGTERM, 2, 143, marks=pytest.mark.slow), (signal.SIGINT, 1, 130)],
 )
 def test_interrupt_leaves_nothing(tmp_path: Path, model: Path, number: int, workers: int, status: int) -> None:
     source = write_jsonl(tmp_path / "text.jsonl", [" ".join(TEXTS) * 20] * 6000)
@@ -258,7 +258,10 @@ def test_interrupt_leaves_nothing(tmp_path: Path, model: Path, number: int, work
         "from megatron_ssu.data.prepare import prepare\n"
         "if __name__ == '__main__':\n"
         "    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background inherit it ignored\n"
-        "    prepare([sys.argv[1]], sys.argv[2], sys.argv[3], workers=int(sys.argv[4]), small_input=0)\n"
+        "    try:\n"
+        "        prepare([sys.argv[1]], sys.argv[2], sys.argv[3], workers=int(sys.argv[4]), small_input=0)\n"
+        "    except KeyboardInterrupt:\n"
+        "        sys.exit(130)\n"
     )
     out = tmp_path / "folder" / "out"
     root = str(Path(__file__).parents[2])

@@ -265,7 +265,6 @@ def test_two_models_side_by_side(models, tmp_path, capfd):
         (("first", "--texts", "chats.jsonl"), "chats.jsonl:1: no 'text' in it"),
         (("first", "--chats", "bad.jsonl"), "bad.jsonl:1: broken JSON"),
         (("first", "--chats", "chats.jsonl", "--max-new-tokens", "128"), "128 new ones are more than the 128 positions"),
-        (("first", "--tasks", "no_such_task"), "'no_such_task' is not a task of lm-evaluation-harness"),
         (("first", "--tasks", "none.yaml"), "none.yaml: no such file"),
         (("none", "--texts", "text.jsonl"), "none"),
         (("first", "--texts", "text.jsonl", "--limit", "0"), "--limit: must be at least 1, got 0"),
@@ -286,6 +285,12 @@ def test_what_is_wrong_is_said_in_a_line(models, monkeypatch, capfd, arguments, 
     assert run("evaluate", *arguments) == 2
     said = capfd.readouterr().err.strip().splitlines()
     assert line in said[-1] and said[-1].startswith("megatron-ssu: ")
+
+
+@pytest.mark.slow  # the harness looks through its thousands of tasks
+def test_a_name_that_is_no_task(models, capfd):
+    assert run("evaluate", models / "first", "--tasks", "no_such_task") == 2
+    assert "--tasks: 'no_such_task' is not a task of lm-evaluation-harness" in capfd.readouterr().err
 
 
 def test_under_torchrun_a_mesh_is_asked_for(models, monkeypatch, capfd):

@@ -109,6 +109,7 @@ def test_what_was_answered_before_a_stop_is_not_answered_again(model, tmp_path, 
     assert not job.folder.exists() and is_made(job)
 
 
+@pytest.mark.slow
 def test_the_command_is_killed_and_goes_on(model, tmp_path):
     section(tmp_path, rows=PROMPTS * 20)
     command = [sys.executable, "-m", "megatron_ssu", "generate", str(model), str(tmp_path / "prompts.jsonl")]

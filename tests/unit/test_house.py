@@ -36,6 +36,7 @@ FLOORS = (
     "drift",
     "generate",
     "evaluate",
+    "report",
     "commands",
     ("cli", "api"),
     "__main__",
