@@ -55,7 +55,7 @@ def run(run_file: None, options: argparse.Namespace, console: Console) -> int:
     planned = places(options.steps, options.per_kind)
     if options.choose is not None and options.choose not in [place.name for place in planned]:
         names = ", ".join(place.name for place in planned)
-        raise UserError(f"--choose: {options.choose!r} is no point; there are {names}")
+        raise UserError(f"--choose: must be one of {names}, got {options.choose!r}")
     questions = read_questions(section_of(options))
     join_ranks(options)
     points, results = _evaluated(planned, options, questions, (source, adapted), folder, figures, console)

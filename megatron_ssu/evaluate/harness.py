@@ -30,7 +30,7 @@ VERSION = lm_eval.__version__
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What the harness is told beside the tasks."""
+    """The options that the harness takes beside the tasks."""
 
     tasks: tuple[str, ...]  # names, or task files (.yaml)
     include: str | None = None  # a folder of task files, whose tasks have names

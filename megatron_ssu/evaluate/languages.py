@@ -34,7 +34,7 @@ def langid_of(text: str) -> str:
 def identifier(name: str) -> Identify:
     """auto: langid where it is installed, else script; script; langid; or MODULE:FUNCTION, which gives a text its label.
 
-    Raises UserError where there is no such thing.
+    Raises UserError for another name.
     """
     if name == "auto":
         name = "langid" if installed("langid") else "script"

@@ -158,7 +158,7 @@ def test_the_command(tmp_path, capfd):
     before = sorted(tmp_path.rglob("*"))
     for options, line in (
         ((*ends, *texts, *out), "--export: "),
-        ((*ends, *texts, *out[:2], "--choose", "0.4"), "--choose: '0.4' is no point; there are 0, 0.25, 0.5, 0.75, 1"),
+        ((*ends, *texts, *out[:2], "--choose", "0.4"), "--choose: must be one of 0, 0.25, 0.5, 0.75, 1, got '0.4'"),
         ((*ends, *texts, *out[:2], "--steps", 1), "--steps: must be at least 2, got 1"),
         ((*ends, *texts, *out[:2], "--source-figure", "x"), "--source-figure: must be DATA:METRIC"),
         ((*ends, *texts, *out[:2], "--target-figure", "x:y"), "--target-figure: x:y is not measured; there are source:loss"),
